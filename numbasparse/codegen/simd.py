@@ -1,0 +1,485 @@
+"""LLVM vector code as numba intrinsics: what the CPU kernels are written with.
+
+Every function here either returns an ``@intrinsic`` made for given constants or is one.  Addresses are plain
+``int64`` (numba ``intp``) byte addresses: the kernels work on packed buffers whose layout they own, where
+typed arrays would only add index arithmetic.
+
+Vectors have ``lanes`` float32 lanes (16: AVX-512, 8: AVX2, 4: SSE or NEON).  LLVM legalises a width that the
+host lacks, so every width is correct everywhere, only not fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from llvmlite import ir
+from numba import extending, types
+from numba.core import cgutils
+
+ENTRY_BYTES = 8
+"""One non-zero of a packed weight: int32 byte offset into the packed input, then the float32 value."""
+
+# numba has no types for what it makes of these: an intrinsic is called from compiled code alone.
+intrinsic: Any = extending.intrinsic
+
+Activation = Literal["none", "relu", "relu6", "silu"]
+
+_I1, _I32, _I64, _F32 = ir.IntType(1), ir.IntType(32), ir.IntType(64), ir.FloatType()
+
+
+def _const(value: int) -> ir.Constant:
+    return ir.Constant(_I64, value)
+
+
+def _plus(bd: Any, address: Any, displacement: int) -> Any:
+    return bd.add(address, _const(displacement)) if displacement else address
+
+
+def _load(bd: Any, ty: Any, address: Any, align: int) -> Any:
+    value = bd.load(bd.inttoptr(address, ty.as_pointer()))
+    value.align = align
+    return value
+
+
+def _store(bd: Any, value: Any, address: Any, align: int) -> None:
+    bd.store(value, bd.inttoptr(address, value.type.as_pointer())).align = align
+
+
+def _call(bd: Any, name: str, returns: Any, args: Sequence[Any]) -> Any:
+    fnty = ir.FunctionType(returns, [a.type for a in args])
+    return bd.call(cgutils.get_or_insert_function(bd.module, fnty, name), list(args))
+
+
+def _vector(lanes: int) -> ir.VectorType:
+    return ir.VectorType(_F32, lanes)
+
+
+def _constants(lanes: int, value: float) -> ir.Constant:
+    return ir.Constant(_vector(lanes), [value] * lanes)
+
+
+def _splat(bd: Any, scalar: Any, lanes: int) -> Any:
+    undefined = ir.Constant(_vector(lanes), ir.Undefined)
+    one = bd.insert_element(undefined, scalar, ir.Constant(_I32, 0))
+    return bd.shuffle_vector(one, undefined, ir.Constant(ir.VectorType(_I32, lanes), [0] * lanes))
+
+
+def _shuffle(bd: Any, a: Any, b: Any, index: Sequence[int]) -> Any:
+    return bd.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, len(index)), list(index)))
+
+
+def _concat(bd: Any, parts: list[Any]) -> Any:
+    """Join equal vectors, pairwise, so that the backend sees sub-vector inserts."""
+    while len(parts) > 1:
+        width = parts[0].type.count
+        parts = [_shuffle(bd, a, b, range(2 * width)) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]
+
+
+def _fma(bd: Any, a: Any, b: Any, c: Any) -> Any:
+    return _call(bd, f"llvm.fma.v{a.type.count}f32", a.type, [a, b, c])
+
+
+# --- scalar access -----------------------------------------------------------------------------------------
+
+
+@intrinsic
+def load_i64(typingctx: Any, address: Any) -> Any:
+    """The int64 at ``address`` (8-byte aligned)."""
+
+    def codegen(ctx: Any, bd: Any, sig: Any, args: Any) -> Any:
+        return _load(bd, _I64, args[0], 8)
+
+    return types.int64(types.intp), codegen
+
+
+@intrinsic
+def load_i32(typingctx: Any, address: Any) -> Any:
+    """The int32 at ``address`` (4-byte aligned), as int64."""
+
+    def codegen(ctx: Any, bd: Any, sig: Any, args: Any) -> Any:
+        return bd.sext(_load(bd, _I32, args[0], 4), _I64)
+
+    return types.int64(types.intp), codegen
+
+
+@intrinsic
+def store_i64(typingctx: Any, address: Any, value: Any) -> Any:
+    """Write an int64 to ``address`` (8-byte aligned)."""
+
+    def codegen(ctx: Any, bd: Any, sig: Any, args: Any) -> Any:
+        _store(bd, args[1], args[0], 8)
+        return ctx.get_dummy_value()
+
+    return types.void(types.intp, types.int64), codegen
+
+
+# --- the sparse row: the inner loop of every CPU kernel ------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RowKernel:
+    """Constants of the inner loop over the non-zeros of one output channel.
+
+    Attributes
+    ----------
+    lanes
+        float32 lanes of a vector.
+    rows, columns
+        Accumulators as a grid: output rows x vectors along the width.  All ``rows * columns`` stay in
+        registers over the whole loop.
+    displacements
+        Byte distance of each accumulator's input vector from the non-zero's offset, row-major.
+    chunk
+        Lanes that are neighbours in the output; a vector holds ``lanes // chunk`` such runs, each with its own
+        output address.
+    valid
+        Output columns of a run that exist (at most ``columns * chunk``; fewer only where the whole output is
+        narrower than the tile).
+    sets
+        Copies of the accumulators used in turn, to hide the latency of the FMA where the grid is small.
+    aligned
+        Whether every input vector starts on a multiple of its own size.
+    start
+        ``"bias"`` begins with the channel's bias, ``"resume"`` with the partial sums of the last block.
+    finish
+        ``"store"`` applies the activation and writes the output, ``"spill"`` keeps partial sums.
+    out_displacements
+        Byte distance of each vector of a row from the row's output address, if not simply one after another.
+    """
+
+    lanes: int
+    rows: int
+    columns: int
+    displacements: tuple[int, ...]
+    chunk: int
+    valid: int
+    sets: int
+    aligned: bool
+    activation: Activation
+    start: Literal["bias", "resume"]
+    finish: Literal["store", "spill"]
+    out_displacements: tuple[int, ...] = ()
+
+
+def row_kernel(k: RowKernel) -> Callable[..., None]:
+    """Intrinsic ``(input, entry, end, partial, bias, outs, out_offset, out_pitch)``, all int64.
+
+    ``acc[t] += value * input[offset + displacements[t]]`` for the entries in ``[entry, end)``.  ``partial`` is
+    where partial sums of this channel live (``rows * columns`` vectors), ``bias`` the address of its bias,
+    ``outs`` a table of ``lanes // chunk`` output addresses, ``out_offset`` the channel's byte offset from
+    them, ``out_pitch`` the bytes from one output row to the next.
+    """
+    count = k.rows * k.columns
+    vector = _vector(k.lanes)
+    size = 4 * k.lanes
+
+    def step(bd: Any, base: Any, entry: Any, accs: list[Any]) -> list[Any]:
+        offset = bd.sext(_load(bd, _I32, entry, 4), _I64)
+        value = _splat(bd, _load(bd, _F32, _plus(bd, entry, 4), 4), k.lanes)
+        # An empty asm hides how the address was made.  Otherwise LLVM folds base + offset into the operand of
+        # every FMA; an indexed operand is split into two operations on Intel (2-6 % slower, measured).
+        address = bd.call(ir.InlineAsm(ir.FunctionType(_I64, [_I64]), "", "=r,0"), [bd.add(base, offset)])
+        align = size if k.aligned else 4
+        loads = [_load(bd, vector, _plus(bd, address, d), align) for d in k.displacements]
+        return [_fma(bd, value, x, acc) for x, acc in zip(loads, accs, strict=True)]
+
+    @intrinsic
+    def sparse_row(
+        typingctx: Any,
+        base: Any,
+        entry: Any,
+        end: Any,
+        partial: Any,
+        bias: Any,
+        outs: Any,
+        out_offset: Any,
+        out_pitch: Any,
+    ) -> Any:
+        def codegen(ctx: Any, bd: Any, sig: Any, args: Any) -> Any:
+            base, entry, end, partial, bias, outs, out_offset, out_pitch = args
+            zero = _constants(k.lanes, 0.0)
+            if k.start == "bias":
+                start = _splat(bd, _load(bd, _F32, bias, 4), k.lanes)
+                accs = [start] * count
+            else:
+                accs = [_load(bd, vector, _plus(bd, partial, size * t), size) for t in range(count)]
+            accs += [zero] * (count * (k.sets - 1))
+            if k.sets > 1:
+                stride = ENTRY_BYTES * k.sets
+
+                def several(p: Any, a: list[Any]) -> list[Any]:
+                    out: list[Any] = []
+                    for u in range(k.sets):
+                        part = a[u * count : (u + 1) * count]
+                        out += step(bd, base, _plus(bd, p, ENTRY_BYTES * u), part)
+                    return out
+
+                limit = bd.sub(end, _const(stride - ENTRY_BYTES))
+                entry, accs = _loop(bd, entry, limit, stride, accs, several)
+            _, first = _loop(bd, entry, end, ENTRY_BYTES, accs[:count], lambda p, a: step(bd, base, p, a))
+            for u in range(1, k.sets):
+                more = accs[u * count : (u + 1) * count]
+                first = [bd.fadd(x, y) for x, y in zip(first, more, strict=True)]
+            if k.finish == "spill":
+                for t in range(count):
+                    _store(bd, first[t], _plus(bd, partial, size * t), size)
+            else:
+                _write_tile(bd, k, first, outs, out_offset, out_pitch)
+            return ctx.get_dummy_value()
+
+        return types.void(*[types.intp] * 8), codegen
+
+    return sparse_row
+
+
+def _loop(bd: Any, start: Any, limit: Any, stride: int, values: list[Any], body: Any) -> tuple[Any, list[Any]]:
+    """``p = start; while p < limit: values = body(p, values); p += stride`` with the test at the bottom."""
+    before = bd.block
+    inside = bd.append_basic_block("nonzeros")
+    after = bd.append_basic_block("done")
+    bd.cbranch(bd.icmp_signed("<", start, limit), inside, after)
+    bd.position_at_end(inside)
+    pointer = bd.phi(_I64)
+    pointer.add_incoming(start, before)
+    carried = [bd.phi(v.type) for v in values]
+    for phi, v in zip(carried, values, strict=True):
+        phi.add_incoming(v, before)
+    updated = body(pointer, carried)
+    advanced = bd.add(pointer, _const(stride))
+    last = bd.block
+    pointer.add_incoming(advanced, last)
+    for phi, v in zip(carried, updated, strict=True):
+        phi.add_incoming(v, last)
+    bd.cbranch(bd.icmp_signed("<", advanced, limit), inside, after)
+    bd.position_at_end(after)
+    end = bd.phi(_I64)
+    end.add_incoming(start, before)
+    end.add_incoming(advanced, last)
+    results = [bd.phi(v.type) for v in values]
+    for phi, old, new in zip(results, values, updated, strict=True):
+        phi.add_incoming(old, before)
+        phi.add_incoming(new, last)
+    return end, results
+
+
+def _write_tile(bd: Any, k: RowKernel, accs: list[Any], outs: Any, out_offset: Any, out_pitch: Any) -> None:
+    for run in range(k.lanes // k.chunk):
+        address = bd.add(_load(bd, _I64, _plus(bd, outs, 8 * run), 8), out_offset)
+        for y in range(k.rows):
+            for v in range(k.columns):
+                columns = min(k.chunk, k.valid - v * k.chunk)
+                if columns <= 0:
+                    continue
+                if run == 0:
+                    accs[y * k.columns + v] = _activate(bd, k.activation, accs[y * k.columns + v])
+                place = k.out_displacements[v] if k.out_displacements else 4 * v * k.chunk
+                _store_run(bd, accs[y * k.columns + v], run * k.chunk, columns, _plus(bd, address, place))
+            address = bd.add(address, out_pitch)
+
+
+def _store_run(bd: Any, value: Any, first: int, count: int, address: Any) -> None:
+    """Store ``count`` lanes from ``first`` in powers of two: masked stores are slow on AVX2 and absent on NEON."""
+    done = 0
+    while done < count:
+        piece = 1 << ((count - done).bit_length() - 1)
+        if piece == value.type.count:
+            _store(bd, value, address, 4)
+        elif piece == 1:
+            lane = bd.extract_element(value, ir.Constant(_I32, first + done))
+            _store(bd, lane, _plus(bd, address, 4 * done), 4)
+        else:
+            part = _shuffle(bd, value, value, range(first + done, first + done + piece))
+            _store(bd, part, _plus(bd, address, 4 * done), 4)
+        done += piece
+
+
+# --- activations ---------------------------------------------------------------------------------------------
+
+
+def _activate(bd: Any, activation: Activation, x: Any) -> Any:
+    lanes = x.type.count
+    zero = _constants(lanes, 0.0)
+    if activation == "none":
+        return x
+    if activation == "silu":
+        one = _constants(lanes, 1.0)
+        return bd.fdiv(x, bd.fadd(one, _exp(bd, bd.fsub(zero, x))))
+    # An ordered comparison is false for NaN, so NaN passes through as in torch.
+    y = bd.select(bd.fcmp_ordered("<", x, zero), zero, x)
+    if activation == "relu6":
+        six = _constants(lanes, 6.0)
+        y = bd.select(bd.fcmp_ordered(">", y, six), six, y)
+    return y
+
+
+def _exp(bd: Any, x: Any) -> Any:
+    """exp(x) to about 1 ulp: 2**n * p(r), n = round(x / ln 2), polynomial of Cephes' ``expf``."""
+    lanes = x.type.count
+    const = lambda value: _constants(lanes, value)  # noqa: E731
+    # Clamped so that n stays an exponent of a normal number: beyond, x * sigmoid(x) is 0 or x to rounding.
+    x = bd.select(bd.fcmp_ordered("<", x, const(-87.0)), const(-87.0), x)
+    x = bd.select(bd.fcmp_ordered(">", x, const(88.0)), const(88.0), x)
+    n = _call(bd, f"llvm.rint.v{lanes}f32", x.type, [bd.fmul(x, const(1.4426950408889634))])
+    # ln 2 in two parts (the first exact in few bits) keeps r = x - n ln 2 exact.
+    r = _fma(bd, n, const(-0.693359375), x)
+    r = _fma(bd, n, const(2.12194440e-4), r)
+    p = const(1.9875691500e-4)
+    for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        p = _fma(bd, p, r, const(coefficient))
+    p = bd.fadd(_fma(bd, p, bd.fmul(r, r), r), const(1.0))
+    integers = ir.VectorType(_I32, lanes)
+    # NaN must not reach fptosi (undefined): it goes on through p, which already carries it.
+    n = bd.select(bd.fcmp_ordered("ord", n, n), n, const(0.0))
+    biased = bd.add(bd.fptosi(n, integers), ir.Constant(integers, [127] * lanes))
+    scale = bd.bitcast(bd.shl(biased, ir.Constant(integers, [23] * lanes)), x.type)
+    return bd.fmul(p, scale)
+
+
+# --- packing -------------------------------------------------------------------------------------------------
+
+
+def mask_length(chunk: int, stride: int) -> int:
+    """int32 mask elements that one run of a packed line needs (see `pack_lines`)."""
+    return 2 * chunk if stride == 2 else chunk
+
+
+def pack_lines(lanes: int, chunk: int, stride: int, displacements: Sequence[int]) -> Callable[..., None]:
+    """Intrinsic ``(destination, input, table)``: copy one input row to ``len(displacements)`` packed vectors.
+
+    ``table`` holds, for each of the ``lanes // chunk`` runs, two int64: byte offset of the run's row from
+    ``input``, and the address of its masks: for line ``i``, `mask_length` int32, negative where the element
+    exists.  Lane ``j`` of line ``i`` becomes the float at ``offset + displacements[i] + 4 * stride * j``, or
+    zero where it lies outside of the image: nothing outside is read.
+    """
+    runs = lanes // chunk
+    masks = 4 * mask_length(chunk, stride)
+
+    @intrinsic
+    def copy_lines(typingctx: Any, destination: Any, source: Any, table: Any) -> Any:
+        def codegen(ctx: Any, bd: Any, sig: Any, args: Any) -> Any:
+            destination, source, table = args
+            rows, mask = [], []
+            for run in range(runs):
+                rows.append(bd.add(source, _load(bd, _I64, _plus(bd, table, 16 * run), 8)))
+                mask.append(_load(bd, _I64, _plus(bd, table, 16 * run + 8), 8))
+            for i, displacement in enumerate(displacements):
+                parts = [
+                    _strided(bd, chunk, stride, _plus(bd, row, displacement), _plus(bd, m, masks * i))
+                    for row, m in zip(rows, mask, strict=True)
+                ]
+                _store(bd, _concat(bd, parts), _plus(bd, destination, 4 * lanes * i), 4 * lanes)
+            return ctx.get_dummy_value()
+
+        return types.void(types.intp, types.intp, types.intp), codegen
+
+    return copy_lines
+
+
+def _strided(bd: Any, count: int, stride: int, address: Any, mask: Any) -> Any:
+    """``count`` floats ``stride`` apart, zero where the mask is not negative."""
+    if stride == 1:
+        return _masked_load(bd, count, address, mask)
+    if stride == 2:
+        low = _masked_load(bd, count, address, mask)
+        high = _masked_load(bd, count, _plus(bd, address, 4 * count), _plus(bd, mask, 4 * count))
+        return _shuffle(bd, low, high, [2 * j for j in range(count)])
+    # Rare: lane by lane.  A lane that does not exist reads its own mask word instead, then is zeroed.
+    value = _constants(count, 0.0)
+    for j in range(count):
+        word = _plus(bd, mask, 4 * j)
+        exists = bd.icmp_signed("<", _load(bd, _I32, word, 4), ir.Constant(_I32, 0))
+        lane = _load(bd, _F32, bd.select(exists, _plus(bd, address, 4 * stride * j), word), 4)
+        lane = bd.select(exists, lane, ir.Constant(_F32, 0.0))
+        value = bd.insert_element(value, lane, ir.Constant(_I32, j))
+    return value
+
+
+def _masked_load(bd: Any, lanes: int, address: Any, mask: Any) -> Any:
+    vector, integers = _vector(lanes), ir.VectorType(_I32, lanes)
+    words = _load(bd, integers, mask, 4)
+    # The sign bit is what vmaskmovps and vpmovd2m test, so the comparison costs nothing.
+    bits = bd.icmp_signed("<", words, ir.Constant(integers, [0] * lanes))
+    args = [
+        bd.inttoptr(address, vector.as_pointer()),
+        ir.Constant(_I32, 4),
+        bits,
+        ir.Constant(vector, [0.0] * lanes),
+    ]
+    return _call(bd, f"llvm.masked.load.v{lanes}f32.p0", vector, args)
+
+
+# --- atomics and waiting ---------------------------------------------------------------------------------------
+
+
+@intrinsic
+def fetch_add(typingctx: Any, address: Any, value: Any) -> Any:
+    """Atomically add to the int64 at ``address``; returns the old value (sequentially consistent)."""
+
+    def codegen(ctx: Any, bd: Any, sig: Any, args: Any) -> Any:
+        return bd.atomic_rmw("add", bd.inttoptr(args[0], _I64.as_pointer()), args[1], "seq_cst")
+
+    return types.int64(types.intp, types.int64), codegen
+
+
+@intrinsic
+def compare_exchange(typingctx: Any, address: Any, expected: Any, desired: Any) -> Any:
+    """Atomically replace ``expected`` by ``desired``; returns the value seen."""
+
+    def codegen(ctx: Any, bd: Any, sig: Any, args: Any) -> Any:
+        pointer = bd.inttoptr(args[0], _I64.as_pointer())
+        pair = bd.cmpxchg(pointer, args[1], args[2], "seq_cst", "seq_cst")
+        return bd.extract_value(pair, 0)
+
+    return types.int64(types.intp, types.int64, types.int64), codegen
+
+
+@intrinsic
+def atomic_load(typingctx: Any, address: Any) -> Any:
+    """The int64 at ``address``, sequentially consistent."""
+
+    def codegen(ctx: Any, bd: Any, sig: Any, args: Any) -> Any:
+        return bd.load_atomic(bd.inttoptr(args[0], _I64.as_pointer()), "seq_cst", 8)
+
+    return types.int64(types.intp), codegen
+
+
+@intrinsic
+def atomic_store(typingctx: Any, address: Any, value: Any) -> Any:
+    """Write the int64 at ``address``, sequentially consistent."""
+
+    def codegen(ctx: Any, bd: Any, sig: Any, args: Any) -> Any:
+        bd.store_atomic(args[1], bd.inttoptr(args[0], _I64.as_pointer()), "seq_cst", 8)
+        return ctx.get_dummy_value()
+
+    return types.void(types.intp, types.int64), codegen
+
+
+@intrinsic
+def relax(typingctx: Any) -> Any:
+    """Tell the core that this is a waiting loop (x86 ``pause``, Arm ``yield``; elsewhere nothing)."""
+
+    def codegen(ctx: Any, bd: Any, sig: Any, args: Any) -> Any:
+        triple = bd.module.triple or ""
+        text = "pause" if triple.startswith(("x86_64", "i686")) else ""
+        text = "yield" if triple.startswith(("aarch64", "arm64")) else text
+        bd.call(ir.InlineAsm(ir.FunctionType(ir.VoidType(), []), text, "~{memory}", side_effect=True), [])
+        return ctx.get_dummy_value()
+
+    return types.void(), codegen
+
+
+def call_address(count: int) -> Callable[..., int]:
+    """Intrinsic ``(address, arg, ...)``: call a C function of ``count`` int64 arguments returning int64."""
+
+    @intrinsic
+    def call(typingctx: Any, address: Any, args: Any) -> Any:
+        def codegen(ctx: Any, bd: Any, sig: Any, values: Any) -> Any:
+            pointer = bd.inttoptr(values[0], ir.FunctionType(_I64, [_I64] * count).as_pointer())
+            return bd.call(pointer, cgutils.unpack_tuple(bd, values[1], count))
+
+        return types.int64(types.intp, types.UniTuple(types.int64, count)), codegen
+
+    return call

@@ -1,0 +1,169 @@
+"""`conv2d`: the convolution as a function of arrays or tensors."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+
+from numbasparse.plans import ConfigLike, Plan, is_tensor, plan
+from numbasparse.runtime import cpu
+from numbasparse.spec import ConvSpec
+from numbasparse.weight import SparseWeight
+
+_PLANS_PER_WEIGHT = 64
+_CONVERTED_WEIGHTS = 64
+
+
+class _PlanCache:
+    """Plans by weight and call; a weight's plans go when the weight goes."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._by_weight: weakref.WeakKeyDictionary[SparseWeight, OrderedDict[Any, Plan]] = weakref.WeakKeyDictionary()
+
+    def get(self, weight: SparseWeight, key: Any) -> Plan | None:
+        with self._lock:
+            plans = self._by_weight.get(weight)
+            found = None if plans is None else plans.get(key)
+            if found is not None:
+                plans.move_to_end(key)  # type: ignore[union-attr]
+            return found
+
+    def put(self, weight: SparseWeight, key: Any, made: Plan) -> None:
+        with self._lock:
+            plans = self._by_weight.setdefault(weight, OrderedDict())
+            plans[key] = made
+            while len(plans) > _PLANS_PER_WEIGHT:
+                plans.popitem(last=False)
+
+    def clear(self) -> None:
+        with self._lock:
+            self._by_weight.clear()
+
+
+_plans = _PlanCache()
+_converted: OrderedDict[str, SparseWeight] = OrderedDict()
+_converted_lock = threading.Lock()
+
+
+def clear_cache() -> None:
+    """Forget every plan and converted weight that `conv2d` keeps."""
+    _plans.clear()
+    with _converted_lock:
+        _converted.clear()
+
+
+def conv2d(
+    x: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: int | tuple[int, int] = 1,
+    padding: Any = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    *,
+    activation: str | None = None,
+    config: ConfigLike = None,
+    out: Any = None,
+    kernel_shape: tuple[int, int, int] | None = None,
+) -> Any:
+    """Sparse 2-D convolution, like ``torch.nn.functional.conv2d``.
+
+    Parameters
+    ----------
+    x : NumPy array or torch CPU tensor, (N, C, H, W)
+        float32, or float64, float16, bfloat16 (torch), which are computed in float32 and rounded back.
+    weight : SparseWeight, SciPy sparse matrix, or dense array or tensor (K, C/groups, R, S)
+        A `SparseWeight` is packed once; the other two are converted and recognised by content at every call,
+        which costs time in proportion to their size.
+    bias : array or tensor, (K,), optional
+    stride, dilation : int or pair
+    padding : int, pair, ``((top, bottom), (left, right))``, ``"same"`` or ``"valid"``
+    groups : int
+    activation : None, "relu", "relu6" or "silu"
+        Applied to the output within the kernel.
+    config
+        Which kernel to run: see `numbasparse.plans.ConfigLike`.  None takes the stated default; a tuned model
+        takes what was measured best for this shape and sparsity.
+    out : like ``x``, (N, K, OH, OW), optional
+        C-contiguous; must not share memory with ``x``.
+    kernel_shape : (C/groups, R, S)
+        Needed, and allowed, only where ``weight`` is a SciPy matrix of shape (K, C/groups*R*S).
+
+    Returns
+    -------
+    array or tensor, (N, K, OH, OW)
+        Of the kind and dtype of ``x``.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For inputs that do not fit; the text says what was expected, what came, and what to do.
+
+    Notes
+    -----
+    Threads: those of ``torch.get_num_threads()`` for tensors, else `numbasparse.set_num_threads`.  Plans are
+    cached per weight: repeated calls neither pack nor compile.  Products with zero weights are not formed, so
+    an infinity or NaN in ``x`` reaches only outputs whose non-zero weights touch it.
+    """
+    sparse = weight if type(weight) is SparseWeight else _convert(weight, kernel_shape, groups)
+    if sparse is weight and kernel_shape is not None and tuple(kernel_shape) != sparse.kernel_shape:
+        raise ValueError(f"kernel_shape {kernel_shape} differs from the SparseWeight's {sparse.kernel_shape}: omit it")
+    tensor = is_tensor(x)
+    threads = sys.modules["torch"].get_num_threads() if tensor else cpu.get_num_threads()
+    shape = x.shape if tensor or isinstance(x, np.ndarray) else None
+    if shape is None:
+        raise TypeError(f"x must be a NumPy array or a torch CPU tensor, got {type(x).__name__}")
+    key: tuple[Any, ...] = (shape, stride, padding, dilation, groups, activation, _config_key(config), threads)
+    try:
+        found = _plans.get(sparse, key)
+    except TypeError:  # unhashable arguments (lists): ConvSpec reads them, or says what is wrong with them
+        found = None
+        key = (shape, repr((stride, padding, dilation, groups)), activation, _config_key(config), threads)
+    if found is None:
+        spec = ConvSpec.create(tuple(shape), sparse.shape, stride, padding, dilation, groups)
+        found = plan(spec, sparse, config=config, activation=activation, threads=min(threads, cpu.MAX_THREADS))
+        _plans.put(sparse, key, found)
+    return found(x, bias, out)
+
+
+def _config_key(config: ConfigLike) -> Any:
+    if config is None or isinstance(config, str):
+        return config
+    if hasattr(config, "kernel") and hasattr(config, "config"):
+        return (config.kernel, tuple(sorted(config.config.items())))
+    if hasattr(config, "choice"):
+        return id(config), getattr(config, "fingerprint", None)
+    return repr(config)
+
+
+def _convert(weight: Any, kernel_shape: tuple[int, int, int] | None, groups: int) -> SparseWeight:
+    """A SparseWeight with the content of ``weight``: the same object for the same content."""
+    import scipy.sparse
+
+    if scipy.sparse.issparse(weight):
+        if kernel_shape is None:
+            raise ValueError(
+                f"weight is a SciPy matrix of shape {weight.shape}: give kernel_shape=(C/groups, R, S) as well"
+            )
+        made = SparseWeight.from_scipy(weight, kernel_shape, groups)
+    elif kernel_shape is not None:
+        raise ValueError(f"kernel_shape goes with a SciPy matrix, weight is {type(weight).__name__}: omit it")
+    elif isinstance(weight, np.ndarray) or is_tensor(weight):
+        made = SparseWeight.from_dense(weight, groups)
+    else:
+        raise TypeError(
+            "weight must be a SparseWeight, a SciPy sparse matrix, or a dense array or tensor, "
+            f"got {type(weight).__name__}"
+        )
+    with _converted_lock:
+        kept = _converted.setdefault(made.fingerprint, made)
+        _converted.move_to_end(made.fingerprint)
+        while len(_converted) > _CONVERTED_WEIGHTS:
+            _converted.popitem(last=False)
+    return kept

@@ -1,0 +1,42 @@
+"""The kernels' table: the only place that lists them.  Adding a kernel is one file and one line here."""
+
+from __future__ import annotations
+
+from numbasparse.kernels.base import Activation, Config, ConfigError, Kernel, Runner, TorchRunner
+from numbasparse.kernels.cpu_direct import CpuDirect
+from numbasparse.kernels.cpu_pointwise import CpuPointwise
+from numbasparse.kernels.dense import Dense
+
+__all__ = [
+    "KERNELS",
+    "Activation",
+    "Config",
+    "ConfigError",
+    "Kernel",
+    "Runner",
+    "TorchRunner",
+    "kernel",
+    "kernels_for",
+]
+
+# In the order of preference for problems that nobody tuned.
+KERNELS: dict[str, Kernel] = {k.name: k for k in (CpuPointwise(), CpuDirect(), Dense())}
+
+
+def kernel(name: str) -> Kernel:
+    """The kernel of that name.
+
+    Raises
+    ------
+    ValueError
+        If there is none.
+    """
+    try:
+        return KERNELS[name]
+    except (KeyError, TypeError):
+        raise ValueError(f"expected a kernel's name, one of {sorted(KERNELS)}, got {name!r}") from None
+
+
+def kernels_for(device: str) -> list[Kernel]:
+    """Kernels that run on a kind of device (``"cpu"``)."""
+    return [k for k in KERNELS.values() if k.device == device]

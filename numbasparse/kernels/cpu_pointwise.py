@@ -1,0 +1,239 @@
+"""Pointwise (1x1, stride 1) sparse convolution on the CPU, reading the input where it lies.
+
+A 1x1 convolution is the product of a sparse matrix (K x C) with the input as a matrix (C x pixels).  A tile is
+``vectors`` vectors of consecutive pixels of one image; the accumulators of an output channel stay in registers
+while its non-zeros pass by, and each non-zero's input is read straight from the caller's array: nothing is
+packed.  `cpu_direct` also runs these specs, with packing, which pays where pixels are few or channels many.
+
+Search space
+------------
+``lanes``
+    float32 lanes of a vector.
+``vectors``
+    Accumulators.
+``block``
+    Input channels before the next output channel's turn: keeps the tile's part of the input in cache.
+``split``
+    Ranges of output channels worked on separately.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from numbasparse.codegen.jit import Code, compile_c
+from numbasparse.codegen.simd import RowKernel, load_i32, load_i64, row_kernel, store_i64
+from numbasparse.kernels.base import Activation, Config, Kernel, Runner, Space, check_fields
+from numbasparse.kernels.cpu_rows import (
+    FIRST,
+    LAST,
+    MIDDLE,
+    ONLY,
+    PackedRows,
+    accumulator_sets,
+    balanced_block,
+    most_accumulators,
+    pack_rows,
+    reason_unsupported,
+)
+from numbasparse.runtime import cpu
+from numbasparse.spec import ConvSpec
+from numbasparse.weight import SparseWeight
+
+# Words of the parameter block (int64 each).
+(
+    _UNITS, _SPLITS, _TILES, _BLOCKS, _BLOCK, _K, _PIXELS, _IN_IMAGE, _OUT_IMAGE,
+    _ENTRIES, _ROWS, _STARTS, _SEGMENTS, _BASES, _WORDS,
+) = range(15)  # fmt: skip
+
+
+class _Runner(Runner):
+    def __init__(self, spec: ConvSpec, lanes: int, vectors: int, packed: PackedRows, activation: Activation) -> None:
+        pixels = spec.h * spec.w
+        tile = min(vectors * lanes, pixels)
+        tiles = -(-pixels // tile)
+        # With several blocks, the offsets of a block's entries count from its first channel.
+        first = packed.channels[:: packed.block].astype(np.int64) if len(packed.channels) else np.zeros(1, np.int64)
+        bases = first * 4 * pixels
+        self._keep = (packed, bases)
+        self._code = _compile(lanes, vectors, pixels if pixels < vectors * lanes else 0, activation)
+        self.nbytes = packed.nbytes
+        words = self._words = np.zeros(_WORDS, np.int64)
+        words[_UNITS], words[_SPLITS], words[_TILES] = spec.n * tiles * packed.splits, packed.splits, tiles
+        words[_BLOCKS], words[_BLOCK], words[_K] = packed.blocks, packed.block, spec.k
+        words[_PIXELS], words[_IN_IMAGE], words[_OUT_IMAGE] = pixels, 4 * spec.c * pixels, 4 * spec.k * pixels
+        for i, array in enumerate((packed.entries, packed.rows, packed.starts, packed.segments, bases)):
+            words[_ENTRIES + i] = array.ctypes.data
+        rows = -(-spec.k // packed.splits) + 1 if packed.blocks > 1 else 0
+        self.workspace = 64 + rows * vectors * 4 * lanes
+        self._address = words.ctypes.data
+
+    def run(self, x: int, y: int, bias: int, threads: int) -> None:
+        cpu.run(self._code.address, self._address, x, y, bias, threads, self.workspace)
+
+
+_built: dict[tuple[int, int, int, Activation], Code] = {}
+
+
+def _compile(lanes: int, vectors: int, pixels: int, activation: Activation) -> Code:
+    key = (lanes, vectors, pixels, activation)
+    if key not in _built:
+        _built[key] = compile_c(_entry(*key), cpu.ENTRY_SIGNATURE, repr(key))
+    return _built[key]
+
+
+def _entry(lanes: int, vectors: int, pixels: int, activation: Activation) -> Callable[..., None]:
+    """Code for a tile; ``pixels`` is not 0 where the whole image is smaller than the tile."""
+    size = 4 * lanes
+    # In a small image the last vector overlaps the one before: nothing outside is read or written.
+    last_start = pixels - lanes if pixels else (vectors - 1) * lanes
+    displacements = tuple(4 * min(t * lanes, last_start) for t in range(vectors))
+
+    def code(role: int) -> Callable[..., None]:
+        return row_kernel(
+            RowKernel(
+                lanes=lanes,
+                rows=1,
+                columns=vectors,
+                displacements=displacements,
+                chunk=lanes,
+                valid=vectors * lanes,
+                sets=accumulator_sets(vectors),
+                aligned=False,
+                activation=activation,
+                start="bias" if role in (ONLY, FIRST) else "resume",
+                finish="store" if role in (ONLY, LAST) else "spill",
+                out_displacements=displacements,
+            )
+        )
+
+    only, first, middle, last = (code(role) for role in (ONLY, FIRST, MIDDLE, LAST))
+    partial_bytes = vectors * size
+    step = pixels or vectors * lanes
+    next_unit = cpu.next_unit
+
+    def entry(params: int, x: int, y: int, bias: int, arena: int, counters: int, thread: int, threads: int) -> None:
+        units, splits = load_i64(params + 8 * _UNITS), load_i64(params + 8 * _SPLITS)
+        tiles, blocks = load_i64(params + 8 * _TILES), load_i64(params + 8 * _BLOCKS)
+        out_channels, image = load_i64(params + 8 * _K), load_i64(params + 8 * _PIXELS)
+        in_image, out_image = load_i64(params + 8 * _IN_IMAGE), load_i64(params + 8 * _OUT_IMAGE)
+        entries, rows = load_i64(params + 8 * _ENTRIES), load_i64(params + 8 * _ROWS)
+        starts, segments = load_i64(params + 8 * _STARTS), load_i64(params + 8 * _SEGMENTS)
+        bases = load_i64(params + 8 * _BASES)
+        plane, partials = 4 * image, arena + 64
+        while True:
+            unit = next_unit(counters, thread, threads, units)
+            if unit < 0:
+                return
+            split, tile, n = unit % splits, unit // splits % tiles, unit // (splits * tiles)
+            # The last tile overlaps the one before rather than reaching outside.
+            pixel = 4 * min(tile * step, image - step)
+            source = x + n * in_image + pixel
+            store_i64(arena, y + n * out_image + pixel)
+            low = (split * out_channels + splits - 1) // splits
+            for b in range(blocks):
+                segment = segments + 16 * (b * splits + split)
+                base = source + load_i64(bases + 8 * b)
+                for i in range(load_i32(segment), load_i32(segment + 4)):
+                    k = load_i32(rows + 4 * i)
+                    a, e = entries + 8 * load_i32(starts + 4 * i), entries + 8 * load_i32(starts + 4 * i + 4)
+                    only(base, a, e, 0, bias + 4 * k, arena, k * plane, 0)
+                for i in range(load_i32(segment + 4), load_i32(segment + 8)):
+                    k = load_i32(rows + 4 * i)
+                    a, e = entries + 8 * load_i32(starts + 4 * i), entries + 8 * load_i32(starts + 4 * i + 4)
+                    first(base, a, e, partials + (k - low) * partial_bytes, bias + 4 * k, arena, 0, 0)
+                for i in range(load_i32(segment + 8), load_i32(segment + 12)):
+                    k = load_i32(rows + 4 * i)
+                    a, e = entries + 8 * load_i32(starts + 4 * i), entries + 8 * load_i32(starts + 4 * i + 4)
+                    middle(base, a, e, partials + (k - low) * partial_bytes, bias, arena, 0, 0)
+                for i in range(load_i32(segment + 12), load_i32(segment + 16)):
+                    k = load_i32(rows + 4 * i)
+                    a, e = entries + 8 * load_i32(starts + 4 * i), entries + 8 * load_i32(starts + 4 * i + 4)
+                    last(base, a, e, partials + (k - low) * partial_bytes, bias, arena, k * plane, 0)
+
+    return entry
+
+
+class CpuPointwise(Kernel):
+    """Sparse matrix times the input in place; see the module's text."""
+
+    name = "cpu_pointwise"
+    device = "cpu"
+    version = 1
+
+    def supports(self, spec: ConvSpec, weight: SparseWeight) -> str | None:
+        if not spec.is_pointwise or spec.is_padded or spec.stride != (1, 1):
+            return "only 1x1 kernels with stride 1 and no padding are read in place"
+        if spec.h * spec.w < 4:
+            return f"an image of {spec.h * spec.w} pixels is narrower than the narrowest vector"
+        if 4 * spec.c * spec.h * spec.w >= 2**31:
+            return "one image exceeds 32-bit offsets"
+        return reason_unsupported(spec, weight)
+
+    def check(self, spec: ConvSpec, weight: SparseWeight, config: Config) -> str | None:
+        fields = {"lanes": (4, 16), "vectors": (1, 28), "block": (1, 1 << 20), "split": (1, 256)}
+        reason = check_fields(config, fields)
+        if reason is not None:
+            return reason
+        lanes, vectors, pixels = int(config["lanes"]), int(config["vectors"]), spec.h * spec.w
+        if lanes not in (4, 8, 16) or lanes > pixels:
+            return f"lanes must be 4, 8 or 16 and at most the image's {pixels} pixels, got {lanes}"
+        if (vectors - 1) * lanes >= pixels:
+            return f"{vectors} vectors exceed the image's {pixels} pixels"
+        if int(config["split"]) > spec.k:
+            return f"split {config['split']} exceeds the {spec.k} output channels"
+        return None
+
+    def space(self, spec: ConvSpec, weight: SparseWeight, threads: int) -> Space:
+        lanes = self._lanes(spec)
+        vectors = _tiles(spec, lanes)[:5]
+        first, second = cpu.cache_bytes()
+        blocks = {balanced_block(spec.c, max(1, size // (4 * lanes * 8))) for size in (first, 2 * first, second // 2)}
+        few = spec.n * spec.h * spec.w / (lanes * most_accumulators()) < 6 * threads
+        return {
+            "lanes": (lanes,),
+            "vectors": tuple(sorted(vectors)),
+            "block": tuple(sorted(blocks | {spec.c})),
+            "split": tuple(p for p in (1, threads) if p <= spec.k) if few and threads > 1 else (1,),
+        }
+
+    def default(self, spec: ConvSpec, weight: SparseWeight, threads: int) -> Config:
+        space = self.space(spec, weight, threads)
+        return {
+            "lanes": self._lanes(spec),
+            "vectors": _tiles(spec, self._lanes(spec))[0],
+            "block": space["block"][-1] if weight.density < 0.12 else space["block"][0],
+            "split": space["split"][-1],
+        }
+
+    def prepare(
+        self,
+        spec: ConvSpec,
+        weight: SparseWeight,
+        config: Config,
+        activation: Activation = "none",
+    ) -> Runner:
+        self.require(spec, weight, config)
+        plane = 4 * spec.h * spec.w
+        packed = pack_rows(weight, plane, np.zeros((1, 1), np.int64), int(config["block"]), int(config["split"]), True)
+        return _Runner(spec, int(config["lanes"]), int(config["vectors"]), packed, activation)
+
+    @staticmethod
+    def _lanes(spec: ConvSpec) -> int:
+        lanes = cpu.vector_lanes()
+        while lanes > spec.h * spec.w:
+            lanes //= 2
+        return lanes
+
+
+def _tiles(spec: ConvSpec, lanes: int) -> list[int]:
+    """Numbers of vectors by falling share of useful work times that of FMAs among the loads."""
+    pixels = spec.h * spec.w
+    choices = [t for t in range(1, most_accumulators() + 1) if (t - 1) * lanes < pixels]
+
+    def score(t: int) -> float:
+        return pixels / (-(-pixels // (t * lanes)) * t * lanes) * t / (t + 1.2)
+
+    return sorted(choices, key=lambda t: (-score(t), t))

@@ -1,0 +1,171 @@
+"""What the CPU kernels share: their packed weight form, limits, and rules of the register tile.
+
+The packed form holds the non-zeros of each output channel, by blocks of input channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from numbasparse.kernels.base import ConfigError
+from numbasparse.runtime import cpu
+from numbasparse.spec import ConvSpec
+from numbasparse.weight import SparseWeight
+
+ONLY, FIRST, MIDDLE, LAST = range(4)
+"""What a block is to a row: its only one, or the first, one between, the last of several."""
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """Rows (output channels) of a sparse weight, cut at blocks of input channels.
+
+    Attributes
+    ----------
+    entries : int64, (nnz,)
+        Byte offset of the input vector in the low half, bits of the float32 value in the high half.
+    rows, starts : int32, (pieces,) and (pieces + 1,)
+        Output channel of each piece of a row, and where its entries begin.
+    segments : int32, (blocks * splits * 4 + 1,)
+        Pieces of block b, split p and role j (`ONLY` ...) are ``segments[(b * splits + p) * 4 + j]`` and on.
+    channels : int32
+        Input channels that have any non-zero; block b covers ``block`` of them.
+    block, blocks, splits
+        Channels of a block, number of blocks, number of ranges that the output channels are cut into.
+    """
+
+    entries: np.ndarray
+    rows: np.ndarray
+    starts: np.ndarray
+    segments: np.ndarray
+    channels: np.ndarray
+    block: int
+    blocks: int
+    splits: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        arrays = (self.entries, self.rows, self.starts, self.segments, self.channels)
+        return sum(a.nbytes for a in arrays)
+
+
+def accumulator_sets(accumulators: int) -> int:
+    """Sets of accumulators used in turn: an FMA takes 4 cycles and two start per cycle, so eight are in flight."""
+    return 1 if accumulators >= 8 else 2 if accumulators >= 4 else 4
+
+
+def reason_unsupported(spec: ConvSpec, weight: SparseWeight) -> str | None:
+    """Limits of 32-bit offsets and tables, shared by the CPU kernels."""
+    if weight.nnz >= 2**31:
+        return f"the weight has {weight.nnz} non-zeros, the limit is 2**31"
+    if 4 * spec.n * max(spec.c * spec.h * spec.w, spec.k * spec.out_h * spec.out_w) >= 2**47:
+        return "input or output exceeds the address space"
+    return None
+
+
+def most_accumulators() -> int:
+    """Vector registers less one for the broadcast value and one to spare."""
+    return cpu.vector_registers() - 2
+
+
+def balanced_block(channels: int, block: int) -> int:
+    """The smallest block that needs no more blocks than ``block`` does."""
+    blocks = -(-channels // min(block, channels))
+    return -(-channels // blocks)
+
+
+def coordinates(weight: SparseWeight) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Output channel, input channel (over all groups), kernel row and kernel column of every non-zero."""
+    per_group, height, width = weight.kernel_shape
+    k = np.repeat(np.arange(weight.k), np.diff(weight.indptr))
+    index = weight.indices.astype(np.int64)
+    group = k // (weight.k // weight.groups)
+    return k, index // (height * width) + group * per_group, index // width % height, index % width
+
+
+def pack_rows(
+    weight: SparseWeight,
+    channel_bytes: int,
+    tap_bytes: np.ndarray,
+    block: int,
+    splits: int,
+    in_place: bool = False,
+) -> PackedRows:
+    """Cut the rows of ``weight`` at blocks of input channels and sort the pieces for the inner loop.
+
+    Parameters
+    ----------
+    channel_bytes
+        Bytes of one packed input channel.
+    tap_bytes : int64, (R, S)
+        Byte offset of each tap within a packed channel.
+    block
+        Input channels of a block, at most; blocks are made equal.
+    splits
+        Ranges of output channels that different threads may take.
+    in_place
+        Channels lie where the caller has them, not packed: offsets count from a block's first used channel.
+
+    Raises
+    ------
+    ConfigError
+        If so many rows are cut that the packed form exceeds 1.3 times its entries and row pointers.
+    """
+    k, c, r, s = coordinates(weight)
+    channels, position = np.unique(c, return_inverse=True)
+    block = balanced_block(max(len(channels), 1), block)
+    blocks = max(1, -(-len(channels) // block))
+    counts = np.zeros((blocks, weight.k), np.int64)
+    np.add.at(counts, (position // block, k), 1)
+    # An empty row still has to write its bias: it counts as a row of the first block with no entries.
+    present = counts > 0
+    present[0] |= ~present.any(axis=0)
+    piece_block, piece_row = np.nonzero(present)
+    role = _roles(present)[piece_block, piece_row]
+    length = counts[piece_block, piece_row]
+    split = piece_row * splits // weight.k
+    # Neighbours of similar length keep the loop's exit branch predictable.
+    order = np.lexsort((piece_row, length, role, split, piece_block))
+    rank = np.empty((blocks, weight.k), np.int64)
+    rank[piece_block[order], piece_row[order]] = np.arange(len(order))
+    place = np.argsort(rank[position // block, k], kind="stable")
+    if in_place:
+        channel = c - channels[position // block * block]
+    else:
+        channel = position % block
+    offsets = (channel * channel_bytes + tap_bytes[r, s])[place]
+    bits = weight.data[place].view(np.uint32).astype(np.uint64)
+    bucket = ((piece_block * splits + split) * 4 + role)[order]
+    packed = PackedRows(
+        entries=(offsets.astype(np.uint64) | bits << np.uint64(32)).view(np.int64),
+        rows=piece_row[order].astype(np.int32),
+        starts=np.concatenate(([0], np.cumsum(length[order]))).astype(np.int32),
+        segments=np.searchsorted(bucket, np.arange(blocks * splits * 4 + 1)).astype(np.int32),
+        channels=channels.astype(np.int32),
+        block=block,
+        blocks=blocks,
+        splits=splits,
+    )
+    most = 1.3 * (8 * weight.nnz + 4 * (weight.k + 1)) + 4096
+    if packed.nbytes > most:
+        raise ConfigError(
+            f"blocks of {block} channels cut the rows into {len(piece_row)} pieces: {packed.nbytes} bytes packed, "
+            f"the limit is {most:.0f}; take larger blocks"
+        )
+    return packed
+
+
+def _roles(present: np.ndarray) -> np.ndarray:
+    """For each (block, row): is this block the row's only, first, middle or last one."""
+    blocks = len(present)
+    first = present.argmax(axis=0)
+    last = blocks - 1 - present[::-1].argmax(axis=0)
+    index = np.arange(blocks)[:, None]
+    role = np.full(present.shape, MIDDLE)
+    role[index == last] = LAST
+    role[index == first] = FIRST
+    role[(index == first) & (index == last)] = ONLY
+    return role

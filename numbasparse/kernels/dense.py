@@ -1,0 +1,79 @@
+"""The vendor's dense convolution (oneDNN through torch): always a candidate, and the fall-back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from numbasparse.kernels.base import Activation, Config, Kernel, Space, TorchRunner, check_fields
+
+if TYPE_CHECKING:
+    import torch
+
+    from numbasparse.spec import ConvSpec
+    from numbasparse.weight import SparseWeight
+
+
+class _Runner(TorchRunner):
+    def __init__(self, spec: ConvSpec, weight: SparseWeight, layout: str, activation: Activation) -> None:
+        import torch
+
+        self._format = torch.channels_last if layout == "nhwc" else torch.contiguous_format
+        dense = torch.from_numpy(weight.to_dense())
+        self._weight = dense.to(memory_format=self._format)
+        self._spec = spec
+        self._activation = activation
+        self.nbytes = dense.numel() * 4
+
+    def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        import torch
+        from torch.nn import functional as F
+
+        spec = self._spec
+        (top, bottom), (left, right) = spec.padding
+        if top != bottom or left != right:
+            x = F.pad(x, (left, right, top, bottom))
+            top = left = 0
+        x = x.contiguous(memory_format=self._format)
+        y = F.conv2d(x, self._weight, bias, spec.stride, (top, left), spec.dilation, spec.groups)
+        if self._activation == "relu":
+            y = torch.relu_(y)
+        elif self._activation == "relu6":
+            y = F.hardtanh_(y, 0.0, 6.0)
+        elif self._activation == "silu":
+            y = F.silu(y, inplace=True)
+        return y.contiguous()
+
+
+class Dense(Kernel):
+    """Dense convolution of torch; ``layout`` is the memory order that it works in (conversion included)."""
+
+    name = "dense"
+    device = "cpu"
+    is_dense = True
+    version = 1
+
+    def supports(self, spec: ConvSpec, weight: SparseWeight) -> str | None:
+        try:
+            import torch  # noqa: F401
+        except ImportError:
+            return "torch is not installed (pip install 'numbasparse[torch]')"
+        return None
+
+    def space(self, spec: ConvSpec, weight: SparseWeight, threads: int) -> Space:
+        return {"layout": ("nchw", "nhwc")}
+
+    def check(self, spec: ConvSpec, weight: SparseWeight, config: Config) -> str | None:
+        return check_fields(config, {"layout": ("nchw", "nhwc")})
+
+    def default(self, spec: ConvSpec, weight: SparseWeight, threads: int) -> Config:
+        return {"layout": "nchw"}
+
+    def prepare(
+        self,
+        spec: ConvSpec,
+        weight: SparseWeight,
+        config: Config,
+        activation: Activation = "none",
+    ) -> TorchRunner:
+        self.require(spec, weight, config)
+        return _Runner(spec, weight, str(config["layout"]), activation)

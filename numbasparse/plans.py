@@ -1,0 +1,307 @@
+"""Plans: a kernel, its config, its packed weight and its compiled code for one spec, ready to be called."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, cast, get_args
+
+import numpy as np
+
+from numbasparse.kernels import KERNELS, Activation, Config, ConfigError, TorchRunner, kernel, kernels_for
+from numbasparse.runtime import cpu
+from numbasparse.spec import DTYPES, ConvSpec
+from numbasparse.weight import SparseWeight
+
+if TYPE_CHECKING:
+    import torch
+
+DENSE_ABOVE = 0.4
+"""Density from which an untuned layer is run dense, where torch is there to run it (the stated default)."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A kernel and its config: what a tuner chooses and a plan runs."""
+
+    kernel: str
+    config: Config = field(default_factory=dict)
+
+
+class Chooser(Protocol):
+    """Whatever can choose for a problem, for example a tuned file."""
+
+    def choice(self, spec: ConvSpec, weight: SparseWeight, name: str | None = None) -> Choice | None:
+        """The choice for a problem, or None where nothing is known of it."""
+
+
+ConfigLike = Choice | Mapping[str, Any] | str | Chooser | None
+"""A `Choice`, ``{"kernel": name, "config": {...}}``, a kernel's name, a `Chooser`, or None for the default."""
+
+
+def default_choice(spec: ConvSpec, weight: SparseWeight, threads: int, device: str = "cpu") -> Choice:
+    """The stated default for a problem that nobody tuned.
+
+    Dense where more than `DENSE_ABOVE` of the weights are non-zero and torch is installed; else the first
+    sparse kernel of the table that runs the problem, with its default config.
+    """
+    usable = [k for k in kernels_for(device) if k.supports(spec, weight) is None]
+    dense = [k for k in usable if k.is_dense]
+    sparse = [k for k in usable if not k.is_dense]
+    ordered = dense + sparse if weight.density > DENSE_ABOVE else sparse + dense
+    if not ordered:
+        raise ConfigError(f"no kernel for device {device!r} runs {spec.key}")
+    return Choice(ordered[0].name, ordered[0].default(spec, weight, threads))
+
+
+def resolve(config: ConfigLike, spec: ConvSpec, weight: SparseWeight, threads: int, device: str = "cpu") -> Choice:
+    """Turn anything that names a choice into a `Choice`.
+
+    Raises
+    ------
+    ValueError
+        If a kernel or a parameter is unknown.
+    TypeError
+        If ``config`` is none of `ConfigLike`.
+    """
+    if config is None:
+        return default_choice(spec, weight, threads, device)
+    if isinstance(config, Choice):
+        return config
+    if isinstance(config, str):
+        return Choice(config, kernel(config).default(spec, weight, threads))
+    if isinstance(config, Mapping):
+        if "kernel" not in config or set(config) - {"kernel", "config"}:
+            raise ValueError(f"expected a config like {{'kernel': name, 'config': {{...}}}}, got keys {sorted(config)}")
+        chosen = kernel(config["kernel"])
+        parameters = config.get("config") or chosen.default(spec, weight, threads)
+        return Choice(chosen.name, dict(parameters))
+    if hasattr(config, "choice"):
+        found = config.choice(spec, weight)
+        return found if found is not None else default_choice(spec, weight, threads, device)
+    raise TypeError(
+        "config must be None, a kernel's name, a Choice, a mapping with 'kernel' and 'config', or a tuned model; "
+        f"got {type(config).__name__}"
+    )
+
+
+def is_tensor(x: object) -> bool:
+    """Whether ``x`` is a torch tensor, without importing torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, torch.Tensor)
+
+
+def check_activation(activation: str | None) -> Activation:
+    """The activation's name; None is "none"."""
+    name = "none" if activation is None else activation
+    if name not in get_args(Activation):
+        raise ValueError(f"activation must be None, 'relu', 'relu6' or 'silu', got {activation!r}")
+    return cast(Activation, name)
+
+
+class Plan:
+    """One convolution, packed and compiled: call it with an input of the spec's shape.
+
+    Made by `plan`.  Safe to call from several threads at once.
+
+    Attributes
+    ----------
+    spec, choice, activation, threads
+        What it runs; ``threads`` is how many at most.
+    nbytes
+        Bytes of the packed weight.
+    workspace
+        Scratch bytes of each thread, shared by all plans of the process.
+    """
+
+    def __init__(
+        self, spec: ConvSpec, weight: SparseWeight, choice: Choice, activation: Activation, threads: int
+    ) -> None:
+        self.spec = spec
+        self.choice = choice
+        self.activation = activation
+        self.threads = threads
+        self._runner = kernel(choice.kernel).prepare(spec, weight, choice.config, activation)
+        self._zero_bias = np.zeros(spec.k, np.float32)
+        self._x_shape, self._out_shape = spec.x_shape, spec.out_shape
+
+    def __repr__(self) -> str:
+        return f"Plan({self.spec.key}, {self.choice.kernel}, {self.choice.config}, threads={self.threads})"
+
+    @property
+    def nbytes(self) -> int:
+        return self._runner.nbytes
+
+    @property
+    def workspace(self) -> int:
+        return self._runner.workspace
+
+    def __call__(self, x: Any, bias: Any = None, out: Any = None) -> Any:
+        """Run the convolution.
+
+        Parameters
+        ----------
+        x : array or torch CPU tensor, (N, C, H, W)
+            float32; float64, float16 and bfloat16 are computed in float32 and rounded back.
+        bias : array or tensor, (K,), optional
+        out : like ``x``, (N, K, OH, OW), optional
+            C-contiguous; must not share memory with ``x``.
+
+        Returns
+        -------
+        array or tensor, (N, K, OH, OW)
+            Of the kind and dtype of ``x``; ``out`` where given.
+        """
+        if is_tensor(x):
+            return self._call_torch(x, bias, out)
+        if not isinstance(x, np.ndarray):
+            raise TypeError(f"x must be a NumPy array or a torch CPU tensor, got {type(x).__name__}")
+        return self._call_numpy(x, bias, out)
+
+    def _call_numpy(self, x: np.ndarray, bias: Any, out: np.ndarray | None) -> np.ndarray:
+        if x.shape != self._x_shape:
+            self.spec.check_x_shape(x.shape)
+        dtype = x.dtype
+        if dtype != np.float32:
+            _check_float(dtype.name)
+        a = np.ascontiguousarray(x, np.float32)
+        b = self._zero_bias if bias is None else self._numpy_bias(bias)
+        if isinstance(self._runner, TorchRunner):
+            return self._dense_numpy(a, b, dtype, out)
+        if out is not None:
+            self._check_out(out, dtype, isinstance(out, np.ndarray) and out.flags.c_contiguous)
+            if np.may_share_memory(out, x):
+                raise ValueError("out shares memory with x: give a separate array")
+        y = out if out is not None and dtype == np.float32 else np.empty(self._out_shape, np.float32)
+        self._runner.run(_address(a), _address(y), _address(b), self.threads)
+        if out is not None:
+            if y is not out:
+                out[...] = y
+            return out
+        return y if dtype == np.float32 else y.astype(dtype)
+
+    def _numpy_bias(self, bias: Any) -> np.ndarray:
+        if is_tensor(bias):
+            bias = bias.detach().float().numpy()
+        b = np.ascontiguousarray(bias, np.float32)
+        if b.shape != (self.spec.k,):
+            self.spec.check_bias_shape(b.shape)
+        return b
+
+    def _check_out(self, out: Any, dtype: Any, contiguous: bool) -> None:
+        self.spec.check_out_shape(tuple(out.shape))
+        if out.dtype != dtype or not contiguous:
+            raise ValueError(f"out must be C-contiguous {dtype} like x, got {out.dtype}, contiguous: {contiguous}")
+
+    def _dense_numpy(self, x: np.ndarray, bias: np.ndarray, dtype: Any, out: np.ndarray | None) -> np.ndarray:
+        import torch
+
+        # torch takes no read-only arrays without a warning; the operation only reads.
+        if not x.flags.writeable:
+            x = x.copy()
+        with torch.inference_mode():
+            runner = cast(TorchRunner, self._runner)
+            y = runner.apply(torch.from_numpy(x), torch.from_numpy(bias)).numpy()
+        if out is None:
+            return y if dtype == np.float32 else y.astype(dtype)
+        self._check_out(out, dtype, isinstance(out, np.ndarray) and out.flags.c_contiguous)
+        out[...] = y
+        return out
+
+    def _call_torch(self, x: torch.Tensor, bias: Any, out: torch.Tensor | None) -> torch.Tensor:
+        import torch
+
+        if tuple(x.shape) != self._x_shape:
+            self.spec.check_x_shape(tuple(x.shape))
+        if x.device.type != "cpu":
+            raise ValueError(f"x is on device {x.device}, this plan runs on the CPU: call x.cpu()")
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError("a plan has no gradient: call it under torch.inference_mode() or torch.no_grad()")
+        dtype = x.dtype
+        if dtype != torch.float32:
+            _check_float(str(dtype).removeprefix("torch."))
+        a = x.detach().to(torch.float32).contiguous()
+        if out is not None:
+            self._check_out(out, dtype, out.is_contiguous())
+            if out.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+                raise ValueError("out shares memory with x: give a separate tensor")
+        if isinstance(self._runner, TorchRunner):
+            with torch.inference_mode(torch.is_inference_mode_enabled()), torch.no_grad():
+                y = self._runner.apply(a, None if bias is None else self._torch_bias(bias))
+        else:
+            y = out if out is not None and dtype == torch.float32 else torch.empty(self._out_shape)
+            b = None if bias is None else self._torch_bias(bias)
+            address = _address(self._zero_bias) if b is None else b.data_ptr()
+            self._runner.run(a.data_ptr(), y.data_ptr(), address, self.threads)
+        if out is not None:
+            return out if y is out else out.copy_(y)
+        return y.to(dtype)
+
+    def _torch_bias(self, bias: Any) -> torch.Tensor:
+        import torch
+
+        b = bias if is_tensor(bias) else torch.from_numpy(np.array(bias, np.float32))
+        b = b.detach().to(torch.float32).contiguous()
+        if tuple(b.shape) != (self.spec.k,):
+            self.spec.check_bias_shape(tuple(b.shape))
+        return b
+
+
+def _address(array: np.ndarray) -> int:
+    return array.__array_interface__["data"][0]
+
+
+def _check_float(name: str) -> None:
+    if name not in DTYPES:
+        raise TypeError(f"expected x of dtype {', '.join(DTYPES)}, got {name}: convert it first")
+
+
+def plan(
+    spec: ConvSpec,
+    weight: SparseWeight,
+    *,
+    device: str = "cpu",
+    config: ConfigLike = None,
+    activation: str | None = None,
+    threads: int | None = None,
+) -> Plan:
+    """Pack ``weight`` and compile a kernel for ``spec``.
+
+    Parameters
+    ----------
+    spec
+        The problem; its weight shape must be the weight's.
+    device
+        Kind of device: ``"cpu"``.
+    config
+        Which kernel and config (see `ConfigLike`); None takes `default_choice`.
+    activation
+        None, ``"relu"``, ``"relu6"`` or ``"silu"``, applied to the output.
+    threads
+        How many threads at most; None takes `numbasparse.runtime.cpu.get_num_threads`.
+
+    Raises
+    ------
+    ValueError
+        For shapes that do not match, an unknown device, kernel, parameter or activation.
+    """
+    if device != "cpu":
+        raise ValueError(f"device must be 'cpu', got {device!r}")
+    spec.check_weight_shape(weight.shape)
+    if weight.groups != spec.groups:
+        raise ValueError(f"weight has groups={weight.groups}, the spec has groups={spec.groups}")
+    count = cpu.get_num_threads() if threads is None else _check_threads(threads)
+    choice = resolve(config, spec, weight, count, device)
+    if choice.kernel not in KERNELS:
+        kernel(choice.kernel)
+    return Plan(spec, weight, choice, check_activation(activation), count)
+
+
+def _check_threads(threads: int) -> int:
+    if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= cpu.MAX_THREADS:
+        raise ValueError(f"threads must be from 1 to {cpu.MAX_THREADS}, got {threads!r}")
+    return threads
+
+
+__all__ = ["Choice", "Chooser", "Plan", "default_choice", "plan", "resolve"]

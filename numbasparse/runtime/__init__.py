@@ -1,0 +1,1 @@
+"""Devices: what the processor offers and how work reaches its threads."""

@@ -1,0 +1,649 @@
+"""The canonical form of a convolution's sparse weight, and its files.
+
+Files are safetensors. Layer number i of :func:`save_weights` has the tensors ``i.data`` (float32, nnz),
+``i.indices`` (int32, nnz) and ``i.indptr`` (int32, K + 1); a file of :meth:`SparseWeight.save` has them without
+the number. The metadata has one entry, ``numbasparse``, whose value is JSON: ``format``, ``version`` and
+``layers``, a list of ``{name, kernel_shape, groups, fingerprint}``. One entry and not several, because the
+safetensors package writes entries in a random order and equal weights should give equal files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import safetensors
+import safetensors.numpy
+from numpy.typing import NDArray
+from scipy import sparse
+
+from numbasparse.spec import (
+    KernelShape,
+    Shape4,
+    as_int,
+    as_kernel_shape,
+    as_weight_shape,
+    check_groups,
+    check_matrix_shape,
+)
+
+_ONE = "numbasparse.SparseWeight"
+_MANY = "numbasparse.SparseWeights"
+_READERS = {_ONE: "SparseWeight.load", _MANY: "load_weights"}
+_VERSION = "1"
+_METADATA = "numbasparse"
+_INT32_MAX = np.iinfo(np.int32).max
+
+
+class SparseWeight:
+    """An immutable sparse weight: a CSR matrix of shape (K, C/groups*R*S) that knows its kernel's shape.
+
+    Column ``(c*R + r)*S + s`` holds the weight of input channel c of the group at kernel position (r, s). The
+    matrix is canonical: columns rise strictly within a row and no stored value is zero. Equal weights therefore
+    have equal arrays. Make one with :meth:`from_dense` or :meth:`from_scipy`; the constructor takes arrays that
+    are canonical already, copies them, and checks everything.
+
+    Parameters
+    ----------
+    data : ndarray, float32, shape (nnz,)
+        Finite and not zero.
+    indices : ndarray, int32, shape (nnz,)
+        Column of each value.
+    indptr : ndarray, int32, shape (K + 1,)
+        Row k is ``data[indptr[k]:indptr[k + 1]]``.
+    kernel_shape : (int, int, int)
+        (C/groups, R, S): channels of ONE group, kernel height and width.
+    groups : int
+        Groups of the convolution; divides K.
+
+    Raises
+    ------
+    TypeError
+        If an array is no ndarray or has another dtype, or a size is no int.
+    ValueError
+        If the arrays are not a canonical matrix of that shape.
+    """
+
+    __slots__ = ("__weakref__", "_data", "_fingerprint", "_groups", "_indices", "_indptr", "_kernel_shape")
+
+    _data: NDArray[np.float32]
+    _indices: NDArray[np.int32]
+    _indptr: NDArray[np.int32]
+    _kernel_shape: KernelShape
+    _groups: int
+    _fingerprint: str | None
+
+    def __init__(
+        self,
+        data: NDArray[np.float32],
+        indices: NDArray[np.int32],
+        indptr: NDArray[np.int32],
+        kernel_shape: Sequence[int],
+        groups: int = 1,
+    ) -> None:
+        self._data = _frozen_copy(data, np.float32, "data")
+        self._indices = _frozen_copy(indices, np.int32, "indices")
+        self._indptr = _frozen_copy(indptr, np.int32, "indptr")
+        self._kernel_shape = as_kernel_shape(kernel_shape)
+        self._groups = as_int(groups, "groups", least=1)
+        self._fingerprint = None
+        k, width = len(indptr) - 1, _width(self._kernel_shape)
+        check_matrix_shape((k, width), self._kernel_shape)
+        check_groups(self._groups, k)
+        _check_compressed(self._indptr, self._indices, len(data), k, width)
+        _check_canonical(self._data, self._indices, self._indptr, width)
+
+    @classmethod
+    def from_dense(cls, weight: Any, groups: int = 1) -> SparseWeight:
+        """Keep the nonzeros of a dense weight.
+
+        Parameters
+        ----------
+        weight : ndarray or torch.Tensor, shape (K, C/groups, R, S) or (K, C/groups, S)
+            NumPy float16, float32 or float64, or a tensor of any floating type on any device. Three dimensions
+            are a 1-D convolution and get R = 1. Values are rounded to float32.
+        groups : int
+
+        Returns
+        -------
+        SparseWeight
+
+        Raises
+        ------
+        TypeError
+            If `weight` is neither, or holds no floating-point numbers.
+        ValueError
+            If the shape has the wrong number of sizes, a value is NaN, infinite or beyond float32, or `groups`
+            does not divide K.
+        """
+        array = _tensor_to_numpy(weight) if _is_tensor(weight) else weight
+        if not isinstance(array, np.ndarray):
+            raise TypeError(f"weight must be a NumPy array or a torch tensor, got {type(weight).__name__}")
+        values = _as_floats(array)
+        k, *kernel_shape = as_weight_shape(values.shape)
+        _check_finite(values)
+        return cls._from_csr(sparse.csr_array(values.reshape(k, -1)), as_kernel_shape(kernel_shape), groups)
+
+    @classmethod
+    def from_scipy(cls, matrix: Any, kernel_shape: Sequence[int], groups: int = 1) -> SparseWeight:
+        """Take a SciPy sparse matrix or array of any format; the caller's is copied and left as it is.
+
+        Duplicates are summed, columns sorted and stored zeros dropped.
+
+        Parameters
+        ----------
+        matrix : scipy.sparse array or matrix, shape (K, C/groups*R*S)
+            float32 or float64; values are rounded to float32.
+        kernel_shape : (int, int, int)
+            (C/groups, R, S): the channels are those of ONE group, as in torch's weight of shape
+            (K, C/groups, R, S), not those of the input.
+        groups : int
+
+        Returns
+        -------
+        SparseWeight
+
+        Raises
+        ------
+        TypeError
+            If `matrix` is not sparse or holds no floating-point numbers.
+        ValueError
+            If the matrix is malformed (an index out of range, a falling or too long indptr, arrays of different
+            lengths), its shape does not fit `kernel_shape` and `groups`, or a value is NaN, infinite or beyond
+            float32.
+        """
+        if not sparse.issparse(matrix):
+            raise TypeError(f"expected a scipy.sparse matrix or array, got {type(matrix).__name__}")
+        checked_shape = as_kernel_shape(kernel_shape)
+        check_matrix_shape(matrix.shape, checked_shape)
+        return cls._from_csr(_checked_csr(matrix), checked_shape, groups)
+
+    @classmethod
+    def _from_csr(cls, matrix: Any, kernel_shape: KernelShape, groups: int) -> SparseWeight:
+        """Make canonical a well-formed csr_array that is ours to change."""
+        _check_int32(matrix.nnz, matrix.shape)
+        matrix.sum_duplicates()
+        data = _as_float32(matrix.data)
+        indices = matrix.indices.astype(np.int32, copy=False)
+        indptr = matrix.indptr.astype(np.int32, copy=False)
+        rounded = sparse.csr_array((data, indices, indptr), shape=matrix.shape)
+        rounded.eliminate_zeros()
+        return cls(rounded.data, rounded.indices, rounded.indptr, kernel_shape, groups)
+
+    @property
+    def data(self) -> NDArray[np.float32]:
+        """Values, float32, shape (nnz,), read-only."""
+        return self._data
+
+    @property
+    def indices(self) -> NDArray[np.int32]:
+        """Column of each value, int32, shape (nnz,), read-only."""
+        return self._indices
+
+    @property
+    def indptr(self) -> NDArray[np.int32]:
+        """Where each row starts, int32, shape (K + 1,), read-only."""
+        return self._indptr
+
+    @property
+    def kernel_shape(self) -> KernelShape:
+        """(C/groups, R, S)."""
+        return self._kernel_shape
+
+    @property
+    def groups(self) -> int:
+        """Groups of the convolution."""
+        return self._groups
+
+    @property
+    def k(self) -> int:
+        """Output channels."""
+        return len(self._indptr) - 1
+
+    @property
+    def shape(self) -> Shape4:
+        """Shape of the dense weight: (K, C/groups, R, S)."""
+        return self.k, *self._kernel_shape
+
+    @property
+    def nnz(self) -> int:
+        """Number of nonzeros."""
+        return len(self._data)
+
+    @property
+    def density(self) -> float:
+        """Fraction of the weights that are not zero."""
+        return self.nnz / (self.k * _width(self._kernel_shape))
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the weights that are zero."""
+        return 1.0 - self.density
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of values, indices and indptr together."""
+        return self._data.nbytes + self._indices.nbytes + self._indptr.nbytes
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of shape, groups and arrays: the same for equal weights, on every machine."""
+        if self._fingerprint is None:
+            digest = blake2b(json.dumps([self.shape, self._groups]).encode(), digest_size=16)
+            for array, dtype in ((self._indptr, "<i4"), (self._indices, "<i4"), (self._data, "<f4")):
+                digest.update(array.astype(dtype, copy=False).tobytes())
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
+
+    def to_scipy(self) -> sparse.csr_array:
+        """Return a writable copy as a csr_array, float32, shape (K, C/groups*R*S)."""
+        arrays = (self._data, self._indices, self._indptr)
+        return sparse.csr_array(arrays, shape=(self.k, _width(self._kernel_shape)), copy=True)
+
+    def to_dense(self) -> NDArray[np.float32]:
+        """Return a new dense array, float32, shape (K, C/groups, R, S)."""
+        flat = np.zeros((self.k, _width(self._kernel_shape)), np.float32)
+        flat[_rows(self._indptr), self._indices] = self._data
+        return flat.reshape(self.shape)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file; an older file at `path` is replaced only by a complete one.
+
+        Raises
+        ------
+        OSError
+            If the file cannot be written.
+        """
+        _write(path, _ONE, {"": self})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SparseWeight:
+        """Read a file of :meth:`save`, checking everything before use.
+
+        Raises
+        ------
+        OSError
+            If the file cannot be read; FileNotFoundError if there is none.
+        ValueError
+            If it is truncated, corrupt, or not such a file; the text names the file.
+        """
+        return _read(path, _ONE)[""]
+
+    def __repr__(self) -> str:
+        groups = "" if self._groups == 1 else f", groups={self._groups}"
+        return f"SparseWeight(shape={self.shape}{groups}, nnz={self.nnz}, sparsity={self.sparsity:.2%})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SparseWeight):
+            return NotImplemented
+        if self is other:  # a plan is looked up at every call: a dictionary of weak references compares by ==
+            return True
+        return (
+            self.shape == other.shape
+            and self._groups == other._groups
+            and np.array_equal(self._indptr, other._indptr)
+            and np.array_equal(self._indices, other._indices)
+            and np.array_equal(self._data, other._data)
+        )
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle and copy through the constructor, so that the arrays of the result are read-only too."""
+        return SparseWeight, (self._data, self._indices, self._indptr, self._kernel_shape, self._groups)
+
+
+def save_weights(path: str | os.PathLike[str], weights: Mapping[str, SparseWeight]) -> None:
+    """Write the weights of many layers into one safetensors file, replaced only by a complete one.
+
+    Parameters
+    ----------
+    path : str or path
+    weights : mapping of str to SparseWeight
+        Any strings; their order is kept.
+
+    Raises
+    ------
+    TypeError
+        If a name is no string or a value no SparseWeight.
+    OSError
+        If the file cannot be written.
+    """
+    for name, weight in weights.items():
+        if not isinstance(name, str) or not isinstance(weight, SparseWeight):
+            raise TypeError(f"weights must map layer names to SparseWeight, got {name!r}: {type(weight).__name__}")
+    _write(path, _MANY, weights)
+
+
+def load_weights(path: str | os.PathLike[str]) -> dict[str, SparseWeight]:
+    """Read a file of :func:`save_weights`; errors as for :meth:`SparseWeight.load`."""
+    return _read(path, _MANY)
+
+
+# ---- arrays -------------------------------------------------------------------------------------------------
+
+
+def _width(kernel_shape: KernelShape) -> int:
+    c_per_group, r, s = kernel_shape
+    return c_per_group * r * s
+
+
+def _rows(indptr: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Return the row of each stored value."""
+    return np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
+
+
+def _frozen_copy(array: Any, dtype: type[np.generic], what: str) -> NDArray[Any]:
+    if not isinstance(array, np.ndarray) or array.dtype != dtype:
+        came = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
+        raise TypeError(f"{what} must be an ndarray of {np.dtype(dtype)}, got {came}")
+    if array.ndim != 1:
+        raise ValueError(f"{what} must have one dimension, got shape {array.shape}")
+    copy = np.array(array, dtype)
+    copy.flags.writeable = False
+    return copy
+
+
+def _is_tensor(value: object) -> bool:
+    """Recognise a torch tensor, or a subclass such as Parameter, without importing torch."""
+    return any(
+        kind.__name__ == "Tensor" and kind.__module__.partition(".")[0] == "torch" for kind in type(value).__mro__
+    )
+
+
+def _tensor_to_numpy(tensor: Any) -> NDArray[np.floating]:
+    if not tensor.is_floating_point():
+        raise TypeError(f"weight must be floating-point, got a tensor of {tensor.dtype}")
+    if tensor.is_meta:
+        raise ValueError("weight is a tensor on the 'meta' device, which has a shape but no values")
+    tensor = tensor.detach().cpu().to_dense()
+    if str(tensor.dtype) != "torch.float64":
+        tensor = tensor.float()  # NumPy has no bfloat16 or float8
+    return tensor.resolve_neg().numpy()
+
+
+def _as_floats(array: Any) -> NDArray[np.float32] | NDArray[np.float64]:
+    """Return float64 as it is and float16 as float32, in which SciPy can add; refuse every other type."""
+    if array.dtype.kind != "f" or array.dtype.itemsize not in (2, 4, 8):
+        raise TypeError(
+            f"weight must be float16, float32 or float64, got {array.dtype}; convert it with .astype(np.float32)"
+        )
+    return array.astype(np.float64 if array.dtype.itemsize == 8 else np.float32, copy=False)
+
+
+def _as_float32(values: NDArray[np.floating]) -> NDArray[np.float32]:
+    """Round to float32; finite values that it cannot hold, or whose sum was infinite, are refused."""
+    with np.errstate(over="ignore"):
+        rounded = values.astype(np.float32, copy=False)
+    too_large = int(np.count_nonzero(~np.isfinite(rounded)))
+    if too_large:
+        raise ValueError(f"weight has {too_large} values beyond the range of float32; rescale the weight")
+    return rounded
+
+
+def _check_finite(values: NDArray[np.floating]) -> None:
+    bad = ~np.isfinite(values)
+    count = int(np.count_nonzero(bad))
+    if count:
+        first = tuple(int(i) for i in np.unravel_index(int(np.argmax(bad)), bad.shape))
+        place = first[0] if len(first) == 1 else first
+        raise ValueError(
+            f"weight has {count} NaN or infinite values of {bad.size}, the first at position {place}; "
+            f"every weight must be finite"
+        )
+
+
+def _check_int32(nnz: int, shape: Iterable[int]) -> None:
+    """Refuse what int32 indices cannot address."""
+    if max(nnz, *shape) > _INT32_MAX:
+        raise ValueError(
+            f"weight matrix of shape {tuple(shape)} with {nnz} stored values is too large for int32 indices"
+        )
+
+
+def _check_compressed(
+    indptr: NDArray[np.integer], indices: NDArray[np.integer], values: int, major: int, minor: int
+) -> None:
+    """Check the index arrays of a CSR matrix (or CSC, with rows and columns exchanged) before any use.
+
+    `values` is the number of stored values, `major` the number of rows, `minor` that of columns.
+    """
+    if len(indptr) != major + 1:
+        raise ValueError(f"indptr must have {major + 1} entries, got {len(indptr)}")
+    if len(indices) != values:
+        raise ValueError(f"data and indices must have the same length, got {values} and {len(indices)}")
+    if indptr[0] != 0:
+        raise ValueError(f"indptr must start with 0, got {indptr[0]}")
+    if np.any(indptr[1:] < indptr[:-1]):
+        raise ValueError("indptr must not fall from one entry to the next")
+    if indptr[-1] > values:
+        raise ValueError(f"indptr ends with {indptr[-1]}, but only {values} values are stored")
+    _check_range(indices[: int(indptr[-1])], minor, "indices")
+
+
+def _check_range(indices: NDArray[np.integer], size: int, what: str) -> None:
+    if len(indices) and (indices.min() < 0 or indices.max() >= size):
+        raise ValueError(f"{what} must lie between 0 and {size - 1}, got {indices.min()} to {indices.max()}")
+
+
+def _check_canonical(
+    data: NDArray[np.float32], indices: NDArray[np.int32], indptr: NDArray[np.int32], width: int
+) -> None:
+    """Check what a canonical matrix has beyond a well-formed one."""
+    _check_int32(len(data), (len(indptr) - 1, width))
+    if indptr[-1] != len(data):
+        raise ValueError(f"indptr ends with {indptr[-1]}, but {len(data)} values are stored")
+    places = _rows(indptr) * width + indices
+    if np.any(places[1:] <= places[:-1]):
+        raise ValueError("columns must rise strictly within each row; use SparseWeight.from_scipy to sort them")
+    _check_finite(data)
+    zeros = len(data) - int(np.count_nonzero(data))
+    if zeros:
+        raise ValueError(f"{zeros} stored values are zero; use SparseWeight.from_scipy to drop them")
+
+
+# ---- SciPy matrices -----------------------------------------------------------------------------------------
+
+
+def _checked_csr(matrix: Any) -> Any:
+    """Return a new csr_array of a matrix of any format, whose arrays are not trusted.
+
+    New, because the flags of the caller's matrix (sorted, no duplicates) may be wrong, and because SciPy's
+    methods change the matrix they are called on.
+    """
+    if matrix.format in ("csr", "csc"):
+        return _checked_compressed(matrix)
+    if matrix.format != "coo":
+        try:
+            _check_lil(matrix)
+            matrix = matrix.copy().tocoo()
+        except Exception as error:  # whatever SciPy stumbles over, it is the matrix that is malformed
+            raise ValueError(f"malformed {matrix.format} matrix: {error}") from error
+    return _checked_coo(matrix)
+
+
+def _check_lil(matrix: Any) -> None:
+    """Refuse a lil matrix with more columns than values in a row: SciPy would fill up with stray memory."""
+    if matrix.format == "lil":
+        for number, (row, values) in enumerate(zip(matrix.rows, matrix.data, strict=True)):
+            if len(row) != len(values):
+                raise ValueError(f"row {number} has {len(row)} columns but {len(values)} values")
+
+
+def _checked_compressed(matrix: Any) -> Any:
+    """Return a new csr_array of a csr or csc matrix."""
+    values = _one_dimension(matrix.data, "data")
+    indices = _index_array(matrix.indices, "indices")
+    indptr = _index_array(matrix.indptr, "indptr")
+    major, minor = matrix.shape if matrix.format == "csr" else reversed(matrix.shape)
+    try:
+        _check_compressed(indptr, indices, len(values), major, minor)
+    except ValueError as error:
+        raise ValueError(f"malformed {matrix.format} matrix: {error}") from None
+    used = int(indptr[-1])
+    floats = _as_floats(values[:used])
+    _check_finite(floats)
+    kind = sparse.csr_array if matrix.format == "csr" else sparse.csc_array
+    return kind((floats, indices[:used], indptr), shape=matrix.shape, copy=True).tocsr()
+
+
+def _checked_coo(matrix: Any) -> Any:
+    """Return a new csr_array of a coo matrix."""
+    values = _one_dimension(matrix.data, "data")
+    coords = [_index_array(coord, "coords") for coord in matrix.coords]
+    if len(coords) != 2 or any(len(coord) != len(values) for coord in coords):
+        lengths = [len(coord) for coord in coords]
+        raise ValueError(f"malformed coo matrix: {len(values)} values but coordinates of lengths {lengths}")
+    try:
+        _check_range(coords[0], matrix.shape[0], "rows")
+        _check_range(coords[1], matrix.shape[1], "columns")
+    except ValueError as error:
+        raise ValueError(f"malformed coo matrix: {error}") from None
+    floats = _as_floats(values)
+    _check_finite(floats)
+    return sparse.coo_array((floats, tuple(coords)), shape=matrix.shape).tocsr()
+
+
+def _one_dimension(array: Any, what: str) -> NDArray[Any]:
+    array = np.asarray(array)
+    if array.ndim != 1:
+        raise ValueError(f"{what} of a sparse matrix must have one dimension, got shape {array.shape}")
+    return array
+
+
+def _index_array(array: Any, what: str) -> NDArray[np.integer]:
+    array = _one_dimension(array, what)
+    if array.dtype.kind not in "iu":
+        raise ValueError(f"{what} of a sparse matrix must be integers, got {array.dtype}")
+    return array
+
+
+# ---- files --------------------------------------------------------------------------------------------------
+
+
+class _Layer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    name: str
+    kernel_shape: tuple[int, int, int]
+    groups: int
+    fingerprint: str
+
+
+class _Header(msgspec.Struct, frozen=True):
+    """`layers` is looked at only when format and version are right."""
+
+    format: str
+    version: str
+    layers: list[Any]
+
+
+def _prefix(file_format: str, number: int) -> str:
+    """Return what precedes "data", "indices" and "indptr" in the tensor names of a layer."""
+    return "" if file_format == _ONE else f"{number}."
+
+
+def _write(path: str | os.PathLike[str], file_format: str, weights: Mapping[str, SparseWeight]) -> None:
+    tensors: dict[str, NDArray[Any]] = {}
+    layers: list[dict[str, Any]] = []
+    for number, (name, weight) in enumerate(weights.items()):
+        prefix = _prefix(file_format, number)
+        tensors[prefix + "data"] = weight.data
+        tensors[prefix + "indices"] = weight.indices
+        tensors[prefix + "indptr"] = weight.indptr
+        layer = _Layer(name, weight.kernel_shape, weight.groups, weight.fingerprint)
+        layers.append(msgspec.structs.asdict(layer))
+    header = json.dumps({"format": file_format, "version": _VERSION, "layers": layers})
+    _replace(Path(path), safetensors.numpy.save(tensors, metadata={_METADATA: header}))
+
+
+def _replace(path: Path, blob: bytes) -> None:
+    """Write beside `path` and then rename, so that nobody ever sees half a file."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.write_bytes(blob)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def _read(path: str | os.PathLike[str], file_format: str) -> dict[str, SparseWeight]:
+    blob = Path(path).read_bytes()
+    try:
+        return _parse(blob, file_format)
+    except ValueError as error:
+        raise ValueError(f"cannot read {os.fspath(path)!r} as a {file_format} file: {error}") from error
+
+
+def _parse(blob: bytes, file_format: str) -> dict[str, SparseWeight]:
+    try:
+        tensors = dict(safetensors.deserialize(blob))
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"no safetensors file, or a truncated or corrupt one ({error})") from error
+    layers = _parse_layers(blob, file_format)
+    weights: dict[str, SparseWeight] = {}
+    for number, layer in enumerate(layers):
+        if layer.name in weights:
+            raise ValueError(f"layer {layer.name!r} occurs twice")
+        try:
+            weights[layer.name] = _parse_weight(tensors, _prefix(file_format, number), layer)
+        except ValueError as error:
+            raise ValueError(f"{error} (layer {layer.name!r})" if layer.name else str(error)) from None
+    if tensors:
+        raise ValueError(f"it has tensors that no layer uses: {', '.join(sorted(tensors))}")
+    return weights
+
+
+def _parse_layers(blob: bytes, file_format: str) -> list[_Layer]:
+    """Return the layers named in the metadata of a blob that safetensors has found well-formed."""
+    end = 8 + int.from_bytes(blob[:8], "little")
+    text = (json.loads(blob[8:end]).get("__metadata__") or {}).get(_METADATA)
+    if text is None:
+        raise ValueError(f"it has no {_METADATA!r} metadata; it was written by another program")
+    try:
+        header = msgspec.convert(json.loads(text), _Header)
+    except RecursionError:
+        raise ValueError("its metadata is nested too deeply") from None
+    if header.format != file_format:
+        reader = _READERS.get(header.format)
+        advice = f"; use {reader}" if reader else ""
+        raise ValueError(f"its format is {header.format!r}{advice}")
+    if header.version != _VERSION:
+        raise ValueError(f"its version is {header.version!r}, but this package reads only {_VERSION!r}")
+    layers = msgspec.convert(header.layers, list[_Layer])
+    if file_format == _ONE and [layer.name for layer in layers] != [""]:
+        raise ValueError("it must hold exactly one layer, without a name")
+    return layers
+
+
+def _parse_weight(tensors: dict[str, Any], prefix: str, layer: _Layer) -> SparseWeight:
+    """Take the three tensors of a layer out of `tensors`."""
+    data = _take(tensors, prefix + "data", "F32")
+    indices = _take(tensors, prefix + "indices", "I32")
+    indptr = _take(tensors, prefix + "indptr", "I32")
+    weight = SparseWeight(data, indices, indptr, layer.kernel_shape, layer.groups)
+    if weight.fingerprint != layer.fingerprint:
+        raise ValueError("its values are not the ones that were saved (the fingerprint differs)")
+    return weight
+
+
+def _take(tensors: dict[str, Any], name: str, dtype: str) -> NDArray[Any]:
+    if name not in tensors:
+        raise ValueError(f"tensor {name!r} is missing")
+    tensor = tensors.pop(name)
+    if tensor["dtype"] != dtype or len(tensor["shape"]) != 1:
+        raise ValueError(
+            f"tensor {name!r} must be {dtype} with one dimension, "
+            f"got {tensor['dtype']} of shape {tuple(tensor['shape'])}"
+        )
+    little = np.frombuffer(tensor["data"], {"F32": "<f4", "I32": "<i4"}[dtype])
+    return little.astype(little.dtype.newbyteorder("="), copy=False)

@@ -1,0 +1,52 @@
+"""The one comparison of a kernel's float32 result with the reference."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from numbasparse.kernels.reference import conv2d_reference
+from numbasparse.spec import ConvSpec
+
+
+def assert_close(
+    actual: np.ndarray,
+    spec: ConvSpec,
+    x: np.ndarray,
+    weight_dense: np.ndarray,
+    bias: np.ndarray | None = None,
+    activation: str | None = None,
+    *,
+    rtol: float = 1e-5,
+) -> None:
+    """Assert that `actual` is the convolution up to float32 rounding, and holds nothing left unwritten.
+
+    An error of float32 sums grows with the sum of the ABSOLUTE products, not with the result, which may be
+    near zero. So the bound of each output is ``rtol * (conv(|x|, |w|) + |bias| + 1)``; 1e-5 is about 170 units
+    in the last place. The activations have slopes of at most 1.1 and so need no other bound. Outputs that are
+    NaN or infinite must be so in the reference too: fill buffers with NaN before a kernel writes into them.
+    """
+    assert actual.dtype == np.float32, f"expected float32, got {actual.dtype} for {spec.key}"
+    assert actual.shape == spec.out_shape, f"expected {spec.out_shape}, got {actual.shape} for {spec.key}"
+    expected = conv2d_reference(x, weight_dense, bias, spec, activation)
+    magnitude = conv2d_reference(np.abs(x), np.abs(weight_dense), None if bias is None else np.abs(bias), spec)
+    finite = np.isfinite(expected)
+    _assert_none(np.isfinite(actual) != finite, "are NaN or infinite in only one of the two", actual, expected, spec)
+    _assert_none(
+        ~finite & ~((actual == expected) | (np.isnan(actual) & np.isnan(expected))),
+        "are not the same NaN or infinity",
+        actual,
+        expected,
+        spec,
+    )
+    error = np.abs(np.subtract(actual, expected, where=finite, out=np.zeros_like(expected)))
+    wrong = np.greater(error, rtol * (magnitude + 1.0), where=finite, out=np.zeros_like(finite))
+    _assert_none(wrong, "are too far from the reference", actual, expected, spec)
+
+
+def _assert_none(wrong: np.ndarray, words: str, actual: np.ndarray, expected: np.ndarray, spec: ConvSpec) -> None:
+    if wrong.any():
+        first = tuple(int(i) for i in np.argwhere(wrong)[0])
+        raise AssertionError(
+            f"{np.count_nonzero(wrong)} of {wrong.size} outputs {words}, the first at (n, k, oh, ow) = {first}: "
+            f"got {actual[first]!r}, expected {expected[first]!r} for {spec.key}"
+        )
