@@ -346,13 +346,18 @@ def mask_length(chunk: int, stride: int) -> int:
     return 2 * chunk if stride == 2 else chunk
 
 
-def pack_lines(lanes: int, chunk: int, stride: int, displacements: Sequence[int]) -> Callable[..., None]:
+def pack_lines(
+    lanes: int, chunk: int, stride: int, displacements: Sequence[int], ahead: tuple[int, int] = (0, 0)
+) -> Callable[..., None]:
     """Intrinsic ``(destination, input, table)``: copy one input row to ``len(displacements)`` packed vectors.
 
     ``table`` holds, for each of the ``lanes // chunk`` runs, two int64: byte offset of the run's row from
     ``input``, and the address of its masks: for line ``i``, `mask_length` int32, negative where the element
     exists.  Lane ``j`` of line ``i`` becomes the float at ``offset + displacements[i] + 4 * stride * j``, or
     zero where it lies outside of the image: nothing outside is read.
+
+    ``ahead`` asks for bytes from .. to behind the start of each run to be fetched into the second cache: the
+    next tile's part of the row.
     """
     runs = lanes // chunk
     masks = 4 * mask_length(chunk, stride)
@@ -365,6 +370,9 @@ def pack_lines(lanes: int, chunk: int, stride: int, displacements: Sequence[int]
             for run in range(runs):
                 rows.append(bd.add(source, _load(bd, _I64, _plus(bd, table, 16 * run), 8)))
                 mask.append(_load(bd, _I64, _plus(bd, table, 16 * run + 8), 8))
+            for row in rows:
+                for distance in range(ahead[0], ahead[1], 64):
+                    _prefetch(bd, _plus(bd, row, distance))
             for i, displacement in enumerate(displacements):
                 parts = [
                     _strided(bd, chunk, stride, _plus(bd, row, displacement), _plus(bd, m, masks * i))
@@ -376,6 +384,24 @@ def pack_lines(lanes: int, chunk: int, stride: int, displacements: Sequence[int]
         return types.void(types.intp, types.intp, types.intp), codegen
 
     return copy_lines
+
+
+def _prefetch(bd: Any, address: Any) -> None:
+    """Fetch a cache line for reading into the second cache; an address that does not exist is ignored."""
+    read, second_cache, data = ir.Constant(_I32, 0), ir.Constant(_I32, 2), ir.Constant(_I32, 1)
+    pointer = bd.inttoptr(address, ir.IntType(8).as_pointer())
+    _call(bd, "llvm.prefetch.p0", ir.VoidType(), [pointer, read, second_cache, data])
+
+
+@intrinsic
+def prefetch(typingctx: Any, address: Any) -> Any:
+    """Fetch the cache line at ``address`` into the second cache."""
+
+    def codegen(ctx: Any, bd: Any, sig: Any, args: Any) -> Any:
+        _prefetch(bd, args[0])
+        return ctx.get_dummy_value()
+
+    return types.void(types.intp), codegen
 
 
 def _strided(bd: Any, count: int, stride: int, address: Any, mask: Any) -> Any:

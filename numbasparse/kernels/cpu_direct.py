@@ -24,6 +24,9 @@ Search space
     in between.
 ``split``
     Ranges of output channels worked on separately, for more parallel units; each packs the input anew.
+``prefetch``
+    ``"next"`` fetches the next tile's input into the second cache while this tile's is packed: rows of a tile
+    are too short for the hardware to see a stream.
 
 The idea of lanes as separate tiles with aligned taps and of a register tile over the non-zero list follows the
 direct sparse convolution of SkimCaffe (Park et al., arXiv 1608.01409).
@@ -59,6 +62,7 @@ from numbasparse.kernels.cpu_rows import (
     accumulator_sets,
     most_accumulators,
     pack_rows,
+    prefetch_choices,
     reason_unsupported,
 )
 from numbasparse.runtime import cpu
@@ -94,6 +98,8 @@ class Geometry:
         Offset of a tap's vector for accumulator (0, 0) within a packed channel.
     displacements
         Offset of each accumulator's vector from that of accumulator (0, 0), row-major.
+    ahead
+        Bytes (from, to) after a row's start that are fetched for the next tile.
     """
 
     lanes: int
@@ -105,6 +111,7 @@ class Geometry:
     line_x: tuple[int, ...]
     tap_bytes: np.ndarray
     displacements: tuple[int, ...]
+    ahead: tuple[int, int]
 
     @property
     def vector_bytes(self) -> int:
@@ -130,6 +137,7 @@ class Geometry:
         row_bytes = len(line_x) * size
         tap_rows = np.arange(spec.r, dtype=np.int64) * (dilation if spec.r > 1 else 0) // step * row_bytes
         y_step = stride // step if tile_h > 1 else 0
+        next_tile = 4 * tile_w * lanes * spec.stride[1]
         return cls(
             lanes=lanes,
             chunk=chunk,
@@ -140,6 +148,7 @@ class Geometry:
             line_x=line_x,
             tap_bytes=tap_rows[:, None] + column_bytes[None, :],
             displacements=tuple(y * y_step * row_bytes + v * size for y in range(tile_h) for v in range(tile_w)),
+            ahead=(next_tile, 2 * next_tile) if config["prefetch"] == "next" else (0, 0),
         )
 
 
@@ -271,7 +280,7 @@ _built: dict[tuple[Any, ...], Code] = {}
 def _compile(geometry: Geometry, stride: int, valid: int, activation: Activation) -> Code:
     g = geometry
     tile = (g.lanes, g.chunk, g.tile_h, g.tile_w)
-    key = (*tile, g.line_x, g.displacements, g.aligned, stride, valid, activation)
+    key = (*tile, g.ahead, g.line_x, g.displacements, g.aligned, stride, valid, activation)
     if key not in _built:
         _built[key] = compile_c(_entry(g, stride, valid, activation), cpu.ENTRY_SIGNATURE, repr(key))
     return _built[key]
@@ -301,7 +310,7 @@ def _row_kernels(g: Geometry, valid: int, activation: Activation) -> list[Callab
 
 def _entry(g: Geometry, stride: int, valid: int, activation: Activation) -> Callable[..., None]:
     only, first, middle, last = _row_kernels(g, valid, activation)
-    copy_lines = pack_lines(g.lanes, g.chunk, stride, [4 * x for x in g.line_x])
+    copy_lines = pack_lines(g.lanes, g.chunk, stride, [4 * x for x in g.line_x], g.ahead)
     runs_per_vector = g.lanes // g.chunk
     row_bytes = len(g.line_x) * g.vector_bytes
     partial_bytes = len(g.displacements) * g.vector_bytes
@@ -389,6 +398,7 @@ class CpuDirect(Kernel):
                 "taps": ("copied", "shifted"),
                 "block_kb": (1, _MAX_WORKSPACE >> 10),
                 "split": (1, 256),
+                "prefetch": ("none", "next"),
             },
         )
         return reason or _check_values(flat(spec), config)
@@ -404,6 +414,7 @@ class CpuDirect(Kernel):
             "taps": ("copied", "shifted") if spec.s > 1 else ("shifted",),
             "block_kb": _block_sizes(weight.density),
             "split": tuple(p for p in (1, threads) if p <= spec.k) if _few_units(spec, lanes, threads) else (1,),
+            "prefetch": prefetch_choices(spec),
         }
 
     def default(self, spec: ConvSpec, weight: SparseWeight, threads: int) -> Config:
@@ -420,6 +431,7 @@ class CpuDirect(Kernel):
             "taps": "shifted" if shifted else "copied",
             "block_kb": sizes[min(2, len(sizes) - 1)] if weight.density < 0.06 else sizes[1],
             "split": min(threads, spec.k) if _few_units(spec, lanes, threads) else 1,
+            "prefetch": prefetch_choices(spec)[-1],
         }
 
     def prepare(

@@ -15,16 +15,20 @@ Search space
     Input channels before the next output channel's turn: keeps the tile's part of the input in cache.
 ``split``
     Ranges of output channels worked on separately.
+``prefetch``
+    ``"next"`` fetches the next tile's input into the second cache first: a tile's part of a channel is too
+    short for the hardware to see a stream.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from numbasparse.codegen.jit import Code, compile_c
-from numbasparse.codegen.simd import RowKernel, load_i32, load_i64, row_kernel, store_i64
+from numbasparse.codegen.simd import RowKernel, load_i32, load_i64, prefetch, row_kernel, store_i64
 from numbasparse.kernels.base import Activation, Config, Kernel, Runner, Space, check_fields
 from numbasparse.kernels.cpu_rows import (
     FIRST,
@@ -36,6 +40,7 @@ from numbasparse.kernels.cpu_rows import (
     balanced_block,
     most_accumulators,
     pack_rows,
+    prefetch_choices,
     reason_unsupported,
 )
 from numbasparse.runtime import cpu
@@ -45,20 +50,20 @@ from numbasparse.weight import SparseWeight
 # Words of the parameter block (int64 each).
 (
     _UNITS, _SPLITS, _TILES, _BLOCKS, _BLOCK, _K, _PIXELS, _IN_IMAGE, _OUT_IMAGE,
-    _ENTRIES, _ROWS, _STARTS, _SEGMENTS, _BASES, _WORDS,
-) = range(15)  # fmt: skip
+    _ENTRIES, _ROWS, _STARTS, _SEGMENTS, _BASES, _CHANNELS, _CHANNEL_LIST, _WORDS,
+) = range(17)  # fmt: skip
 
 
 class _Runner(Runner):
-    def __init__(self, spec: ConvSpec, lanes: int, vectors: int, packed: PackedRows, activation: Activation) -> None:
-        pixels = spec.h * spec.w
+    def __init__(self, spec: ConvSpec, config: Config, packed: PackedRows, activation: Activation) -> None:
+        lanes, vectors, pixels = int(config["lanes"]), int(config["vectors"]), spec.h * spec.w
         tile = min(vectors * lanes, pixels)
         tiles = -(-pixels // tile)
         # With several blocks, the offsets of a block's entries count from its first channel.
         first = packed.channels[:: packed.block].astype(np.int64) if len(packed.channels) else np.zeros(1, np.int64)
         bases = first * 4 * pixels
         self._keep = (packed, bases)
-        self._code = _compile(lanes, vectors, pixels if pixels < vectors * lanes else 0, activation)
+        self._code = _compile(lanes, vectors, pixels if pixels < vectors * lanes else 0, activation, config["prefetch"])
         self.nbytes = packed.nbytes
         words = self._words = np.zeros(_WORDS, np.int64)
         words[_UNITS], words[_SPLITS], words[_TILES] = spec.n * tiles * packed.splits, packed.splits, tiles
@@ -66,6 +71,7 @@ class _Runner(Runner):
         words[_PIXELS], words[_IN_IMAGE], words[_OUT_IMAGE] = pixels, 4 * spec.c * pixels, 4 * spec.k * pixels
         for i, array in enumerate((packed.entries, packed.rows, packed.starts, packed.segments, bases)):
             words[_ENTRIES + i] = array.ctypes.data
+        words[_CHANNELS], words[_CHANNEL_LIST] = len(packed.channels), packed.channels.ctypes.data
         rows = -(-spec.k // packed.splits) + 1 if packed.blocks > 1 else 0
         self.workspace = 64 + rows * vectors * 4 * lanes
         self._address = words.ctypes.data
@@ -74,17 +80,17 @@ class _Runner(Runner):
         cpu.run(self._code.address, self._address, x, y, bias, threads, self.workspace)
 
 
-_built: dict[tuple[int, int, int, Activation], Code] = {}
+_built: dict[Any, Code] = {}
 
 
-def _compile(lanes: int, vectors: int, pixels: int, activation: Activation) -> Code:
-    key = (lanes, vectors, pixels, activation)
+def _compile(lanes: int, vectors: int, pixels: int, activation: Activation, fetch: int | str) -> Code:
+    key = (lanes, vectors, pixels, activation, fetch == "next")
     if key not in _built:
         _built[key] = compile_c(_entry(*key), cpu.ENTRY_SIGNATURE, repr(key))
     return _built[key]
 
 
-def _entry(lanes: int, vectors: int, pixels: int, activation: Activation) -> Callable[..., None]:
+def _entry(lanes: int, vectors: int, pixels: int, activation: Activation, fetch: bool) -> Callable[..., None]:
     """Code for a tile; ``pixels`` is not 0 where the whole image is smaller than the tile."""
     size = 4 * lanes
     # In a small image the last vector overlaps the one before: nothing outside is read or written.
@@ -122,6 +128,7 @@ def _entry(lanes: int, vectors: int, pixels: int, activation: Activation) -> Cal
         entries, rows = load_i64(params + 8 * _ENTRIES), load_i64(params + 8 * _ROWS)
         starts, segments = load_i64(params + 8 * _STARTS), load_i64(params + 8 * _SEGMENTS)
         bases = load_i64(params + 8 * _BASES)
+        channels, channel_list = load_i64(params + 8 * _CHANNELS), load_i64(params + 8 * _CHANNEL_LIST)
         plane, partials = 4 * image, arena + 64
         while True:
             unit = next_unit(counters, thread, threads, units)
@@ -132,6 +139,11 @@ def _entry(lanes: int, vectors: int, pixels: int, activation: Activation) -> Cal
             pixel = 4 * min(tile * step, image - step)
             source = x + n * in_image + pixel
             store_i64(arena, y + n * out_image + pixel)
+            if fetch and split == 0:
+                for c in range(channels):
+                    row = source + load_i32(channel_list + 4 * c) * plane + 4 * step
+                    for byte in range(0, 4 * step, 64):
+                        prefetch(row + byte)
             low = (split * out_channels + splits - 1) // splits
             for b in range(blocks):
                 segment = segments + 16 * (b * splits + split)
@@ -173,7 +185,13 @@ class CpuPointwise(Kernel):
         return reason_unsupported(spec, weight)
 
     def check(self, spec: ConvSpec, weight: SparseWeight, config: Config) -> str | None:
-        fields = {"lanes": (4, 16), "vectors": (1, 28), "block": (1, 1 << 20), "split": (1, 256)}
+        fields = {
+            "lanes": (4, 16),
+            "vectors": (1, 28),
+            "block": (1, 1 << 20),
+            "split": (1, 256),
+            "prefetch": ("none", "next"),
+        }
         reason = check_fields(config, fields)
         if reason is not None:
             return reason
@@ -197,6 +215,7 @@ class CpuPointwise(Kernel):
             "vectors": tuple(sorted(vectors)),
             "block": tuple(sorted(blocks | {spec.c})),
             "split": tuple(p for p in (1, threads) if p <= spec.k) if few and threads > 1 else (1,),
+            "prefetch": prefetch_choices(spec),
         }
 
     def default(self, spec: ConvSpec, weight: SparseWeight, threads: int) -> Config:
@@ -206,6 +225,7 @@ class CpuPointwise(Kernel):
             "vectors": _tiles(spec, self._lanes(spec))[0],
             "block": space["block"][-1] if weight.density < 0.12 else space["block"][0],
             "split": space["split"][-1],
+            "prefetch": space["prefetch"][-1],
         }
 
     def prepare(
@@ -218,7 +238,7 @@ class CpuPointwise(Kernel):
         self.require(spec, weight, config)
         plane = 4 * spec.h * spec.w
         packed = pack_rows(weight, plane, np.zeros((1, 1), np.int64), int(config["block"]), int(config["split"]), True)
-        return _Runner(spec, int(config["lanes"]), int(config["vectors"]), packed, activation)
+        return _Runner(spec, config, packed, activation)
 
     @staticmethod
     def _lanes(spec: ConvSpec) -> int:

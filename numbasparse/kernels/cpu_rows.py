@@ -71,6 +71,11 @@ def most_accumulators() -> int:
     return cpu.vector_registers() - 2
 
 
+def prefetch_choices(spec: ConvSpec) -> tuple[str, ...]:
+    """Fetching ahead is worth a try where the input exceeds half of the second cache."""
+    return ("none", "next") if 8 * spec.n * spec.c * spec.h * spec.w > cpu.cache_bytes()[1] else ("none",)
+
+
 def balanced_block(channels: int, block: int) -> int:
     """The smallest block that needs no more blocks than ``block`` does."""
     blocks = -(-channels // min(block, channels))

@@ -1,0 +1,307 @@
+"""`SparseConv2d`: a module in place of ``nn.Conv2d`` whose weight is a sparse matrix."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from numbasparse.kernels import kernel
+from numbasparse.nn.operator import conv2d
+from numbasparse.plans import Choice, check_activation
+from numbasparse.spec import ConvSpec
+from numbasparse.weight import SparseWeight
+
+ChoiceLike = Choice | Mapping[str, Any] | str | None
+"""A `Choice`, ``{"kernel": name, "config": {...}}``, a kernel's name, or None for the stated default."""
+
+_ARRAYS = ("values", "indices", "indptr")
+
+
+class SparseConv2d(nn.Module):
+    """A 2-D convolution with a sparse weight, for inference.
+
+    Parameters
+    ----------
+    weight : SparseWeight
+        (K, C/groups, R, S); copied.
+    bias : Tensor, (K,), optional
+        Copied.
+    stride, padding, dilation
+        As for ``nn.Conv2d``; padding may also be ((top, bottom), (left, right)).
+    activation : None, "relu", "relu6" or "silu"
+        Applied to the output before it is written.
+    choice : Choice, mapping, str, optional
+        Which kernel and config; see `ChoiceLike`. Where it cannot run an input's shape, the stated default
+        for that shape takes its place.
+
+    Attributes
+    ----------
+    values, indices, indptr : Tensor
+        Buffers: the CSR matrix, float32 (nnz,), int32 (nnz,), int32 (K + 1,). ``half()`` and the like leave
+        ``values`` in float32, in which everything is computed.
+    bias : Tensor or None
+        Buffer, (K,).
+    in_channels, out_channels, kernel_size, stride, dilation, groups
+        As in ``nn.Conv2d``.
+    padding : (int, int, int, int)
+        (top, bottom, left, right).
+    activation : str
+        "none" or its name.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For arguments that do not fit each other, an unknown kernel or activation.
+
+    Notes
+    -----
+    Packed weights and compiled code are cached by the operator per shape of the input and notice every change
+    of the buffers except one made through ``.data``. There is no gradient: a backward pass raises
+    NotImplementedError.
+    """
+
+    values: Tensor
+    indices: Tensor
+    indptr: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        weight: SparseWeight,
+        bias: Tensor | None = None,
+        *,
+        stride: int | Sequence[int] = 1,
+        padding: int | str | Sequence[int] | Sequence[Sequence[int]] = 0,
+        dilation: int | Sequence[int] = 1,
+        activation: str | None = None,
+        choice: ChoiceLike = None,
+    ) -> None:
+        super().__init__()
+        spec = _smallest_spec(weight, stride, padding, dilation)
+        if bias is not None:
+            spec.check_bias_shape(tuple(bias.shape))
+        self.in_channels, self.out_channels, self.groups = spec.c, spec.k, spec.groups
+        self.kernel_size = (spec.r, spec.s)
+        self.stride, self.dilation = spec.stride, spec.dilation
+        self.padding = (*spec.padding[0], *spec.padding[1])
+        self.activation: str = check_activation(activation)
+        self.choice = choice
+        for name, array in zip(_ARRAYS, (weight.data, weight.indices, weight.indptr), strict=True):
+            self.register_buffer(name, torch.from_numpy(array.copy()))
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d, *, choice: ChoiceLike = None, activation: str | None = None) -> SparseConv2d:
+        """Take the non-zero weights of a dense convolution, which is left as it is.
+
+        Raises
+        ------
+        TypeError
+            If ``conv`` is no ``nn.Conv2d``.
+        ValueError
+            If its ``padding_mode`` is not "zeros", its weight is not on the CPU or holds NaN or infinity.
+        """
+        if not isinstance(conv, nn.Conv2d):
+            raise TypeError(f"expected an nn.Conv2d, got {type(conv).__name__}")
+        if conv.padding_mode != "zeros":
+            raise ValueError(
+                f"padding_mode {conv.padding_mode!r} is not supported, only 'zeros': pad the input before the "
+                f"convolution (torch.nn.functional.pad) and give the convolution padding=0"
+            )
+        if conv.weight.device.type != "cpu":
+            raise ValueError(f"the weight is on device {conv.weight.device}: move the model with .cpu() first")
+        return cls(
+            SparseWeight.from_dense(conv.weight, conv.groups),
+            conv.bias,
+            stride=conv.stride,
+            padding=conv.padding,
+            dilation=conv.dilation,
+            activation=activation,
+            choice=choice,
+        )
+
+    @property
+    def choice(self) -> Choice | None:
+        """The kernel and config asked for; None is the stated default for each shape."""
+        return self._choice
+
+    @choice.setter
+    def choice(self, choice: ChoiceLike) -> None:
+        self._choice = as_choice(choice)
+        self._config = "" if self._choice is None else _to_json(self._choice)
+
+    @property
+    def kernel_shape(self) -> tuple[int, int, int]:
+        """(C/groups, R, S)."""
+        return self.in_channels // self.groups, *self.kernel_size
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the weights that are zero."""
+        c_per_group, r, s = self.kernel_shape
+        return 1.0 - self.values.numel() / (self.out_channels * c_per_group * r * s)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve (N, C, H, W), or (C, H, W) like ``nn.Conv2d``; the result has ``x``'s dtype."""
+        batched = x if x.dim() != 3 else x.unsqueeze(0)
+        y = conv2d(
+            batched,
+            self.values,
+            self.indices,
+            self.indptr,
+            self.bias,
+            self.kernel_shape,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            self.activation,
+            self._config,
+        )
+        return y if x.dim() != 3 else y.squeeze(0)
+
+    def weight_matrix(self) -> SparseWeight:
+        """Return the weight; its ``to_scipy()`` is the SciPy matrix."""
+        values, indices, indptr = (t.detach().cpu().numpy() for t in (self.values, self.indices, self.indptr))
+        return SparseWeight(values, indices, indptr, self.kernel_shape, self.groups)
+
+    def to_dense(self) -> nn.Conv2d:
+        """Return the dense convolution, without the activation.
+
+        Raises
+        ------
+        ValueError
+            If the padding is one that ``nn.Conv2d`` cannot have.
+        """
+        conv = nn.Conv2d(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            self._torch_padding(),
+            self.dilation,
+            self.groups,
+            bias=self.bias is not None,
+            device="meta",
+        )
+        conv.weight = nn.Parameter(torch.from_numpy(self.weight_matrix().to_dense()).to(self.values.device))
+        if self.bias is not None:
+            conv.bias = nn.Parameter(self.bias.clone())
+        return conv.train(self.training)
+
+    def _torch_padding(self) -> tuple[int, int] | str:
+        top, bottom, left, right = self.padding
+        if top == bottom and left == right:
+            return top, left
+        same = self.stride == (1, 1) and self.padding == _flat_padding(self.weight_matrix(), "same", self.dilation)
+        if not same:
+            raise ValueError(
+                f"nn.Conv2d cannot have padding (top, bottom, left, right) = {self.padding}: put nn.ZeroPad2d "
+                f"before a convolution without padding"
+            )
+        return "same"
+
+    def extra_repr(self) -> str:
+        parts = [
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}",
+            f"padding={self.padding}",
+        ]
+        if self.dilation != (1, 1):
+            parts.append(f"dilation={self.dilation}")
+        if self.groups != 1:
+            parts.append(f"groups={self.groups}")
+        if self.bias is None:
+            parts.append("bias=False")
+        if self.activation != "none":
+            parts.append(f"activation={self.activation}")
+        parts.append(f"sparsity={self.sparsity:.2%}")
+        parts.append(f"kernel={'default' if self._choice is None else self._choice.kernel}")
+        return ", ".join(parts)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SparseConv2d:
+        before = self.values
+        super()._apply(fn, recurse)
+        if self.values.dtype != torch.float32:
+            self.values = before.to(self.values.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *others: Any) -> None:
+        """Take a weight with any number of non-zeros, if it is one of this module's dense shape."""
+        error_msgs = others[-1]
+        found = {name: state_dict[prefix + name] for name in _ARRAYS if prefix + name in state_dict}
+        if len(found) == len(_ARRAYS):
+            reason = self._reason_misfit(found)
+            if reason is not None:
+                error_msgs.append(f"{prefix.removesuffix('.') or type(self).__name__}: {reason}")
+                return
+            for name in ("values", "indices"):
+                own = getattr(self, name)
+                if own.shape != found[name].shape:
+                    setattr(self, name, own.new_empty(found[name].shape))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
+
+    def _reason_misfit(self, found: Mapping[str, Any]) -> str | None:
+        for name, tensor in found.items():
+            if not isinstance(tensor, Tensor):
+                return f"{name} must be a tensor, got {type(tensor).__name__}"
+        rows = found["indptr"].numel() - 1
+        if rows != self.out_channels:
+            return f"expected a sparse weight with {self.out_channels} output channels, got one with {rows}"
+        if any(tensor.is_meta for tensor in found.values()):
+            return None
+        try:
+            arrays = [found[name].detach().cpu().numpy() for name in _ARRAYS]
+            SparseWeight(*arrays, self.kernel_shape, self.groups)
+        except (TypeError, ValueError) as error:
+            return f"no sparse weight of shape {(self.out_channels, *self.kernel_shape)}: {error}"
+        return None
+
+
+def as_choice(choice: ChoiceLike) -> Choice | None:
+    """Turn what names a choice into one, or None.
+
+    Raises
+    ------
+    ValueError
+        If the kernel is unknown, or a mapping has other keys than "kernel" and "config".
+    TypeError
+        If it is nothing of the kind, a whole tuned model for example.
+    """
+    if choice is None:
+        return None
+    if isinstance(choice, str):
+        made = Choice(choice)
+    elif isinstance(choice, Mapping):
+        if "kernel" not in choice or set(choice) - {"kernel", "config"}:
+            raise ValueError(f"expected a choice like {{'kernel': name, 'config': {{...}}}}, got keys {sorted(choice)}")
+        made = Choice(choice["kernel"], dict(choice.get("config") or {}))
+    elif hasattr(choice, "kernel") and hasattr(choice, "config"):
+        made = Choice(choice.kernel, dict(choice.config))
+    else:
+        raise TypeError(
+            f"choice must be None, a kernel's name, a Choice, or a mapping with 'kernel' and 'config', got "
+            f"{type(choice).__name__}; a tuned model goes to numbasparse.nn.convert"
+        )
+    kernel(made.kernel)
+    return made
+
+
+def _to_json(choice: Choice) -> str:
+    return json.dumps({"kernel": choice.kernel, "config": choice.config}, sort_keys=True)
+
+
+def _smallest_spec(weight: SparseWeight, stride: Any, padding: Any, dilation: Any) -> ConvSpec:
+    """The convolution on the smallest image that needs no padding: it checks and normalizes every argument."""
+    k, c_per_group, r, s = weight.shape
+    down, right = (dilation, dilation) if isinstance(dilation, int) else (dilation[0], dilation[-1])
+    x_shape = (1, c_per_group * weight.groups, max(1, down * (r - 1) + 1), max(1, right * (s - 1) + 1))
+    return ConvSpec.create(x_shape, weight.shape, stride, padding, dilation, weight.groups)
+
+
+def _flat_padding(weight: SparseWeight, padding: str, dilation: tuple[int, int]) -> tuple[int, ...]:
+    vertical, horizontal = _smallest_spec(weight, 1, padding, dilation).padding
+    return cast("tuple[int, ...]", (*vertical, *horizontal))

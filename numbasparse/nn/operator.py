@@ -1,0 +1,261 @@
+"""The operator ``numbasparse::conv2d``: a sparse convolution that ``torch.export`` and ``torch.compile`` can keep.
+
+All that the convolution needs is in its arguments, so an exported program carries it. Programs saved with
+``torch.export.save`` need ``import numbasparse.nn`` before they are loaded: that registers the operator.
+
+=============  =====================================================================================
+x              (N, C, H, W), float32; float64, float16 and bfloat16 are computed in float32 and rounded
+values         (nnz,), float32: the CSR matrix of a `numbasparse.SparseWeight`
+indices        (nnz,), int32
+indptr         (K + 1,), int32
+bias           (K,), floating, or None
+kernel_shape   (C/groups, R, S)
+stride         (vertical, horizontal)
+padding        (top, bottom, left, right)
+dilation       (vertical, horizontal)
+groups
+activation     "none", "relu", "relu6" or "silu"
+config         JSON ``{"kernel": name, "config": {...}}``, or "" for the stated default
+=============  =====================================================================================
+
+The result is (N, K, OH, OW), contiguous, of ``x``'s dtype. A config that cannot run the shape at hand (it was
+tuned for another batch or image size) gives way to the stated default for that shape.
+
+The operator is registered with `torch.library.Library` and not `torch.library.custom_op`: the latter's wrappers
+cost as much again at each call as all the rest of the path.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from numbasparse.kernels import kernel
+from numbasparse.plans import Choice, Plan, plan, resolve
+from numbasparse.runtime import cpu
+from numbasparse.spec import ConvSpec
+from numbasparse.weight import SparseWeight
+
+_SCHEMA = (
+    "(Tensor x, Tensor values, Tensor indices, Tensor indptr, Tensor? bias, int[] kernel_shape, int[] stride, "
+    "int[] padding, int[] dilation, int groups, str activation, str config) -> Tensor"
+)
+
+_MAX_BYTES = 1 << 30
+
+
+class _Entry:
+    """A plan and the tensors it was packed from; while it holds them, no other tensor can have their addresses."""
+
+    def __init__(self, made: Plan, weight: tuple[Tensor, Tensor, Tensor]) -> None:
+        self.plan = made
+        self.weight = weight
+        # Tensors made in inference mode do not count their changes: compare them with a copy.
+        self.copies = tuple(t.clone() for t in weight) if any(t.is_inference() for t in weight) else None
+        tensors = sum(t.nbytes for t in weight)
+        self.nbytes = made.nbytes + tensors * (1 if self.copies is None else 2)
+
+    def is_current(self, weight: tuple[Tensor, Tensor, Tensor]) -> bool:
+        return self.copies is None or all(map(torch.equal, self.copies, weight))
+
+
+class _PlanCache:
+    """The plans last used, as many as fit ``max_bytes`` (at least one)."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._lock = threading.Lock()
+        self._entries: OrderedDict[Any, _Entry] = OrderedDict()
+        self._nbytes = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, key: Any) -> _Entry | None:
+        with self._lock:
+            found = self._entries.get(key)
+            if found is not None:
+                self._entries.move_to_end(key)
+            return found
+
+    def put(self, key: Any, entry: _Entry) -> None:
+        with self._lock:
+            replaced = self._entries.pop(key, None)
+            self._nbytes += entry.nbytes - (0 if replaced is None else replaced.nbytes)
+            self._entries[key] = entry
+            while self._nbytes > self.max_bytes and len(self._entries) > 1:
+                self._nbytes -= self._entries.popitem(last=False)[1].nbytes
+
+    def clear(self) -> None:
+        with self._lock:
+            self._entries.clear()
+            self._nbytes = 0
+
+
+_plans = _PlanCache(_MAX_BYTES)
+
+
+def clear_cache() -> None:
+    """Forget every plan that the operator keeps, and the weights that the plans keep alive."""
+    _plans.clear()
+
+
+def _identity(t: Tensor) -> tuple[int, int, torch.Size]:
+    """What tells a living tensor's content from another's; changes through ``.data`` are not seen."""
+    return t.data_ptr(), 0 if t.is_inference() else t._version, t.shape
+
+
+def _conv2d_cpu(
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    indptr: Tensor,
+    bias: Tensor | None,
+    kernel_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str,
+    config: str,
+) -> Tensor:
+    """Run the convolution with a cached plan; see the module's text for the arguments."""
+    weight = (values, indices, indptr)
+    key = (
+        x.shape,
+        *map(_identity, weight),
+        tuple(kernel_shape),
+        tuple(stride),
+        tuple(padding),
+        tuple(dilation),
+        groups,
+        activation,
+        config,
+        torch.get_num_threads(),
+    )
+    entry = _plans.get(key)
+    if entry is None or not entry.is_current(weight):
+        made = _make_plan(tuple(x.shape), weight, kernel_shape, stride, padding, dilation, groups, activation, config)
+        entry = _Entry(made, weight)
+        _plans.put(key, entry)
+    return entry.plan(x.detach(), bias)
+
+
+def _make_plan(
+    x_shape: tuple[int, ...],
+    tensors: tuple[Tensor, Tensor, Tensor],
+    kernel_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str,
+    config: str,
+) -> Plan:
+    values, indices, indptr = (t.detach().numpy() for t in tensors)
+    weight = SparseWeight(values, indices, indptr, kernel_shape, groups)
+    _check_padding(padding)
+    top, bottom, left, right = padding
+    spec = ConvSpec.create(x_shape, weight.shape, stride, ((top, bottom), (left, right)), dilation, groups)
+    threads = min(torch.get_num_threads(), cpu.MAX_THREADS)
+    choice = _fitting(config, spec, weight, threads)
+    return plan(spec, weight, config=choice, activation=activation, threads=threads)
+
+
+def _fitting(config: str, spec: ConvSpec, weight: SparseWeight, threads: int) -> Choice | None:
+    """The choice in ``config``, or None where it cannot run this problem."""
+    if not config:
+        return None
+    try:
+        parsed = json.loads(config)
+    except ValueError as error:
+        raise ValueError(f"config must be JSON like {{'kernel': name, 'config': {{...}}}}: {error}") from None
+    chosen = kernel(parsed.get("kernel")) if isinstance(parsed, dict) else None
+    if chosen is not None and chosen.supports(spec, weight) is not None:
+        return None
+    choice = resolve(parsed, spec, weight, threads)
+    return choice if kernel(choice.kernel).check(spec, weight, choice.config) is None else None
+
+
+def _check_padding(padding: Sequence[int]) -> None:
+    if len(padding) != 4:
+        raise ValueError(f"padding must be (top, bottom, left, right), got {len(padding)} numbers: {tuple(padding)}")
+
+
+def _conv2d_fake(
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    indptr: Tensor,
+    bias: Tensor | None,
+    kernel_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str,
+    config: str,
+) -> Tensor:
+    """Make an output without content.  Sizes may be symbols: arithmetic only, no question that needs a number."""
+    if x.dim() != 4:
+        raise ValueError(f"input must have shape (N, C, H, W), got {x.dim()} sizes: {tuple(x.shape)}")
+    _check_padding(padding)
+    n, c, h, w = x.shape
+    c_per_group, r, s = kernel_shape
+    torch._check(
+        c == c_per_group * groups,
+        lambda: f"weight has {c_per_group * groups} input channels but input has {c} (groups={groups})",
+    )
+    top, bottom, left, right = padding
+    out_h = (h + top + bottom - dilation[0] * (r - 1) - 1) // stride[0] + 1
+    out_w = (w + left + right - dilation[1] * (s - 1) - 1) // stride[1] + 1
+    return x.new_empty((n, indptr.shape[0] - 1, out_h, out_w))
+
+
+def _no_gradient(grad: Tensor) -> NoReturn:
+    raise NotImplementedError(
+        "numbasparse::conv2d has no gradient yet: train the dense model (see numbasparse.pruning) and convert it "
+        "afterwards, or run the converted one under torch.inference_mode()"
+    )
+
+
+_TENSORS, _OTHERS = 5, 7
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    # The error is an operator too: torch.compile traces the backward pass of every model that is called with
+    # gradients enabled, and should refuse only those that really go backwards.
+    refused = torch.ops.numbasparse._conv2d_no_gradient.default(grad)
+    wanted = tuple(refused.new_empty(shape) if shape is not None else None for shape in ctx.shapes)
+    return (*wanted, *(None,) * _OTHERS)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.shapes = [
+        t.shape if needed and t is not None else None
+        for t, needed in zip(inputs[:_TENSORS], ctx.needs_input_grad[:_TENSORS], strict=True)
+    ]
+
+
+_library = torch.library.Library("numbasparse", "DEF")
+
+
+def _define(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, run, "CPU")
+    torch.library.register_fake(f"numbasparse::{name}", fake, lib=_library)
+    return getattr(torch.ops.numbasparse, name).default
+
+
+_define("_conv2d_no_gradient", "(Tensor grad) -> Tensor", _no_gradient, torch.empty_like)
+
+conv2d = _define("conv2d", _SCHEMA, _conv2d_cpu, _conv2d_fake)
+"""The registered overload ``torch.ops.numbasparse.conv2d.default``, with the arguments of the module's text."""
+
+torch.library.register_autograd("numbasparse::conv2d", _backward, setup_context=_setup_context, lib=_library)

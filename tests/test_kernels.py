@@ -1,0 +1,537 @@
+"""Every kernel against the reference, on memory whose neighbours may not be touched."""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from compare import assert_close
+from conftest import Guarded
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from strategies import conv_specs, random_weight, sparse_weights
+
+from numbasparse.codegen.jit import Code
+from numbasparse.kernels import KERNELS, ConfigError, base, cpu_direct, cpu_pointwise, kernel, kernels_for
+from numbasparse.plans import Choice, Plan
+from numbasparse.runtime import cpu
+from numbasparse.spec import ConvSpec
+from numbasparse.weight import SparseWeight
+
+SPARSE = [name for name, k in KERNELS.items() if not k.is_dense]
+
+
+def check(
+    spec: ConvSpec,
+    dense: np.ndarray,
+    name: str,
+    config: dict[str, Any] | None = None,
+    activation: str = "none",
+    threads: int = 1,
+    bias: bool = True,
+) -> Plan:
+    """Run on poisoned output, with each array once before and once after a forbidden page; compare.
+
+    Parameters that `config` leaves out are those of the default config.
+    """
+    weight = SparseWeight.from_dense(dense, spec.groups)
+    chosen = KERNELS[name].default(spec, weight, threads) | (config or {})
+    plan = Plan(spec, weight, Choice(name, chosen), activation, threads)  # type: ignore[arg-type]
+    rng = np.random.default_rng(1)
+    for here, there in (("start", "end"), ("end", "start")):
+        x, y, b = Guarded(spec.x_shape, here), Guarded(spec.out_shape, there), Guarded((spec.k,), here)
+        x.array[...] = rng.standard_normal(spec.x_shape)
+        b.array[...] = rng.standard_normal(spec.k)
+        y.array[...] = np.nan
+        before = x.array.copy(), b.array.copy()
+        assert plan(x.array, b.array if bias else None, out=y.array) is y.array
+        for memory in (x, y, b):
+            memory.check()
+        assert np.array_equal(x.array, before[0])
+        assert np.array_equal(b.array, before[1])
+        used = b.array if bias else None
+        assert_close(y.array, spec, x.array, dense, used, None if activation == "none" else activation)
+    return plan
+
+
+def weights(spec: ConvSpec, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Weights from empty to full, endlessly."""
+    single = np.zeros(spec.weight_shape, np.float32)
+    single[tuple(s - 1 for s in spec.weight_shape)] = -1.5
+    while True:
+        yield random_weight(spec, 0.1, rng)
+        yield random_weight(spec, 1.0, rng)
+        yield random_weight(spec, 0.3, rng, empty_rows=True)
+        yield single
+        yield np.zeros(spec.weight_shape, np.float32)
+        yield random_weight(spec, 0.03, rng)
+
+
+# --- grid of the direct kernel: tiles, which are compiled, times problems, which are not -----------------------
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "3x3": {"kernel": (3, 3)},
+    "3x3 stride 2": {"kernel": (3, 3), "stride": (2, 2)},
+    "3x3 stride 3": {"kernel": (3, 3), "stride": (3, 3)},
+    "3x3 stride 1,2": {"kernel": (3, 3), "stride": (1, 2)},
+    "3x3 stride 2,1": {"kernel": (3, 3), "stride": (2, 1)},
+    "3x3 stride 2,3": {"kernel": (3, 3), "stride": (2, 3)},
+    "3x3 dilation 2": {"kernel": (3, 3), "dilation": (2, 2)},
+    "3x3 dilation 2,3": {"kernel": (3, 3), "dilation": (2, 3)},
+    "3x3 dilation 2 stride 2": {"kernel": (3, 3), "dilation": (2, 2), "stride": (2, 2)},
+    "3x3 dilation 3 stride 2": {"kernel": (3, 3), "dilation": (3, 3), "stride": (2, 2)},
+    "5x5": {"kernel": (5, 5)},
+    "7x7 stride 2": {"kernel": (7, 7), "stride": (2, 2)},
+    "2x4": {"kernel": (2, 4)},
+    "1-D": {"kernel": (1, 9), "flat": True},
+    "1-D dilation 2 stride 2": {"kernel": (1, 3), "stride": (1, 2), "dilation": (1, 2), "flat": True},
+    "1x1": {"kernel": (1, 1)},
+    "1x1 stride 2": {"kernel": (1, 1), "stride": (2, 2)},
+}
+
+# lanes, chunk, tile, taps
+GRID: dict[str, list[tuple[int, int, str, str]]] = {
+    "3x3": [
+        (8, 8, "2x2", "copied"),
+        (8, 8, "2x2", "shifted"),
+        (8, 4, "2x2", "copied"),
+        (8, 2, "1x3", "copied"),
+        (16, 16, "2x1", "shifted"),
+        (16, 16, "1x1", "copied"),
+        (16, 4, "1x2", "copied"),
+        (4, 4, "3x1", "shifted"),
+        (4, 2, "4x1", "copied"),
+        (8, 8, "7x2", "shifted"),
+        (8, 8, "28x1", "copied"),
+    ],
+    "3x3 stride 2": [
+        (8, 8, "2x2", "copied"),
+        (8, 8, "2x2", "shifted"),
+        (16, 16, "1x1", "shifted"),
+        (16, 4, "2x1", "copied"),
+        (4, 4, "2x1", "shifted"),
+        (4, 2, "1x2", "copied"),
+    ],
+    "3x3 stride 3": [
+        (8, 8, "2x1", "copied"),
+        (8, 8, "2x1", "shifted"),
+        (16, 8, "1x1", "copied"),
+        (4, 2, "2x1", "copied"),
+    ],
+    "3x3 stride 1,2": [(8, 8, "3x1", "shifted"), (8, 4, "3x1", "copied")],
+    "3x3 stride 2,1": [(8, 8, "3x1", "shifted"), (8, 4, "3x1", "copied")],
+    "3x3 stride 2,3": [(8, 8, "2x2", "shifted")],
+    "3x3 dilation 2": [(8, 8, "2x2", "shifted"), (8, 4, "2x2", "copied")],
+    "3x3 dilation 2,3": [(8, 8, "1x2", "shifted"), (16, 8, "2x1", "copied")],
+    "3x3 dilation 2 stride 2": [(8, 8, "2x1", "shifted"), (8, 4, "2x1", "copied")],
+    "3x3 dilation 3 stride 2": [(8, 8, "2x1", "shifted")],
+    "5x5": [(8, 8, "3x2", "shifted"), (8, 4, "3x2", "copied")],
+    "7x7 stride 2": [(8, 8, "2x2", "shifted"), (8, 8, "2x2", "copied")],
+    "2x4": [(8, 8, "2x2", "shifted"), (4, 4, "2x2", "copied")],
+    "1-D": [(8, 8, "1x5", "shifted"), (8, 8, "1x5", "copied")],
+    "1-D dilation 2 stride 2": [(8, 8, "1x3", "shifted")],
+    "1x1": [(8, 8, "1x4", "shifted"), (8, 4, "1x3", "copied")],
+    "1x1 stride 2": [(8, 8, "2x2", "shifted"), (8, 4, "2x2", "copied")],
+}
+
+
+def problems(shape: dict[str, Any], tile_h: int, width: int, rng: np.random.Generator) -> Iterator[ConvSpec]:
+    """Random specs whose output holds at least one whole tile, so that one compilation serves them all."""
+    (r, s), stride, dilation = shape["kernel"], shape.get("stride", (1, 1)), shape.get("dilation", (1, 1))
+    while True:
+        out = tile_h + int(rng.integers(6)) * (not shape.get("flat")), width + int(rng.integers(1, 14))
+        sizes, padding = [], []
+        for o, size, step, d in zip(out, (r, s), stride, dilation, strict=True):
+            padded = (o - 1) * step + (size - 1) * d + 1 + int(rng.integers(step))
+            low, high = (int(p) for p in rng.integers(0, d * (size - 1) + 2, 2))
+            if low + high >= padded or (size == 1 and rng.random() < 0.7):
+                low = high = 0
+            sizes.append(padded - low - high)
+            padding.append((low, high))
+        groups = int(rng.choice([1, 1, 2, 5]))
+        c, k = (groups * int(rng.choice([1, 1, 3, 6])) for _ in range(2))
+        n = int(rng.integers(1, 4))
+        yield ConvSpec(n, c, *sizes, k, r, s, stride, tuple(padding), dilation, groups)
+
+
+@pytest.mark.parametrize(
+    ("shape", "lanes", "chunk", "tile", "taps"), [(name, *c) for name, configs in GRID.items() for c in configs]
+)
+def test_direct_grid(shape: str, lanes: int, chunk: int, tile: str, taps: str) -> None:
+    rng = np.random.default_rng(zlib.crc32(f"{shape} {lanes} {chunk} {tile} {taps}".encode()))
+    tile_h, tile_w = (int(t) for t in tile.split("x"))
+    specs = problems(SHAPES[shape], tile_h, tile_w * chunk, rng)
+    for i, spec in enumerate(itertools.islice(specs, 8)):
+        dense = next(itertools.islice(weights(spec, rng), i % 6, None))
+        config = {
+            "lanes": lanes,
+            "chunk": chunk,
+            "tile": tile,
+            "taps": taps,
+            "block_kb": (1, 4, 64)[i % 3],
+            "split": min(1 + i % 4, spec.k),
+        }
+        check(spec, dense, "cpu_direct", config, threads=1 + i % 3, bias=i % 2 == 0)
+
+
+@pytest.mark.parametrize(
+    ("lanes", "vectors", "pixels"),
+    [
+        (4, 1, None),
+        (4, 14, None),
+        (8, 1, None),
+        (8, 3, None),
+        (8, 14, None),
+        (16, 2, None),
+        (16, 7, None),
+        (4, 1, 4),
+        (4, 2, 5),
+        (8, 3, 19),
+        (16, 2, 17),
+    ],
+)
+def test_pointwise_grid(lanes: int, vectors: int, pixels: int | None) -> None:
+    rng = np.random.default_rng(lanes * vectors)
+    for i in range(6):
+        h = int(rng.integers(1, 5)) if pixels is None else 1
+        w = -(-(vectors * lanes + int(rng.integers(40))) // h) if pixels is None else pixels
+        groups = (1, 1, 3)[i % 3]
+        spec = ConvSpec(1 + i % 3, groups * (1, 7, 4)[i % 3], h, w, groups * (3, 1, 5)[i // 2], 1, 1, groups=groups)
+        dense = next(itertools.islice(weights(spec, rng), i, None))
+        config = {"lanes": lanes, "vectors": vectors, "block": (64, 1, 3)[i % 3], "split": min(1 + i % 3, spec.k)}
+        check(spec, dense, "cpu_pointwise", config, threads=1 + i % 3, bias=i % 2 == 0)
+
+
+# --- special problems, each kernel with its default config -----------------------------------------------------
+
+SPECIAL: dict[str, tuple[Any, ...]] = {
+    # x_shape, weight_shape, stride, padding, dilation, groups
+    "one of everything": ((1, 1, 1, 1), (1, 1, 1, 1)),
+    "one pixel, 3x3": ((1, 3, 1, 1), (2, 3, 3, 3), 1, 1),
+    "narrower than a vector": ((2, 3, 5, 3), (4, 3, 3, 3), 1, 1),
+    "one column": ((1, 2, 9, 1), (3, 2, 3, 1)),
+    "one row": ((1, 2, 1, 9), (3, 2, 1, 3), 1, (0, 1)),
+    "wide row": ((1, 2, 1, 301), (3, 2, 1, 5), 1, (0, 2)),
+    "one channel in, one out": ((1, 1, 14, 14), (1, 1, 3, 3), 1, 1),
+    "depthwise": ((2, 16, 14, 14), (16, 1, 3, 3), 1, 1, 1, 16),
+    "depthwise multiplier 2": ((1, 6, 7, 7), (12, 1, 3, 3), 2, 1, 1, 6),
+    "only padding is seen": ((1, 2, 1, 2), (2, 2, 1, 1), 3, ((3, 3), (4, 4))),
+    "padding beyond the kernel": ((1, 2, 3, 4), (2, 2, 3, 3), 1, ((4, 0), (0, 5))),
+    "kernel as large as the image": ((2, 3, 6, 7), (4, 3, 6, 7)),
+    "7x7 of ResNet": ((1, 3, 32, 32), (8, 3, 7, 7), 2, 3),
+    "same": ((1, 3, 10, 11), (4, 3, 4, 2), 1, "same"),
+    "stride beyond the kernel": ((1, 2, 11, 13), (3, 2, 1, 1), (2, 3)),
+    "stride beyond the image": ((1, 2, 3, 3), (3, 2, 2, 2), 7),
+    "many channels": ((1, 130, 7, 7), (33, 130, 3, 3), 1, 1),
+    "pointwise": ((2, 20, 9, 9), (7, 20, 1, 1)),
+    "pointwise, small": ((3, 6, 2, 2), (5, 6, 1, 1)),
+    "pointwise, smaller than a vector": ((3, 6, 1, 3), (5, 6, 1, 1)),
+    "pointwise, groups": ((1, 12, 5, 5), (6, 4, 1, 1), 1, 0, 1, 3),
+    "pointwise, padded": ((1, 3, 5, 5), (6, 3, 1, 1), 1, 1),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("special", SPECIAL)
+def test_special(name: str, special: str) -> None:
+    spec = ConvSpec.create(*SPECIAL[special])
+    rng = np.random.default_rng(7)
+    empty = SparseWeight.from_dense(np.zeros(spec.weight_shape, np.float32), spec.groups)
+    reason = KERNELS[name].supports(spec, empty)
+    if reason is not None:
+        assert name == "cpu_pointwise", reason
+        with pytest.raises(ConfigError, match="cannot run config"):
+            KERNELS[name].prepare(spec, empty, {"lanes": 4, "vectors": 1, "block": 1, "split": 1})
+        return
+    for dense in itertools.islice(weights(spec, rng), 5):
+        check(spec, dense, name)
+        # The default config is for few threads; other thread counts of the same config need no compilation.
+        check(spec, dense, name, KERNELS[name].default(spec, empty, 1), threads=3)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7, 64])
+@pytest.mark.parametrize("team", ["openmp", "own"])
+def test_threads(threads: int, team: str, request: pytest.FixtureRequest) -> None:
+    if team == "own":
+        request.getfixturevalue("own_team")
+    else:
+        pytest.importorskip("torch")
+    rng = np.random.default_rng(threads)
+    spec = ConvSpec.create((2, 5, 19, 23), (6, 5, 3, 3), 1, 1)
+    config = {"lanes": 8, "chunk": 8, "tile": "2x2", "taps": "shifted", "block_kb": 1, "split": 2}
+    for _ in range(5):
+        check(spec, random_weight(spec, 0.2, rng), "cpu_direct", config, threads=threads)
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_random_configs(data: st.DataObject) -> None:
+    _random_config(data)
+
+
+@pytest.mark.slow
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_many_random_configs(data: st.DataObject) -> None:
+    _random_config(data)
+
+
+def _random_config(data: st.DataObject) -> None:
+    spec = data.draw(conv_specs())
+    weight = data.draw(sparse_weights(spec))
+    threads = data.draw(st.integers(1, 4))
+    usable = [k for k in kernels_for("cpu") if k.supports(spec, weight) is None and not k.is_dense]
+    chosen = data.draw(st.sampled_from(usable), label="kernel")
+    config = data.draw(st.sampled_from(list(chosen.configs(spec, weight, threads))), label="config")
+    check(spec, weight.to_dense(), chosen.name, config, threads=threads)
+
+
+# --- activations -----------------------------------------------------------------------------------------------
+
+ACTIVATION_CONFIGS: list[tuple[str, dict[str, Any]]] = [
+    ("cpu_pointwise", {"lanes": 4, "vectors": 1, "block": 8, "split": 1}),
+    ("cpu_pointwise", {"lanes": 8, "vectors": 1, "block": 8, "split": 1}),
+    ("cpu_pointwise", {"lanes": 16, "vectors": 2, "block": 8, "split": 1}),
+    ("cpu_direct", {"lanes": 8, "chunk": 4, "tile": "1x3", "taps": "copied", "block_kb": 1, "split": 1}),
+    ("dense", {"layout": "nchw"}),
+    ("dense", {"layout": "nhwc"}),
+]
+
+
+def apply(values: np.ndarray, activation: str, name: str, config: dict[str, Any]) -> np.ndarray:
+    """The activation of each value: a convolution with the weight 1."""
+    spec = ConvSpec(1, 1, 1, len(values), 1, 1, 1)
+    weight = SparseWeight.from_dense(np.ones((1, 1, 1, 1), np.float32))
+    plan = Plan(spec, weight, Choice(name, KERNELS[name].default(spec, weight, 1) | config), activation, 1)  # type: ignore[arg-type]
+    return plan(values.astype(np.float32).reshape(spec.x_shape)).ravel()
+
+
+@pytest.mark.parametrize(("name", "config"), ACTIVATION_CONFIGS)
+@pytest.mark.parametrize("activation", ["none", "relu", "relu6", "silu"])
+def test_activations(activation: str, name: str, config: dict[str, Any]) -> None:
+    rng = np.random.default_rng(3)
+    spec = ConvSpec(2, 5, 6, 9, 4, 1, 1)
+    check(spec, random_weight(spec, 0.6, rng) * 4, name, config, activation)
+    # Several blocks of channels: the activation comes after the last one only.
+    if name == "cpu_pointwise":
+        check(spec, random_weight(spec, 0.6, rng) * 4, name, {**config, "block": 1}, activation)
+
+
+@pytest.mark.parametrize(("name", "config"), ACTIVATION_CONFIGS)
+@pytest.mark.parametrize("activation", ["none", "relu", "relu6"])
+def test_activations_of_special_values(activation: str, name: str, config: dict[str, Any]) -> None:
+    values = np.array([np.nan, np.inf, -np.inf, 0.0, -0.0, 6.0, 6.5, -1e-45, 1e-45, 3e38, -3e38, 1.0] * 4)
+    values = values.astype(np.float32)
+    expected = {
+        "none": values,
+        "relu": np.maximum(values, np.float32(0)),
+        "relu6": np.minimum(np.maximum(values, np.float32(0)), np.float32(6)),
+    }[activation]
+    np.testing.assert_array_equal(apply(values, activation, name, config), expected)
+
+
+@pytest.mark.parametrize(("name", "config"), [c for c in ACTIVATION_CONFIGS if c[0] != "dense"])
+def test_silu_accuracy(name: str, config: dict[str, Any]) -> None:
+    x = np.concatenate([np.linspace(-100, 100, 20_001), np.linspace(-1, 1, 2001), [0.0, 1e-38, 1e30, 3e38, -3e38]])
+    x = x.astype(np.float32)
+    expected = x.astype(np.float64) / (1 + np.exp(-np.maximum(x.astype(np.float64), -700)))
+    actual = apply(x, "silu", name, config)
+    assert np.isfinite(actual).all()
+    # Relative to the value; below -87 the value itself is under 1e-35 (but for inputs that no network makes).
+    usual = np.abs(x) <= 100
+    np.testing.assert_allclose(actual[usual], expected[usual], rtol=5e-7, atol=1e-34)
+    np.testing.assert_allclose(actual, expected, rtol=5e-7, atol=4.0)
+    special = apply(np.array([np.nan, np.inf] * 24), "silu", name, config)
+    assert np.isnan(special[::2]).all()
+    assert (special[1::2] == np.inf).all()
+
+
+# --- search spaces ---------------------------------------------------------------------------------------------
+
+SPACES = {
+    "ResNet 3x3": ((1, 64, 28, 28), (64, 64, 3, 3), 1, 1),
+    "late 3x3": ((1, 256, 7, 7), (256, 256, 3, 3), 1, 1),
+    "stride 2": ((4, 32, 15, 15), (16, 32, 3, 3), 2, 1),
+    "pointwise": ((1, 96, 14, 14), (24, 96, 1, 1)),
+    "1-D": ((1, 8, 1, 100), (8, 8, 1, 9), 1, (0, 4)),
+    "depthwise": ((1, 384, 14, 14), (384, 1, 3, 3), 1, 1, 1, 384),
+    "tiny": ((1, 1, 2, 2), (1, 1, 2, 2)),
+}
+
+
+@pytest.fixture
+def without_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make `prepare` pack only."""
+    for module in (cpu_direct, cpu_pointwise):
+        monkeypatch.setattr(module, "compile_c", lambda function, signature, key: Code(0, None))  # type: ignore[arg-type]
+        monkeypatch.setattr(module, "_built", {})
+        monkeypatch.setattr(module, "_entry", lambda *args: None)
+
+
+def space_problem(name: str, density: float) -> tuple[ConvSpec, SparseWeight]:
+    spec = ConvSpec.create(*SPACES[name])
+    dense = random_weight(spec, density, np.random.default_rng(5))
+    return spec, SparseWeight.from_dense(dense, spec.groups)
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("name", SPARSE)
+@pytest.mark.parametrize("threads", [1, 2, 16])
+def test_every_config_packs(space: str, name: str, threads: int, without_compiling: None) -> None:
+    for density in (0.02, 0.1, 0.5):
+        spec, weight = space_problem(space, density)
+        if KERNELS[name].supports(spec, weight) is not None:
+            continue
+        configs = list(KERNELS[name].configs(spec, weight, threads))
+        assert configs
+        default = KERNELS[name].default(spec, weight, threads)
+        assert KERNELS[name].check(spec, weight, default) is None
+        for config in [*configs, default]:
+            nbytes = KERNELS[name].prepare(spec, weight, config).nbytes
+            assert nbytes <= 1.3 * (8 * weight.nnz + 4 * (spec.k + 1)) + 4096
+
+
+@pytest.mark.parametrize(("space", "name"), [("stride 2", "cpu_direct"), ("tiny", "cpu_direct"), *[("pointwise", n) for n in SPARSE]])
+def test_some_configs_run(space: str, name: str) -> None:
+    spec, weight = space_problem(space, 0.1)
+    configs = list(KERNELS[name].configs(spec, weight, 2))
+    for i in np.random.default_rng(2).choice(len(configs), 2):
+        check(spec, weight.to_dense(), name, configs[i], threads=2)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_default_is_valid(data: st.DataObject) -> None:
+    spec = data.draw(conv_specs(max_pixels=400, max_channels=40))
+    weight = data.draw(sparse_weights(spec))
+    threads = data.draw(st.sampled_from([1, 2, 8, 64]))
+    for chosen in KERNELS.values():
+        if chosen.supports(spec, weight) is None:
+            config = chosen.default(spec, weight, threads)
+            assert chosen.check(spec, weight, config) is None
+            assert all(isinstance(v, int | str) for v in config.values())
+
+
+@pytest.mark.parametrize("density", [0.0, 0.02, 0.1, 0.3])
+@pytest.mark.parametrize("threads", [1, 4, 64])
+@pytest.mark.parametrize(
+    "problem",
+    [
+        ((1, 1024, 7, 7), (1024, 1, 3, 3), 1, 1, 1, 1024),
+        ((1, 512, 14, 14), (512, 1, 5, 5), 2, 2, 1, 512),
+        ((1, 2048, 7, 7), (128, 2048, 1, 1)),
+        ((1, 512, 4, 4), (8, 512, 3, 3), 1, 1),
+        ((1, 4096, 1, 1), (1000, 4096, 1, 1)),
+    ],
+)
+def test_default_packs(problem: tuple[Any, ...], threads: int, density: float, without_compiling: None) -> None:
+    spec = ConvSpec.create(*problem)
+    weight = SparseWeight.from_dense(random_weight(spec, density, np.random.default_rng(0)), spec.groups)
+    for name in SPARSE:
+        if KERNELS[name].supports(spec, weight) is None:
+            KERNELS[name].prepare(spec, weight, KERNELS[name].default(spec, weight, threads))
+
+
+VALUES = st.one_of(
+    st.integers(),
+    st.integers(-2, 40),
+    st.sampled_from([4, 8, 16]),
+    st.booleans(),
+    st.none(),
+    st.floats(),
+    st.text(max_size=6),
+    st.from_regex(r"[0-9]{1,3}x[0-9]{1,3}", fullmatch=True),
+    st.sampled_from(["copied", "shifted", "nchw", "nhwc"]),
+    st.lists(st.integers(), max_size=2),
+)
+FIELDS = ["lanes", "chunk", "tile", "taps", "block_kb", "split", "vectors", "block", "layout"]
+KEYS = st.one_of(st.sampled_from(FIELDS), st.text(max_size=3), st.integers(), st.none())
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_check_never_raises(data: st.DataObject) -> None:
+    spec = data.draw(conv_specs())
+    weight = data.draw(sparse_weights(spec))
+    chosen = data.draw(st.sampled_from(list(KERNELS.values())))
+    names = list(chosen.default(spec, weight, 2))
+    right = st.fixed_dictionaries({name: VALUES for name in names})
+    config = data.draw(st.one_of(right, st.dictionaries(KEYS, VALUES), right.map(lambda c: {**c, "more": 1})))
+    reason = chosen.check(spec, weight, config)  # type: ignore[arg-type]
+    assert reason is None or reason
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"lanes": 5}, "lanes must be 4, 8 or 16"),
+        ({"chunk": 3}, "chunk a power of two"),
+        ({"chunk": 16}, "chunk a power of two"),
+        ({"taps": "shifted", "chunk": 4}, "shifted taps need chunk == lanes"),
+        ({"taps": "moved"}, "taps must be one of"),
+        ({"tile": "29x1"}, "1 to 28 accumulators"),
+        ({"tile": "2"}, "tile must be like '7x2'"),
+        ({"tile": 2}, "tile must be a text"),
+        ({"tile": "10x1"}, "exceeds the output's height 9"),
+        ({"tile": "1x3"}, "beyond the output's width 9"),
+        ({"split": 5}, "exceeds the 4 output channels"),
+        ({"split": True}, "split must be an integer"),
+        ({"block_kb": 0}, "block_kb must be from 1"),
+        ({"unknown": 1}, "expected the parameters"),
+    ],
+)
+def test_direct_reasons(change: dict[str, Any], words: str) -> None:
+    spec = ConvSpec.create((1, 3, 9, 9), (4, 3, 3, 3), 1, 1)
+    weight = SparseWeight.from_dense(np.ones(spec.weight_shape, np.float32))
+    direct = kernel("cpu_direct")
+    config = direct.default(spec, weight, 1)
+    config |= {"lanes": 8, "chunk": 8, "tile": "2x1", "taps": "copied", "block_kb": 8, "split": 1}
+    assert direct.check(spec, weight, config) is None
+    assert words in (direct.check(spec, weight, {**config, **change}) or "")
+    with pytest.raises(ConfigError, match=r"kernel 'cpu_direct' cannot run config .* for n1_c3_h9_w9"):
+        direct.prepare(spec, weight, {**config, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"lanes": 6}, "lanes must be 4, 8 or 16"),
+        ({"lanes": 16}, "at most the image's 9 pixels"),
+        ({"vectors": 3}, "3 vectors exceed the image's 9 pixels"),
+        ({"vectors": 29}, "vectors must be from 1 to 28"),
+        ({"split": 5}, "exceeds the 4 output channels"),
+        ({"block": 0}, "block must be from 1"),
+    ],
+)
+def test_pointwise_reasons(change: dict[str, Any], words: str) -> None:
+    spec = ConvSpec.create((1, 3, 3, 3), (4, 3, 1, 1))
+    weight = SparseWeight.from_dense(np.ones(spec.weight_shape, np.float32))
+    pointwise = kernel("cpu_pointwise")
+    config = pointwise.default(spec, weight, 1) | {"lanes": 8, "vectors": 2, "block": 8, "split": 1}
+    assert pointwise.check(spec, weight, config) is None
+    assert words in (pointwise.check(spec, weight, {**config, **change}) or "")
+
+
+def test_table() -> None:
+    assert kernels_for("cpu") == list(KERNELS.values())
+    assert kernels_for("abacus") == []
+    for name, k in KERNELS.items():
+        assert kernel(name) is k
+        assert isinstance(k, base.Kernel)
+        assert k.name == name
+        assert k.version >= 1
+    for bad in ("cpu", None, ["cpu_direct"]):
+        with pytest.raises(ValueError, match="expected a kernel's name, one of"):
+            kernel(bad)  # type: ignore[arg-type]
+
+
+def test_host() -> None:
+    assert cpu.vector_lanes() in (4, 8, 16)
+    assert cpu.vector_registers() in (16, 32)
+    first, second = cpu.cache_bytes()
+    assert 4096 <= first <= second
+    assert cpu.processor_name()
