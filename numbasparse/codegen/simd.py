@@ -164,75 +164,133 @@ class RowKernel:
     out_displacements: tuple[int, ...] = ()
 
 
-def row_kernel(k: RowKernel) -> Callable[..., None]:
-    """Intrinsic ``(input, entry, end, partial, bias, outs, out_offset, out_pitch)``, all int64.
+ROWS_SIGNATURE = "void(" + ", ".join(["int64"] * 13) + ")"
+"""C signature of `rows_function`."""
 
-    ``acc[t] += value * input[offset + displacements[t]]`` for the entries in ``[entry, end)``.  ``partial`` is
-    where partial sums of this channel live (``rows * columns`` vectors), ``bias`` the address of its bias,
-    ``outs`` a table of ``lanes // chunk`` output addresses, ``out_offset`` the channel's byte offset from
-    them, ``out_pitch`` the bytes from one output row to the next.
+
+def rows_function(kernels: Sequence[RowKernel]) -> Callable[..., None]:
+    """Function ``(role, input, low, high, entries, rows, starts, partials, base, bias, outs, plane, pitch)``.
+
+    Runs ``kernels[role]`` over the pieces of rows ``low`` .. ``high`` (see `kernels.cpu_rows.PackedRows`): for
+    each, ``acc[t] += value * input[offset + displacements[t]]`` over its entries.  ``partials`` holds partial
+    sums of output channels from ``base``; ``bias`` is the bias' address, ``outs`` a table of
+    ``lanes // chunk`` output addresses, ``plane`` and ``pitch`` the bytes of an output channel and row.
     """
-    count = k.rows * k.columns
-    vector = _vector(k.lanes)
-    size = 4 * k.lanes
+    first, second, third, fourth = (_rows_intrinsic(k) for k in kernels)
 
-    def step(bd: Any, base: Any, entry: Any, accs: list[Any]) -> list[Any]:
+    def run_rows(
+        role: int,
+        source: int,
+        low: int,
+        high: int,
+        entries: int,
+        rows: int,
+        starts: int,
+        partials: int,
+        base: int,
+        bias: int,
+        outs: int,
+        plane: int,
+        pitch: int,
+    ) -> None:
+        if role == 0:
+            first(source, low, high, entries, rows, starts, partials, base, bias, outs, plane, pitch)
+        elif role == 1:
+            second(source, low, high, entries, rows, starts, partials, base, bias, outs, plane, pitch)
+        elif role == 2:
+            third(source, low, high, entries, rows, starts, partials, base, bias, outs, plane, pitch)
+        else:
+            fourth(source, low, high, entries, rows, starts, partials, base, bias, outs, plane, pitch)
+
+    return run_rows
+
+
+def _rows_intrinsic(k: RowKernel) -> Callable[..., None]:
+    """The loop over pieces of rows.  It is emitted whole: numba's front end takes longer than LLVM otherwise."""
+    partial_bytes = 4 * k.lanes * k.rows * k.columns
+
+    @intrinsic
+    def sparse_rows(
+        typingctx: Any,
+        source: Any,
+        low: Any,
+        high: Any,
+        entries: Any,
+        rows: Any,
+        starts: Any,
+        partials: Any,
+        base: Any,
+        bias: Any,
+        outs: Any,
+        plane: Any,
+        pitch: Any,
+    ) -> Any:
+        def codegen(ctx: Any, bd: Any, sig: Any, args: Any) -> Any:
+            source, low, high, entries, rows, starts, partials, base, bias, outs, plane, pitch = args
+            with cgutils.for_range_slice(bd, low, high, _const(1)) as (piece, _):
+                four = bd.mul(piece, _const(4))
+                channel = bd.sext(_load(bd, _I32, bd.add(rows, four), 4), _I64)
+                bounds = bd.add(starts, four)
+                start, end = (bd.sext(_load(bd, _I32, _plus(bd, bounds, d), 4), _I64) for d in (0, 4))
+                entry = bd.add(entries, bd.mul(start, _const(ENTRY_BYTES)))
+                stop = bd.add(entries, bd.mul(end, _const(ENTRY_BYTES)))
+                partial = bd.add(partials, bd.mul(bd.sub(channel, base), _const(partial_bytes)))
+                bias_at = bd.add(bias, bd.mul(channel, _const(4)))
+                _sparse_row(bd, k, source, entry, stop, partial, bias_at, outs, bd.mul(channel, plane), pitch)
+            return ctx.get_dummy_value()
+
+        return types.void(*[types.intp] * 12), codegen
+
+    return sparse_rows
+
+
+def _sparse_row(
+    bd: Any,
+    k: RowKernel,
+    source: Any,
+    entry: Any,
+    end: Any,
+    partial: Any,
+    bias: Any,
+    outs: Any,
+    out_offset: Any,
+    pitch: Any,
+) -> None:
+    count, size = k.rows * k.columns, 4 * k.lanes
+    vector = _vector(k.lanes)
+
+    def step(entry: Any, accs: list[Any]) -> list[Any]:
         offset = bd.sext(_load(bd, _I32, entry, 4), _I64)
         value = _splat(bd, _load(bd, _F32, _plus(bd, entry, 4), 4), k.lanes)
         # An empty asm hides how the address was made.  Otherwise LLVM folds base + offset into the operand of
         # every FMA; an indexed operand is split into two operations on Intel (2-6 % slower, measured).
-        address = bd.call(ir.InlineAsm(ir.FunctionType(_I64, [_I64]), "", "=r,0"), [bd.add(base, offset)])
+        address = bd.call(ir.InlineAsm(ir.FunctionType(_I64, [_I64]), "", "=r,0"), [bd.add(source, offset)])
         align = size if k.aligned else 4
         loads = [_load(bd, vector, _plus(bd, address, d), align) for d in k.displacements]
         return [_fma(bd, value, x, acc) for x, acc in zip(loads, accs, strict=True)]
 
-    @intrinsic
-    def sparse_row(
-        typingctx: Any,
-        base: Any,
-        entry: Any,
-        end: Any,
-        partial: Any,
-        bias: Any,
-        outs: Any,
-        out_offset: Any,
-        out_pitch: Any,
-    ) -> Any:
-        def codegen(ctx: Any, bd: Any, sig: Any, args: Any) -> Any:
-            base, entry, end, partial, bias, outs, out_offset, out_pitch = args
-            zero = _constants(k.lanes, 0.0)
-            if k.start == "bias":
-                start = _splat(bd, _load(bd, _F32, bias, 4), k.lanes)
-                accs = [start] * count
-            else:
-                accs = [_load(bd, vector, _plus(bd, partial, size * t), size) for t in range(count)]
-            accs += [zero] * (count * (k.sets - 1))
-            if k.sets > 1:
-                stride = ENTRY_BYTES * k.sets
+    def steps(entry: Any, accs: list[Any]) -> list[Any]:
+        out: list[Any] = []
+        for u in range(k.sets):
+            out += step(_plus(bd, entry, ENTRY_BYTES * u), accs[u * count : (u + 1) * count])
+        return out
 
-                def several(p: Any, a: list[Any]) -> list[Any]:
-                    out: list[Any] = []
-                    for u in range(k.sets):
-                        part = a[u * count : (u + 1) * count]
-                        out += step(bd, base, _plus(bd, p, ENTRY_BYTES * u), part)
-                    return out
-
-                limit = bd.sub(end, _const(stride - ENTRY_BYTES))
-                entry, accs = _loop(bd, entry, limit, stride, accs, several)
-            _, first = _loop(bd, entry, end, ENTRY_BYTES, accs[:count], lambda p, a: step(bd, base, p, a))
-            for u in range(1, k.sets):
-                more = accs[u * count : (u + 1) * count]
-                first = [bd.fadd(x, y) for x, y in zip(first, more, strict=True)]
-            if k.finish == "spill":
-                for t in range(count):
-                    _store(bd, first[t], _plus(bd, partial, size * t), size)
-            else:
-                _write_tile(bd, k, first, outs, out_offset, out_pitch)
-            return ctx.get_dummy_value()
-
-        return types.void(*[types.intp] * 8), codegen
-
-    return sparse_row
+    if k.start == "bias":
+        accs = [_splat(bd, _load(bd, _F32, bias, 4), k.lanes)] * count
+    else:
+        accs = [_load(bd, vector, _plus(bd, partial, size * t), size) for t in range(count)]
+    accs += [_constants(k.lanes, 0.0)] * (count * (k.sets - 1))
+    if k.sets > 1:
+        limit = bd.sub(end, _const(ENTRY_BYTES * (k.sets - 1)))
+        entry, accs = _loop(bd, entry, limit, ENTRY_BYTES * k.sets, accs, steps)
+    _, sums = _loop(bd, entry, end, ENTRY_BYTES, accs[:count], step)
+    for u in range(1, k.sets):
+        sums = [bd.fadd(x, y) for x, y in zip(sums, accs[u * count : (u + 1) * count], strict=True)]
+    if k.finish == "spill":
+        for t in range(count):
+            _store(bd, sums[t], _plus(bd, partial, size * t), size)
+    else:
+        _write_tile(bd, k, sums, outs, out_offset, pitch)
 
 
 def _loop(bd: Any, start: Any, limit: Any, stride: int, values: list[Any], body: Any) -> tuple[Any, list[Any]]:
@@ -346,44 +404,85 @@ def mask_length(chunk: int, stride: int) -> int:
     return 2 * chunk if stride == 2 else chunk
 
 
-def pack_lines(
+PACK_SIGNATURE = "void(" + ", ".join(["int64"] * 8) + ")"
+"""C signature of `pack_function`."""
+
+
+def pack_function(
     lanes: int, chunk: int, stride: int, displacements: Sequence[int], ahead: tuple[int, int] = (0, 0)
 ) -> Callable[..., None]:
-    """Intrinsic ``(destination, input, table)``: copy one input row to ``len(displacements)`` packed vectors.
+    """Function ``(destination, input, channels, count, plane, table, rows, channel_bytes)``: pack a block.
 
-    ``table`` holds, for each of the ``lanes // chunk`` runs, two int64: byte offset of the run's row from
-    ``input``, and the address of its masks: for line ``i``, `mask_length` int32, negative where the element
-    exists.  Lane ``j`` of line ``i`` becomes the float at ``offset + displacements[i] + 4 * stride * j``, or
-    zero where it lies outside of the image: nothing outside is read.
+    For each of ``count`` int32 channel numbers at ``channels``, copies ``rows`` input rows of that channel
+    (``plane`` bytes apart) to ``destination``, a row as ``len(displacements)`` vectors, a channel every
+    ``channel_bytes``.
+
+    ``table`` holds, for each row and each of the ``lanes // chunk`` runs, two int64: byte offset of the run's
+    row from the channel, and the address of its masks: for vector ``i``, `mask_length` int32, negative where
+    the element exists.  Lane ``j`` of vector ``i`` becomes the float at
+    ``offset + displacements[i] + 4 * stride * j``, or zero where it lies outside of the image: nothing outside
+    is read.
 
     ``ahead`` asks for bytes from .. to behind the start of each run to be fetched into the second cache: the
     next tile's part of the row.
     """
     runs = lanes // chunk
     masks = 4 * mask_length(chunk, stride)
+    row_bytes = 4 * lanes * len(displacements)
+
+    def copy_row(bd: Any, destination: Any, source: Any, table: Any) -> None:
+        rows, mask = [], []
+        for run in range(runs):
+            rows.append(bd.add(source, _load(bd, _I64, _plus(bd, table, 16 * run), 8)))
+            mask.append(_load(bd, _I64, _plus(bd, table, 16 * run + 8), 8))
+        for row in rows:
+            for distance in range(ahead[0], ahead[1], 64):
+                _prefetch(bd, _plus(bd, row, distance))
+        for i, displacement in enumerate(displacements):
+            parts = [
+                _strided(bd, chunk, stride, _plus(bd, row, displacement), _plus(bd, m, masks * i))
+                for row, m in zip(rows, mask, strict=True)
+            ]
+            _store(bd, _concat(bd, parts), _plus(bd, destination, 4 * lanes * i), 4 * lanes)
 
     @intrinsic
-    def copy_lines(typingctx: Any, destination: Any, source: Any, table: Any) -> Any:
+    def pack_block(
+        typingctx: Any,
+        destination: Any,
+        source: Any,
+        channels: Any,
+        count: Any,
+        plane: Any,
+        table: Any,
+        rows: Any,
+        channel_bytes: Any,
+    ) -> Any:
         def codegen(ctx: Any, bd: Any, sig: Any, args: Any) -> Any:
-            destination, source, table = args
-            rows, mask = [], []
-            for run in range(runs):
-                rows.append(bd.add(source, _load(bd, _I64, _plus(bd, table, 16 * run), 8)))
-                mask.append(_load(bd, _I64, _plus(bd, table, 16 * run + 8), 8))
-            for row in rows:
-                for distance in range(ahead[0], ahead[1], 64):
-                    _prefetch(bd, _plus(bd, row, distance))
-            for i, displacement in enumerate(displacements):
-                parts = [
-                    _strided(bd, chunk, stride, _plus(bd, row, displacement), _plus(bd, m, masks * i))
-                    for row, m in zip(rows, mask, strict=True)
-                ]
-                _store(bd, _concat(bd, parts), _plus(bd, destination, 4 * lanes * i), 4 * lanes)
+            destination, source, channels, count, plane, table, rows, channel_bytes = args
+            with cgutils.for_range(bd, count) as outer:
+                number = bd.sext(_load(bd, _I32, bd.add(channels, bd.mul(outer.index, _const(4))), 4), _I64)
+                channel = bd.add(source, bd.mul(number, plane))
+                packed = bd.add(destination, bd.mul(outer.index, channel_bytes))
+                with cgutils.for_range(bd, rows) as inner:
+                    to = bd.add(packed, bd.mul(inner.index, _const(row_bytes)))
+                    copy_row(bd, to, channel, bd.add(table, bd.mul(inner.index, _const(16 * runs))))
             return ctx.get_dummy_value()
 
-        return types.void(types.intp, types.intp, types.intp), codegen
+        return types.void(*[types.intp] * 8), codegen
 
-    return copy_lines
+    def run_pack(
+        destination: int,
+        source: int,
+        channels: int,
+        count: int,
+        plane: int,
+        table: int,
+        rows: int,
+        channel_bytes: int,
+    ) -> None:
+        pack_block(destination, source, channels, count, plane, table, rows, channel_bytes)
+
+    return run_pack
 
 
 def _prefetch(bd: Any, address: Any) -> None:

@@ -35,31 +35,26 @@ direct sparse convolution of SkimCaffe (Park et al., arXiv 1608.01409).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
 from dataclasses import dataclass
 from math import gcd
-from typing import Any
 
 import numpy as np
 
 from numbasparse.codegen.jit import Code, compile_c
 from numbasparse.codegen.simd import (
-    RowKernel,
+    PACK_SIGNATURE,
+    call_address,
     load_i32,
     load_i64,
     mask_length,
-    pack_lines,
-    row_kernel,
+    pack_function,
     store_i64,
 )
 from numbasparse.kernels.base import Activation, Config, Kernel, Runner, Space, check_fields
 from numbasparse.kernels.cpu_rows import (
-    FIRST,
-    LAST,
-    MIDDLE,
-    ONLY,
     PackedRows,
-    accumulator_sets,
+    compile_rows,
     most_accumulators,
     pack_rows,
     prefetch_choices,
@@ -71,11 +66,12 @@ from numbasparse.weight import SparseWeight
 
 # Words of the parameter block (int64 each).
 (
-    _UNITS, _SPLITS, _GROUPS_OF_RUNS, _RUNS, _BLOCKS, _BLOCK, _CHANNELS, _K, _H,
+    _UNITS, _SPLITS, _RUNS, _BLOCKS, _BLOCK, _CHANNELS, _K, _H,
     _IN_PLANE, _OUT_PLANE, _OUT_PITCH, _PATCH_ROWS, _ROW_STEP, _ROW_STEP_BYTES, _CHANNEL_BYTES,
     _ENTRIES, _ROWS, _STARTS, _SEGMENTS, _CHANNEL_LIST, _RUN_TABLE, _MASKS, _ZERO_MASK,
+    _PACK_CODE, _ROWS_CODE, _RUNS_PER_VECTOR,
     _OUTS_AT, _PACKED_AT, _PARTIAL_AT, _WORDS,
-) = range(28)  # fmt: skip
+) = range(30)  # fmt: skip
 
 _MAX_WORKSPACE = 64 << 20
 
@@ -244,13 +240,16 @@ class _Runner(Runner):
         tiling = Tiling.of(spec, geometry)
         runs_per_vector = geometry.lanes // geometry.chunk
         zero_mask = np.zeros(len(geometry.line_x) * mask_length(geometry.chunk, spec.stride[1]), np.int32)
-        self._keep = (tiling, packed, zero_mask)
-        self._code = _compile(geometry, spec.stride[1], tiling.valid, activation)
+        rows_code = _rows_code(geometry, tiling.valid, activation)
+        displacements = tuple(4 * x for x in geometry.line_x)
+        pack_code = _pack_code(geometry.lanes, geometry.chunk, spec.stride[1], displacements, geometry.ahead)
+        self._code = _entry_code()
+        self._keep = (tiling, packed, zero_mask, rows_code, pack_code)
         self.nbytes = packed.nbytes
         words = self._words = np.zeros(_WORDS, np.int64)
         groups = -(-len(tiling.table) // runs_per_vector)
         words[_UNITS], words[_SPLITS] = groups * packed.splits, packed.splits
-        words[_RUNS], words[_GROUPS_OF_RUNS] = len(tiling.table), groups
+        words[_RUNS], words[_RUNS_PER_VECTOR] = len(tiling.table), runs_per_vector
         words[_BLOCKS], words[_BLOCK], words[_CHANNELS] = packed.blocks, packed.block, len(packed.channels)
         words[_K], words[_H] = spec.k, spec.h
         words[_IN_PLANE], words[_OUT_PLANE] = 4 * spec.h * spec.w, 4 * spec.out_h * spec.out_w
@@ -261,6 +260,7 @@ class _Runner(Runner):
         arrays = (packed.entries, packed.rows, packed.starts, packed.segments, packed.channels)
         for i, array in enumerate((*arrays, tiling.table, tiling.masks, zero_mask)):
             words[_ENTRIES + i] = array.ctypes.data
+        words[_PACK_CODE], words[_ROWS_CODE] = pack_code.address, rows_code.address
         # Scratch: the table of packed rows, output addresses, the packed block, partial sums.
         outs_at = 16 * geometry.patch_rows * runs_per_vector
         packed_at = -(-(outs_at + 8 * runs_per_vector) // 64) * 64
@@ -274,108 +274,79 @@ class _Runner(Runner):
         cpu.run(self._code.address, self._address, x, y, bias, threads, self.workspace)
 
 
-_built: dict[tuple[Any, ...], Code] = {}
-
-
-def _compile(geometry: Geometry, stride: int, valid: int, activation: Activation) -> Code:
+def _rows_code(geometry: Geometry, valid: int, activation: Activation) -> Code:
     g = geometry
-    tile = (g.lanes, g.chunk, g.tile_h, g.tile_w)
-    key = (*tile, g.ahead, g.line_x, g.displacements, g.aligned, stride, valid, activation)
-    if key not in _built:
-        _built[key] = compile_c(_entry(g, stride, valid, activation), cpu.ENTRY_SIGNATURE, repr(key))
-    return _built[key]
+    return compile_rows(
+        lanes=g.lanes,
+        rows=g.tile_h,
+        columns=g.tile_w,
+        displacements=g.displacements,
+        chunk=g.chunk,
+        valid=valid,
+        aligned=g.aligned,
+        activation=activation,
+    )
 
 
-def _row_kernels(g: Geometry, valid: int, activation: Activation) -> list[Callable[..., None]]:
-    """The inner loop in its four roles, by the index of `PackedRows`' roles."""
-    kernels: dict[int, Callable[..., None]] = {}
-    for role in (ONLY, FIRST, MIDDLE, LAST):
-        kernels[role] = row_kernel(
-            RowKernel(
-                lanes=g.lanes,
-                rows=g.tile_h,
-                columns=g.tile_w,
-                displacements=g.displacements,
-                chunk=g.chunk,
-                valid=valid,
-                sets=accumulator_sets(len(g.displacements)),
-                aligned=g.aligned,
-                activation=activation,
-                start="bias" if role in (ONLY, FIRST) else "resume",
-                finish="store" if role in (ONLY, LAST) else "spill",
-            )
-        )
-    return [kernels[role] for role in range(4)]
+@functools.cache
+def _pack_code(lanes: int, chunk: int, stride: int, displacements: tuple[int, ...], ahead: tuple[int, int]) -> Code:
+    function = pack_function(lanes, chunk, stride, displacements, ahead)
+    return compile_c(function, PACK_SIGNATURE, repr((lanes, chunk, stride, displacements, ahead)))
 
 
-def _entry(g: Geometry, stride: int, valid: int, activation: Activation) -> Callable[..., None]:
-    only, first, middle, last = _row_kernels(g, valid, activation)
-    copy_lines = pack_lines(g.lanes, g.chunk, stride, [4 * x for x in g.line_x], g.ahead)
-    runs_per_vector = g.lanes // g.chunk
-    row_bytes = len(g.line_x) * g.vector_bytes
-    partial_bytes = len(g.displacements) * g.vector_bytes
-    next_unit = cpu.next_unit
+@functools.cache
+def _entry_code() -> Code:
+    return compile_c(_entry, cpu.ENTRY_SIGNATURE, "")
 
-    def entry(params: int, x: int, y: int, bias: int, arena: int, counters: int, thread: int, threads: int) -> None:
-        units, splits = load_i64(params + 8 * _UNITS), load_i64(params + 8 * _SPLITS)
-        blocks, block = load_i64(params + 8 * _BLOCKS), load_i64(params + 8 * _BLOCK)
-        channels, runs = load_i64(params + 8 * _CHANNELS), load_i64(params + 8 * _RUNS)
-        height, out_channels = load_i64(params + 8 * _H), load_i64(params + 8 * _K)
-        in_plane, out_plane = load_i64(params + 8 * _IN_PLANE), load_i64(params + 8 * _OUT_PLANE)
-        pitch = load_i64(params + 8 * _OUT_PITCH)
-        patch_rows, row_step = load_i64(params + 8 * _PATCH_ROWS), load_i64(params + 8 * _ROW_STEP)
-        row_step_bytes = load_i64(params + 8 * _ROW_STEP_BYTES)
-        channel_bytes = load_i64(params + 8 * _CHANNEL_BYTES)
-        entries, rows = load_i64(params + 8 * _ENTRIES), load_i64(params + 8 * _ROWS)
-        starts, segments = load_i64(params + 8 * _STARTS), load_i64(params + 8 * _SEGMENTS)
-        channel_list, table = load_i64(params + 8 * _CHANNEL_LIST), load_i64(params + 8 * _RUN_TABLE)
-        masks, zero_mask = load_i64(params + 8 * _MASKS), load_i64(params + 8 * _ZERO_MASK)
-        outs = arena + load_i64(params + 8 * _OUTS_AT)
-        packed = arena + load_i64(params + 8 * _PACKED_AT)
-        partials = arena + load_i64(params + 8 * _PARTIAL_AT)
-        while True:
-            unit = next_unit(counters, thread, threads, units)
-            if unit < 0:
-                return
-            group, split = unit // splits, unit % splits
-            # Where each packed row comes from; rows outside of the image have an all-zero mask.
-            for p in range(runs_per_vector):
-                run = table + 32 * min(group * runs_per_vector + p, runs - 1)
-                source, row, mask = load_i64(run), load_i64(run + 8), masks + load_i64(run + 16)
-                for i in range(patch_rows):
-                    at = arena + 16 * (i * runs_per_vector + p)
-                    store_i64(at, source + i * row_step_bytes)
-                    store_i64(at + 8, mask if 0 <= row + i * row_step < height else zero_mask)
-                store_i64(outs + 8 * p, y + load_i64(run + 24))
-            low = (split * out_channels + splits - 1) // splits
-            for b in range(blocks):
-                segment = segments + 16 * (b * splits + split)
-                if load_i32(segment) == load_i32(segment + 16):
-                    continue
-                for c in range(b * block, min(channels, (b + 1) * block)):
-                    plane = x + load_i32(channel_list + 4 * c) * in_plane
-                    to = packed + (c - b * block) * channel_bytes
-                    for i in range(patch_rows):
-                        copy_lines(to + i * row_bytes, plane, arena + 16 * runs_per_vector * i)
-                for i in range(load_i32(segment), load_i32(segment + 4)):
-                    k = load_i32(rows + 4 * i)
-                    a, e = entries + 8 * load_i32(starts + 4 * i), entries + 8 * load_i32(starts + 4 * i + 4)
-                    only(packed, a, e, 0, bias + 4 * k, outs, k * out_plane, pitch)
-                for i in range(load_i32(segment + 4), load_i32(segment + 8)):
-                    k = load_i32(rows + 4 * i)
-                    a, e = entries + 8 * load_i32(starts + 4 * i), entries + 8 * load_i32(starts + 4 * i + 4)
-                    first(packed, a, e, partials + (k - low) * partial_bytes, bias + 4 * k, outs, 0, pitch)
-                for i in range(load_i32(segment + 8), load_i32(segment + 12)):
-                    k = load_i32(rows + 4 * i)
-                    a, e = entries + 8 * load_i32(starts + 4 * i), entries + 8 * load_i32(starts + 4 * i + 4)
-                    middle(packed, a, e, partials + (k - low) * partial_bytes, bias, outs, 0, pitch)
-                for i in range(load_i32(segment + 12), load_i32(segment + 16)):
-                    k = load_i32(rows + 4 * i)
-                    a, e = entries + 8 * load_i32(starts + 4 * i), entries + 8 * load_i32(starts + 4 * i + 4)
-                    at = partials + (k - low) * partial_bytes
-                    last(packed, a, e, at, bias, outs, k * out_plane, pitch)
 
-    return entry
+_call_pack, _call_rows = call_address(8), call_address(13)
+
+
+def _entry(params: int, x: int, y: int, bias: int, arena: int, counters: int, thread: int, threads: int) -> None:
+    """Work on units (a vector of runs, a range of output channels) until none is left."""
+    units, splits = load_i64(params + 8 * _UNITS), load_i64(params + 8 * _SPLITS)
+    blocks, block = load_i64(params + 8 * _BLOCKS), load_i64(params + 8 * _BLOCK)
+    channels, runs = load_i64(params + 8 * _CHANNELS), load_i64(params + 8 * _RUNS)
+    height, out_channels = load_i64(params + 8 * _H), load_i64(params + 8 * _K)
+    in_plane, out_plane = load_i64(params + 8 * _IN_PLANE), load_i64(params + 8 * _OUT_PLANE)
+    pitch, runs_per_vector = load_i64(params + 8 * _OUT_PITCH), load_i64(params + 8 * _RUNS_PER_VECTOR)
+    patch_rows, row_step = load_i64(params + 8 * _PATCH_ROWS), load_i64(params + 8 * _ROW_STEP)
+    row_step_bytes, channel_bytes = load_i64(params + 8 * _ROW_STEP_BYTES), load_i64(params + 8 * _CHANNEL_BYTES)
+    entries, rows = load_i64(params + 8 * _ENTRIES), load_i64(params + 8 * _ROWS)
+    starts, segments = load_i64(params + 8 * _STARTS), load_i64(params + 8 * _SEGMENTS)
+    channel_list, table = load_i64(params + 8 * _CHANNEL_LIST), load_i64(params + 8 * _RUN_TABLE)
+    masks, zero_mask = load_i64(params + 8 * _MASKS), load_i64(params + 8 * _ZERO_MASK)
+    pack_code, rows_code = load_i64(params + 8 * _PACK_CODE), load_i64(params + 8 * _ROWS_CODE)
+    outs = arena + load_i64(params + 8 * _OUTS_AT)
+    packed = arena + load_i64(params + 8 * _PACKED_AT)
+    partials = arena + load_i64(params + 8 * _PARTIAL_AT)
+    while True:
+        unit = cpu.next_unit(counters, thread, threads, units)
+        if unit < 0:
+            return
+        group, split = unit // splits, unit % splits
+        # Where each packed row comes from; rows outside of the image have an all-zero mask.
+        for p in range(runs_per_vector):
+            run = table + 32 * min(group * runs_per_vector + p, runs - 1)
+            source, row, mask = load_i64(run), load_i64(run + 8), masks + load_i64(run + 16)
+            for i in range(patch_rows):
+                at = arena + 16 * (i * runs_per_vector + p)
+                store_i64(at, source + i * row_step_bytes)
+                store_i64(at + 8, mask if 0 <= row + i * row_step < height else zero_mask)
+            store_i64(outs + 8 * p, y + load_i64(run + 24))
+        base = (split * out_channels + splits - 1) // splits
+        for b in range(blocks):
+            segment = segments + 16 * (b * splits + split)
+            if load_i32(segment) == load_i32(segment + 16):
+                continue
+            first = channel_list + 4 * b * block
+            count = min(block, channels - b * block)
+            _call_pack(pack_code, (packed, x, first, count, in_plane, arena, patch_rows, channel_bytes))
+            for role in range(4):
+                low, high = load_i32(segment + 4 * role), load_i32(segment + 4 * role + 4)
+                if low < high:
+                    where = (packed, low, high, entries, rows, starts, partials, base, bias, outs, out_plane, pitch)
+                    _call_rows(rows_code, (role, *where))
 
 
 class CpuDirect(Kernel):

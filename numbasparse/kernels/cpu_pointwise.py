@@ -22,22 +22,17 @@ Search space
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import functools
 
 import numpy as np
 
 from numbasparse.codegen.jit import Code, compile_c
-from numbasparse.codegen.simd import RowKernel, load_i32, load_i64, prefetch, row_kernel, store_i64
+from numbasparse.codegen.simd import call_address, load_i32, load_i64, prefetch, store_i64
 from numbasparse.kernels.base import Activation, Config, Kernel, Runner, Space, check_fields
 from numbasparse.kernels.cpu_rows import (
-    FIRST,
-    LAST,
-    MIDDLE,
-    ONLY,
     PackedRows,
-    accumulator_sets,
     balanced_block,
+    compile_rows,
     most_accumulators,
     pack_rows,
     prefetch_choices,
@@ -50,8 +45,8 @@ from numbasparse.weight import SparseWeight
 # Words of the parameter block (int64 each).
 (
     _UNITS, _SPLITS, _TILES, _BLOCKS, _BLOCK, _K, _PIXELS, _IN_IMAGE, _OUT_IMAGE,
-    _ENTRIES, _ROWS, _STARTS, _SEGMENTS, _BASES, _CHANNELS, _CHANNEL_LIST, _WORDS,
-) = range(17)  # fmt: skip
+    _ENTRIES, _ROWS, _STARTS, _SEGMENTS, _BASES, _CHANNELS, _CHANNEL_LIST, _ROWS_CODE, _TILE_PIXELS, _WORDS,
+) = range(19)  # fmt: skip
 
 
 class _Runner(Runner):
@@ -62,8 +57,9 @@ class _Runner(Runner):
         # With several blocks, the offsets of a block's entries count from its first channel.
         first = packed.channels[:: packed.block].astype(np.int64) if len(packed.channels) else np.zeros(1, np.int64)
         bases = first * 4 * pixels
-        self._keep = (packed, bases)
-        self._code = _compile(lanes, vectors, pixels if pixels < vectors * lanes else 0, activation, config["prefetch"])
+        self._code = _entry_code()
+        rows_code = _rows_code(lanes, vectors, min(pixels, vectors * lanes), activation)
+        self._keep = (packed, bases, rows_code)
         self.nbytes = packed.nbytes
         words = self._words = np.zeros(_WORDS, np.int64)
         words[_UNITS], words[_SPLITS], words[_TILES] = spec.n * tiles * packed.splits, packed.splits, tiles
@@ -71,7 +67,9 @@ class _Runner(Runner):
         words[_PIXELS], words[_IN_IMAGE], words[_OUT_IMAGE] = pixels, 4 * spec.c * pixels, 4 * spec.k * pixels
         for i, array in enumerate((packed.entries, packed.rows, packed.starts, packed.segments, bases)):
             words[_ENTRIES + i] = array.ctypes.data
-        words[_CHANNELS], words[_CHANNEL_LIST] = len(packed.channels), packed.channels.ctypes.data
+        words[_CHANNELS] = len(packed.channels) if config["prefetch"] == "next" else 0
+        words[_CHANNEL_LIST], words[_ROWS_CODE] = packed.channels.ctypes.data, rows_code.address
+        words[_TILE_PIXELS] = tile
         rows = -(-spec.k // packed.splits) + 1 if packed.blocks > 1 else 0
         self.workspace = 64 + rows * vectors * 4 * lanes
         self._address = words.ctypes.data
@@ -80,92 +78,67 @@ class _Runner(Runner):
         cpu.run(self._code.address, self._address, x, y, bias, threads, self.workspace)
 
 
-_built: dict[Any, Code] = {}
-
-
-def _compile(lanes: int, vectors: int, pixels: int, activation: Activation, fetch: int | str) -> Code:
-    key = (lanes, vectors, pixels, activation, fetch == "next")
-    if key not in _built:
-        _built[key] = compile_c(_entry(*key), cpu.ENTRY_SIGNATURE, repr(key))
-    return _built[key]
-
-
-def _entry(lanes: int, vectors: int, pixels: int, activation: Activation, fetch: bool) -> Callable[..., None]:
-    """Code for a tile; ``pixels`` is not 0 where the whole image is smaller than the tile."""
-    size = 4 * lanes
+def _rows_code(lanes: int, vectors: int, pixels: int, activation: Activation) -> Code:
+    """The inner loop for a tile of ``vectors``, in images of ``pixels``."""
     # In a small image the last vector overlaps the one before: nothing outside is read or written.
-    last_start = pixels - lanes if pixels else (vectors - 1) * lanes
+    last_start = min((vectors - 1) * lanes, pixels - lanes)
     displacements = tuple(4 * min(t * lanes, last_start) for t in range(vectors))
+    return compile_rows(
+        lanes=lanes,
+        rows=1,
+        columns=vectors,
+        displacements=displacements,
+        chunk=lanes,
+        valid=vectors * lanes,
+        aligned=False,
+        activation=activation,
+        out_displacements=displacements,
+    )
 
-    def code(role: int) -> Callable[..., None]:
-        return row_kernel(
-            RowKernel(
-                lanes=lanes,
-                rows=1,
-                columns=vectors,
-                displacements=displacements,
-                chunk=lanes,
-                valid=vectors * lanes,
-                sets=accumulator_sets(vectors),
-                aligned=False,
-                activation=activation,
-                start="bias" if role in (ONLY, FIRST) else "resume",
-                finish="store" if role in (ONLY, LAST) else "spill",
-                out_displacements=displacements,
-            )
-        )
 
-    only, first, middle, last = (code(role) for role in (ONLY, FIRST, MIDDLE, LAST))
-    partial_bytes = vectors * size
-    step = pixels or vectors * lanes
-    next_unit = cpu.next_unit
+@functools.cache
+def _entry_code() -> Code:
+    return compile_c(_entry, cpu.ENTRY_SIGNATURE, "")
 
-    def entry(params: int, x: int, y: int, bias: int, arena: int, counters: int, thread: int, threads: int) -> None:
-        units, splits = load_i64(params + 8 * _UNITS), load_i64(params + 8 * _SPLITS)
-        tiles, blocks = load_i64(params + 8 * _TILES), load_i64(params + 8 * _BLOCKS)
-        out_channels, image = load_i64(params + 8 * _K), load_i64(params + 8 * _PIXELS)
-        in_image, out_image = load_i64(params + 8 * _IN_IMAGE), load_i64(params + 8 * _OUT_IMAGE)
-        entries, rows = load_i64(params + 8 * _ENTRIES), load_i64(params + 8 * _ROWS)
-        starts, segments = load_i64(params + 8 * _STARTS), load_i64(params + 8 * _SEGMENTS)
-        bases = load_i64(params + 8 * _BASES)
-        channels, channel_list = load_i64(params + 8 * _CHANNELS), load_i64(params + 8 * _CHANNEL_LIST)
-        plane, partials = 4 * image, arena + 64
-        while True:
-            unit = next_unit(counters, thread, threads, units)
-            if unit < 0:
-                return
-            split, tile, n = unit % splits, unit // splits % tiles, unit // (splits * tiles)
-            # The last tile overlaps the one before rather than reaching outside.
-            pixel = 4 * min(tile * step, image - step)
-            source = x + n * in_image + pixel
-            store_i64(arena, y + n * out_image + pixel)
-            if fetch and split == 0:
-                for c in range(channels):
-                    row = source + load_i32(channel_list + 4 * c) * plane + 4 * step
-                    for byte in range(0, 4 * step, 64):
-                        prefetch(row + byte)
-            low = (split * out_channels + splits - 1) // splits
-            for b in range(blocks):
-                segment = segments + 16 * (b * splits + split)
-                base = source + load_i64(bases + 8 * b)
-                for i in range(load_i32(segment), load_i32(segment + 4)):
-                    k = load_i32(rows + 4 * i)
-                    a, e = entries + 8 * load_i32(starts + 4 * i), entries + 8 * load_i32(starts + 4 * i + 4)
-                    only(base, a, e, 0, bias + 4 * k, arena, k * plane, 0)
-                for i in range(load_i32(segment + 4), load_i32(segment + 8)):
-                    k = load_i32(rows + 4 * i)
-                    a, e = entries + 8 * load_i32(starts + 4 * i), entries + 8 * load_i32(starts + 4 * i + 4)
-                    first(base, a, e, partials + (k - low) * partial_bytes, bias + 4 * k, arena, 0, 0)
-                for i in range(load_i32(segment + 8), load_i32(segment + 12)):
-                    k = load_i32(rows + 4 * i)
-                    a, e = entries + 8 * load_i32(starts + 4 * i), entries + 8 * load_i32(starts + 4 * i + 4)
-                    middle(base, a, e, partials + (k - low) * partial_bytes, bias, arena, 0, 0)
-                for i in range(load_i32(segment + 12), load_i32(segment + 16)):
-                    k = load_i32(rows + 4 * i)
-                    a, e = entries + 8 * load_i32(starts + 4 * i), entries + 8 * load_i32(starts + 4 * i + 4)
-                    last(base, a, e, partials + (k - low) * partial_bytes, bias, arena, k * plane, 0)
 
-    return entry
+_call_rows = call_address(13)
+
+
+def _entry(params: int, x: int, y: int, bias: int, arena: int, counters: int, thread: int, threads: int) -> None:
+    """Work on units (an image's tile, a range of output channels) until none is left."""
+    units, splits = load_i64(params + 8 * _UNITS), load_i64(params + 8 * _SPLITS)
+    tiles, blocks = load_i64(params + 8 * _TILES), load_i64(params + 8 * _BLOCKS)
+    out_channels, image = load_i64(params + 8 * _K), load_i64(params + 8 * _PIXELS)
+    in_image, out_image = load_i64(params + 8 * _IN_IMAGE), load_i64(params + 8 * _OUT_IMAGE)
+    entries, rows = load_i64(params + 8 * _ENTRIES), load_i64(params + 8 * _ROWS)
+    starts, segments = load_i64(params + 8 * _STARTS), load_i64(params + 8 * _SEGMENTS)
+    bases, rows_code = load_i64(params + 8 * _BASES), load_i64(params + 8 * _ROWS_CODE)
+    channels, channel_list = load_i64(params + 8 * _CHANNELS), load_i64(params + 8 * _CHANNEL_LIST)
+    step = load_i64(params + 8 * _TILE_PIXELS)
+    plane, partials = 4 * image, arena + 64
+    while True:
+        unit = cpu.next_unit(counters, thread, threads, units)
+        if unit < 0:
+            return
+        split, tile, n = unit % splits, unit // splits % tiles, unit // (splits * tiles)
+        # The last tile overlaps the one before rather than reaching outside.
+        pixel = 4 * min(tile * step, image - step)
+        source = x + n * in_image + pixel
+        store_i64(arena, y + n * out_image + pixel)
+        # Without a wish to fetch ahead, the list is empty.
+        for c in range(channels if split == 0 else 0):
+            row = source + load_i32(channel_list + 4 * c) * plane + 4 * step
+            for byte in range(0, 4 * step, 64):
+                prefetch(row + byte)
+        base = (split * out_channels + splits - 1) // splits
+        for b in range(blocks):
+            segment = segments + 16 * (b * splits + split)
+            inputs = source + load_i64(bases + 8 * b)
+            for role in range(4):
+                low, high = load_i32(segment + 4 * role), load_i32(segment + 4 * role + 4)
+                if low < high:
+                    where = (inputs, low, high, entries, rows, starts, partials, base, bias, arena, plane, 0)
+                    _call_rows(rows_code, (role, *where))
 
 
 class CpuPointwise(Kernel):

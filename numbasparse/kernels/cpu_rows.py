@@ -5,10 +5,13 @@ The packed form holds the non-zeros of each output channel, by blocks of input c
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
 
+from numbasparse.codegen.jit import Code, compile_c
+from numbasparse.codegen.simd import ROWS_SIGNATURE, Activation, RowKernel, rows_function
 from numbasparse.kernels.base import ConfigError
 from numbasparse.runtime import cpu
 from numbasparse.spec import ConvSpec
@@ -55,6 +58,40 @@ class PackedRows:
 def accumulator_sets(accumulators: int) -> int:
     """Sets of accumulators used in turn: an FMA takes 4 cycles and two start per cycle, so eight are in flight."""
     return 1 if accumulators >= 8 else 2 if accumulators >= 4 else 4
+
+
+@functools.cache
+def compile_rows(
+    *,
+    lanes: int,
+    rows: int,
+    columns: int,
+    displacements: tuple[int, ...],
+    chunk: int,
+    valid: int,
+    aligned: bool,
+    activation: Activation,
+    out_displacements: tuple[int, ...] = (),
+) -> Code:
+    """The inner loop in its four roles (`ONLY` ...) as one function of `rows_function`'s arguments."""
+    kernels = [
+        RowKernel(
+            lanes=lanes,
+            rows=rows,
+            columns=columns,
+            displacements=displacements,
+            chunk=chunk,
+            valid=valid,
+            sets=accumulator_sets(rows * columns),
+            aligned=aligned,
+            activation=activation,
+            start="bias" if role in (ONLY, FIRST) else "resume",
+            finish="store" if role in (ONLY, LAST) else "spill",
+            out_displacements=out_displacements,
+        )
+        for role in range(4)
+    ]
+    return compile_c(rows_function(kernels), ROWS_SIGNATURE, repr(kernels))
 
 
 def reason_unsupported(spec: ConvSpec, weight: SparseWeight) -> str | None:
