@@ -124,6 +124,7 @@ class Plan:
         self.threads = threads
         self._runner = kernel(choice.kernel).prepare(spec, weight, choice.config, activation)
         self._zero_bias = np.zeros(spec.k, np.float32)
+        self._zero_address = _address(self._zero_bias)
         self._x_shape, self._out_shape = spec.x_shape, spec.out_shape
 
     def __repr__(self) -> str:
@@ -166,15 +167,15 @@ class Plan:
         if dtype != np.float32:
             _check_float(dtype.name)
         a = np.ascontiguousarray(x, np.float32)
-        b = self._zero_bias if bias is None else self._numpy_bias(bias)
+        b = None if bias is None else self._numpy_bias(bias)
         if isinstance(self._runner, TorchRunner):
-            return self._dense_numpy(a, b, dtype, out)
+            return self._dense_numpy(a, self._zero_bias if b is None else b, dtype, out)
         if out is not None:
             self._check_out(out, dtype, isinstance(out, np.ndarray) and out.flags.c_contiguous)
             if np.may_share_memory(out, x):
                 raise ValueError("out shares memory with x: give a separate array")
         y = out if out is not None and dtype == np.float32 else np.empty(self._out_shape, np.float32)
-        self._runner.run(_address(a), _address(y), _address(b), self.threads)
+        self._runner.run(_address(a), _address(y), self._zero_address if b is None else _address(b), self.threads)
         if out is not None:
             if y is not out:
                 out[...] = y
@@ -212,38 +213,41 @@ class Plan:
     def _call_torch(self, x: torch.Tensor, bias: Any, out: torch.Tensor | None) -> torch.Tensor:
         import torch
 
-        if tuple(x.shape) != self._x_shape:
+        # Cheap tests first: this is the path of every layer of a model.
+        if x.shape != self._x_shape:
             self.spec.check_x_shape(tuple(x.shape))
-        if x.device.type != "cpu":
+        if not x.is_cpu:
             raise ValueError(f"x is on device {x.device}, this plan runs on the CPU: call x.cpu()")
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("a plan has no gradient: call it under torch.inference_mode() or torch.no_grad()")
         dtype = x.dtype
-        if dtype != torch.float32:
+        single = dtype is torch.float32
+        if not single:
             _check_float(str(dtype).removeprefix("torch."))
-        a = x.detach().to(torch.float32).contiguous()
+        a = x if single and x.is_contiguous() else x.detach().to(torch.float32).contiguous()
         if out is not None:
             self._check_out(out, dtype, out.is_contiguous())
             if out.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
                 raise ValueError("out shares memory with x: give a separate tensor")
         if isinstance(self._runner, TorchRunner):
-            with torch.inference_mode(torch.is_inference_mode_enabled()), torch.no_grad():
-                y = self._runner.apply(a, None if bias is None else self._torch_bias(bias))
+            with torch.no_grad():
+                y = self._runner.apply(a.detach(), None if bias is None else self._torch_bias(bias))
         else:
-            y = out if out is not None and dtype == torch.float32 else torch.empty(self._out_shape)
+            y = out if out is not None and single else torch.empty(self._out_shape, dtype=torch.float32)
             b = None if bias is None else self._torch_bias(bias)
-            address = _address(self._zero_bias) if b is None else b.data_ptr()
+            address = self._zero_address if b is None else b.data_ptr()
             self._runner.run(a.data_ptr(), y.data_ptr(), address, self.threads)
         if out is not None:
             return out if y is out else out.copy_(y)
-        return y.to(dtype)
+        return y if single else y.to(dtype)
 
     def _torch_bias(self, bias: Any) -> torch.Tensor:
         import torch
 
         b = bias if is_tensor(bias) else torch.from_numpy(np.array(bias, np.float32))
-        b = b.detach().to(torch.float32).contiguous()
-        if tuple(b.shape) != (self.spec.k,):
+        if b.dtype is not torch.float32 or not b.is_contiguous():
+            b = b.detach().to(torch.float32).contiguous()
+        if b.shape != self._zero_bias.shape:
             self.spec.check_bias_shape(tuple(b.shape))
         return b
 

@@ -83,8 +83,11 @@ def set_num_threads(count: int) -> None:
 
 def get_num_threads() -> int:
     """Threads for NumPy callers: `set_num_threads`, else numba's ``NUMBA_NUM_THREADS`` (all usable cores)."""
-    if _threads is not None:
-        return _threads
+    return _threads if _threads is not None else _default_threads()
+
+
+@functools.cache
+def _default_threads() -> int:
     from numba.core import config
 
     return max(1, min(int(vars(config)["NUMBA_NUM_THREADS"]), MAX_THREADS))
