@@ -1,0 +1,154 @@
+"""Tuning a torch model: its convolutions become problems by running it once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from autotune.space import DEVICES, LayerProblem
+from autotune.study import DEFAULT_TRIALS, tune_layers
+from autotune.tuned import TunedModel
+from numbasparse.spec import ConvSpec
+from numbasparse.weight import SparseWeight
+
+if TYPE_CHECKING:
+    import torch
+
+
+def tune(
+    model: torch.nn.Module,
+    example_input: Any,
+    *,
+    device: str = "cpu",
+    trials: int = DEFAULT_TRIALS,
+    timeout: float | None = None,
+    storage: str | os.PathLike[str] | None = None,
+    threads: int | None = None,
+    progress: bool = True,
+) -> TunedModel:
+    """Choose a kernel and a config for every convolution of a model, by measurement.
+
+    The model runs once, in eval mode, to see the shapes; a layer that meets several shapes becomes several
+    problems. Layers that do not run and convolutions with a padding mode other than zeros are left out: they stay
+    dense. The other arguments are those of `tune_layers`.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Not changed.
+    example_input : torch.Tensor, or a tuple or list of arguments
+        On the CPU; its batch size is the one that is tuned for.
+
+    Raises
+    ------
+    TypeError
+        If `model` is no module or `example_input` no tensor or tuple with one.
+    ValueError
+        If no convolution of the model can be tuned; and as for `tune_layers`.
+    """
+    problems = problems_of(model, example_input, device=device)
+    return tune_layers(
+        problems,
+        device=device,
+        trials=trials,
+        timeout=timeout,
+        storage=storage,
+        threads=threads,
+        progress=progress,
+    )
+
+
+def problems_of(model: torch.nn.Module, example_input: Any, *, device: str = "cpu") -> list[LayerProblem]:
+    """The problems of a model's convolutions, in the order in which they run; see `tune`."""
+    import torch
+
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if device not in DEVICES:
+        raise ValueError(f"device must be one of {', '.join(map(repr, DEVICES))}, got {device!r}")
+    arguments = _arguments(example_input)
+    found = {name: module for name, module in model.named_modules() if _is_convolution(module)}
+    if not found:
+        raise ValueError("the model has no Conv2d layers (padding_mode 'zeros') to tune")
+    calls: dict[tuple[str, tuple[int, ...]], None] = {}
+    with _hooks(found, lambda name, shape: calls.setdefault((name, shape))), _eval_mode(model):
+        with torch.inference_mode():
+            model(*arguments)
+    if not calls:
+        raise ValueError("none of the model's Conv2d layers ran on the example input")
+    weights = {name: _sparse_weight(found[name]) for name in dict.fromkeys(name for name, _ in calls)}
+    return [_problem(name, found[name], weights[name], shape) for name, shape in calls]
+
+
+def _arguments(example_input: Any) -> tuple[Any, ...]:
+    import torch
+
+    arguments = tuple(example_input) if isinstance(example_input, (tuple, list)) else (example_input,)
+    if not any(isinstance(argument, torch.Tensor) for argument in arguments):
+        raise TypeError(
+            "example_input must be a torch tensor (N, C, H, W), or a tuple or list of the model's arguments with at "
+            f"least one tensor, got {type(example_input).__name__}"
+        )
+    return arguments
+
+
+def _is_convolution(module: Any) -> bool:
+    """Conv2d, and modules that have its attributes and a sparse weight; padding by zeros only."""
+    import torch
+
+    if isinstance(module, torch.nn.Conv2d):
+        return module.padding_mode == "zeros"
+    geometry = all(hasattr(module, name) for name in ("stride", "padding", "dilation", "groups"))
+    return geometry and _held_sparse_weight(module) is not None
+
+
+def _held_sparse_weight(module: Any) -> SparseWeight | None:
+    held = (getattr(module, name, None) for name in ("sparse_weight", "weight"))
+    return next((weight for weight in held if isinstance(weight, SparseWeight)), None)
+
+
+def _sparse_weight(module: Any) -> SparseWeight:
+    held = _held_sparse_weight(module)
+    return SparseWeight.from_dense(module.weight, module.groups) if held is None else held
+
+
+def _problem(name: str, module: Any, weight: SparseWeight, shape: tuple[int, ...]) -> LayerProblem:
+    spec = ConvSpec.create(
+        shape, weight.shape, module.stride, module.padding, module.dilation, module.groups, name=name
+    )
+    bias = getattr(module, "bias", None)
+    array = None if bias is None else bias.detach().float().cpu().numpy()
+    return LayerProblem(name, spec, weight, array, getattr(module, "activation", None))
+
+
+@contextmanager
+def _hooks(modules: dict[str, Any], note: Callable[[str, tuple[int, ...]], Any]) -> Iterator[None]:
+    """Have the modules tell the shapes of their inputs; an image without a batch counts as a batch of one."""
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            x = arguments[0] if arguments else next(iter(keywords.values()))
+            note(name, tuple(x.shape) if x.dim() == 4 else (1, *x.shape))
+
+        return hook
+
+    handles = [m.register_forward_pre_hook(watch(name), with_kwargs=True) for name, m in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode; afterwards every module is in the mode that it was in."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training

@@ -1,0 +1,403 @@
+"""The tuned file: what was chosen for every layer on one device, and the measurements behind it.
+
+A file is JSON: ``format`` "numbasparse.tuned", ``version`` 1, ``device``, ``versions``, ``created``, and ``layers``
+(see `Layer`). It is read with validation and nothing of it is used before it was checked:
+
+- another format or version, another kind of device, vector width or architecture, an unknown kernel or another
+  version of a kernel: ValueError that names the file;
+- another processor, system, thread count or library version: a warning, since the choice runs but may not be best;
+- a config is checked by its kernel at look-up, where spec and weight are known. One that does not pass is left out
+  with a warning, and the look-up goes on as if the layer were not in the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import platform
+import uuid
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from hashlib import blake2b
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+
+import numbasparse
+from autotune.measure import default_threads
+from numbasparse.kernels import KERNELS
+from numbasparse.plans import Choice
+from numbasparse.runtime import cpu
+from numbasparse.spec import ConvSpec
+from numbasparse.weight import SparseWeight
+
+FORMAT = "numbasparse.tuned"
+VERSION = 1
+
+BUCKETS = (0.0, 50.0, 60.0, 70.0, 80.0, 85.0, 90.0, 93.0, 95.0, 97.0, 98.0, 99.0, 99.5)
+"""Sparsities in per cent; a weight belongs to the nearest one."""
+
+NonNegative = Annotated[float, msgspec.Meta(ge=0)]
+Count = Annotated[int, msgspec.Meta(ge=0)]
+Config = dict[str, int | str]
+
+T = TypeVar("T")
+
+
+class Device(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The device that was measured; `lanes` are float32 lanes of a vector."""
+
+    kind: str
+    processor: str
+    lanes: Count
+    threads: Count
+    os: str
+    arch: str
+
+
+class Versions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Software that was measured; torch may not have been installed."""
+
+    numbasparse: str
+    numba: str
+    llvmlite: str
+    numpy: str
+    torch: str | None
+
+
+class Chosen(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A kernel, its version and its config."""
+
+    kernel: str
+    version: int
+    config: Config
+
+
+class Measurement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Median microseconds of a candidate."""
+
+    kernel: str
+    config: Config
+    median_us: NonNegative
+
+
+class Layer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One problem, its choice and its measurements.
+
+    Attributes
+    ----------
+    names
+        Layers that have this problem.
+    spec
+        As of `ConvSpec.to_dict`.
+    sparsity, bucket
+        Fraction of zeros; the entry of `BUCKETS` in per cent.
+    nnz, fingerprint
+        Of the weight that was measured.
+    median_us, spread_us
+        Of the choice: median and interquartile range.
+    dense_us
+        Best dense convolution of torch: any layout, channels-last without conversion included.
+    dense_choice_us
+        Best dense candidate: input and output in NCHW, as for the sparse ones.
+    ratio
+        ``dense_us / median_us``. The dense figures and the ratio are None without torch.
+    trials
+        How many candidates were measured.
+    top
+        The best of them, as re-timed.
+    """
+
+    names: list[str]
+    spec: dict[str, Any]
+    sparsity: Annotated[float, msgspec.Meta(ge=0, le=1)]
+    bucket: float
+    nnz: Count
+    fingerprint: str
+    choice: Chosen
+    median_us: NonNegative
+    spread_us: NonNegative
+    dense_us: NonNegative | None
+    dense_choice_us: NonNegative | None
+    ratio: NonNegative | None
+    trials: Count
+    top: list[Measurement]
+
+
+class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    format: str
+    version: int
+    device: Device
+    versions: Versions
+    created: datetime
+    layers: list[Layer]
+
+
+class _Head(msgspec.Struct, frozen=True):
+    format: str
+    version: int
+
+
+def bucket_of(sparsity: float) -> float:
+    """The entry of `BUCKETS` nearest to a sparsity, given as a fraction."""
+    return min(BUCKETS, key=lambda b: (abs(b - 100.0 * sparsity), b))
+
+
+def steps(a: float, b: float) -> int:
+    """How many buckets lie between two."""
+    return abs(BUCKETS.index(a) - BUCKETS.index(b))
+
+
+def this_device(threads: int | None = None, kind: str = "cpu") -> Device:
+    """The device of this process."""
+    return Device(
+        kind=kind,
+        processor=cpu.processor_name(),
+        lanes=cpu.vector_lanes(),
+        threads=default_threads() if threads is None else threads,
+        os=platform.system(),
+        arch=platform.machine(),
+    )
+
+
+def these_versions() -> Versions:
+    """The software of this process."""
+    return Versions(
+        numbasparse=numbasparse.__version__,
+        numba=metadata.version("numba"),
+        llvmlite=metadata.version("llvmlite"),
+        numpy=metadata.version("numpy"),
+        torch=_version_or_none("torch"),
+    )
+
+
+def _version_or_none(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+class TunedModel:
+    """Choices for the layers of a model on one device; a `numbasparse.plans.Chooser`.
+
+    Made by `autotune.tune`, `autotune.tune_layers` or `load`.
+
+    Attributes
+    ----------
+    device, versions, created
+        What was measured, and when.
+    layers
+        See `Layer`.
+    fingerprint
+        Hex digest of device and choices: equal for files that choose alike, on every machine.
+    """
+
+    def __init__(
+        self, layers: Iterable[Layer], device: Device, versions: Versions, created: datetime | None = None
+    ) -> None:
+        self.layers = tuple(layers)
+        self.device = device
+        self.versions = versions
+        self.created = datetime.now(UTC).replace(microsecond=0) if created is None else created
+        self.fingerprint = _fingerprint(device, self.layers)
+        self._by_spec: dict[ConvSpec, list[Layer]] = {}
+        self._by_image: dict[ConvSpec, list[tuple[int, Layer]]] = {}
+        for layer in self.layers:
+            spec = _key(ConvSpec.from_dict(layer.spec))
+            self._by_spec.setdefault(spec, []).append(layer)
+            self._by_image.setdefault(spec.with_batch(1), []).append((spec.n, layer))
+
+    def __repr__(self) -> str:
+        return f"TunedModel({len(self.layers)} layers, {self.device.processor}, threads={self.device.threads})"
+
+    def choice(self, spec: ConvSpec, weight: SparseWeight, name: str | None = None) -> Choice | None:
+        """The choice for a problem, or None where nothing is known of it.
+
+        The first of these whose kernel can run it:
+
+        1. a layer of that name with that spec, whose sparsity bucket is at most one step away;
+        2. any layer with that spec, the nearest bucket, at most one step away;
+        3. a layer with that spec but for the batch size, of the same bucket, the nearest batch size.
+
+        A layer that was tuned with this very weight goes before others that are as near. The spec's dtype does
+        not matter: kernels compute in float32.
+        """
+        bucket = bucket_of(weight.sparsity)
+        for layer in self._same_spec(spec, weight, bucket, name):
+            reason = _unusable(layer, spec, weight)
+            if reason is None:
+                return Choice(layer.choice.kernel, dict(layer.choice.config))
+            warnings.warn(
+                f"the tuned choice of layer {', '.join(layer.names)} for {spec.key} is left out: {reason}",
+                stacklevel=2,
+            )
+        for layer in self._other_batches(spec, bucket):
+            if _unusable(layer, spec, weight) is None:
+                return Choice(layer.choice.kernel, dict(layer.choice.config))
+        return None
+
+    def _same_spec(self, spec: ConvSpec, weight: SparseWeight, bucket: float, name: str | None) -> Iterator[Layer]:
+        near = [layer for layer in self._by_spec.get(_key(spec), ()) if steps(layer.bucket, bucket) <= 1]
+
+        def order(layer: Layer) -> tuple[Any, ...]:
+            other_weight = layer.fingerprint != weight.fingerprint
+            far = abs(layer.sparsity - weight.sparsity)
+            return name not in layer.names, steps(layer.bucket, bucket), other_weight, far
+
+        yield from sorted(near, key=order)
+
+    def _other_batches(self, spec: ConvSpec, bucket: float) -> Iterator[Layer]:
+        found = self._by_image.get(_key(spec).with_batch(1), ())
+        others = [(n, layer) for n, layer in found if n != spec.n and layer.bucket == bucket]
+        for _, layer in sorted(others, key=lambda pair: abs(math.log(pair[0] / spec.n))):
+            yield layer
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the file; an older one at ``path`` is replaced only by a complete one.
+
+        Raises
+        ------
+        OSError
+            If it cannot be written.
+        """
+        file = _File(FORMAT, VERSION, self.device, self.versions, self.created, list(self.layers))
+        _replace(Path(path), msgspec.json.format(msgspec.json.encode(file), indent=2) + b"\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> TunedModel:
+        """Read a file of `save`, checking everything before use.
+
+        Raises
+        ------
+        OSError
+            If the file cannot be read; FileNotFoundError if there is none.
+        ValueError
+            If it is truncated, corrupt, no tuned file, or made for another device, vector width or version of a
+            kernel; the text names the file.
+        """
+        blob = Path(path).read_bytes()
+        try:
+            file = _parse(blob)
+        except ValueError as error:
+            raise ValueError(f"cannot use {os.fspath(path)!r} as a tuned file: {error}") from None
+        _warn_of_differences(file, path)
+        return cls(file.layers, file.device, file.versions, file.created)
+
+
+load = TunedModel.load
+
+
+def _fingerprint(device: Device, layers: Iterable[Layer]) -> str:
+    choices = [[layer.names, layer.spec, layer.bucket, layer.fingerprint, layer.choice] for layer in layers]
+    return blake2b(msgspec.json.encode([device, choices], order="deterministic"), digest_size=16).hexdigest()
+
+
+def _key(spec: ConvSpec) -> ConvSpec:
+    return spec if spec.dtype == "float32" else replace(spec, dtype="float32")
+
+
+def _unusable(layer: Layer, spec: ConvSpec, weight: SparseWeight) -> str | None:
+    kernel = KERNELS.get(layer.choice.kernel)
+    if kernel is None:
+        return f"kernel {layer.choice.kernel!r} is unknown"
+    return kernel.supports(spec, weight) or kernel.check(spec, weight, dict(layer.choice.config))
+
+
+def _replace(path: Path, blob: bytes) -> None:
+    """Write beside ``path`` and then rename, so that nobody ever sees half a file."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.write_bytes(blob)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+# ---- checks of a file ---------------------------------------------------------------------------------------
+
+
+def _parse(blob: bytes) -> _File:
+    head = _decode(blob, _Head)
+    if head.format != FORMAT:
+        raise ValueError(f"its format is {head.format!r}, expected {FORMAT!r}")
+    if head.version != VERSION:
+        raise ValueError(f"its version is {head.version}, but this package reads only version {VERSION}")
+    file = _decode(blob, _File)
+    _check_device(file.device)
+    for number, layer in enumerate(file.layers):
+        try:
+            _check_layer(layer)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{error} (layers[{number}], {', '.join(layer.names)})") from None
+    return file
+
+
+def _decode(blob: bytes, kind: type[T]) -> T:
+    try:
+        return msgspec.json.decode(blob, type=kind)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"{error}") from None
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"it is no JSON, or truncated or corrupt ({error})") from None
+
+
+def _check_device(device: Device) -> None:
+    here = this_device(kind="cpu")
+    if device.kind != here.kind:
+        raise ValueError(f"it was made for a device of kind {device.kind!r}, this is {here.kind!r}: tune again here")
+    if device.arch.lower() != here.arch.lower():
+        raise ValueError(f"it was made for architecture {device.arch!r}, this is {here.arch!r}: tune again here")
+    if device.lanes != here.lanes:
+        raise ValueError(
+            f"it was made for vectors of {device.lanes} float32 lanes ({device.processor}), this processor has "
+            f"{here.lanes} ({here.processor}): tune again here"
+        )
+
+
+def _check_layer(layer: Layer) -> None:
+    spec = ConvSpec.from_dict(layer.spec)
+    size = spec.k * spec.c_per_group * spec.r * spec.s
+    if layer.nnz > size:
+        raise ValueError(f"nnz is {layer.nnz}, but the weight has only {size} places")
+    if layer.bucket != bucket_of(layer.sparsity):
+        raise ValueError(f"bucket is {layer.bucket}, but sparsity {layer.sparsity} belongs to another")
+    _check_finite(layer)
+    kernel = KERNELS.get(layer.choice.kernel)
+    if kernel is None:
+        raise ValueError(f"kernel {layer.choice.kernel!r} is unknown, there are {', '.join(sorted(KERNELS))}")
+    if layer.choice.version != kernel.version:
+        raise ValueError(
+            f"it was made with version {layer.choice.version} of kernel {kernel.name!r}, installed is version "
+            f"{kernel.version}: tune again"
+        )
+
+
+def _check_finite(layer: Layer) -> None:
+    figures = [layer.median_us, layer.spread_us, layer.dense_us, layer.dense_choice_us, layer.ratio]
+    figures += [measured.median_us for measured in layer.top]
+    if not all(figure is None or math.isfinite(figure) for figure in figures):
+        raise ValueError("a time is not finite")
+
+
+def _warn_of_differences(file: _File, path: str | os.PathLike[str]) -> None:
+    pairs = ((file.device, this_device()), (file.versions, these_versions()))
+    differences = [
+        f"{name} {old!r} then, {new!r} now"
+        for then, now in pairs
+        for name, old, new in ((field, getattr(then, field), getattr(now, field)) for field in then.__struct_fields__)
+        if old != new
+    ]
+    if differences:
+        warnings.warn(
+            f"{os.fspath(path)!r} was tuned under other circumstances ({'; '.join(differences)}): its choices run, "
+            "but may not be the best",
+            stacklevel=3,
+        )
