@@ -23,6 +23,7 @@ Search space
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 
@@ -158,13 +159,8 @@ class CpuPointwise(Kernel):
         return reason_unsupported(spec, weight)
 
     def check(self, spec: ConvSpec, weight: SparseWeight, config: Config) -> str | None:
-        fields = {
-            "lanes": (4, 16),
-            "vectors": (1, 28),
-            "block": (1, 1 << 20),
-            "split": (1, 256),
-            "prefetch": ("none", "next"),
-        }
+        ranges: dict[str, Any] = {"lanes": (4, 16), "vectors": (1, 28), "block": (1, 1 << 20), "split": (1, 256)}
+        fields = ranges | {"prefetch": ("none", "next")}
         reason = check_fields(config, fields)
         if reason is not None:
             return reason

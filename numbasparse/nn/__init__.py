@@ -1,0 +1,15 @@
+"""Sparse convolutions in torch models (needs torch)::
+
+    model = convert(pruned_model)  # or convert(pruned_model, tuned, example_input)
+    with torch.inference_mode():
+        y = model(x)
+
+Importing this registers the operator ``torch.ops.numbasparse.conv2d``, which programs exported with
+``torch.export`` need before they can be loaded.
+"""
+
+from numbasparse.nn.convert import ConvertedLayer, conversion_report, convert
+from numbasparse.nn.module import SparseConv2d
+from numbasparse.nn.operator import clear_cache, conv2d
+
+__all__ = ["ConvertedLayer", "SparseConv2d", "clear_cache", "conv2d", "conversion_report", "convert"]

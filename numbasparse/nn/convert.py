@@ -1,0 +1,472 @@
+"""`convert`: a pruned model with sparse convolutions where they were chosen."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from numbasparse.kernels import kernel
+from numbasparse.nn.module import SparseConv2d
+from numbasparse.plans import DENSE_ABOVE, Choice, default_choice
+from numbasparse.runtime import cpu
+from numbasparse.spec import DTYPES, ConvSpec
+from numbasparse.weight import SparseWeight
+
+_REPORT = "_numbasparse_conversion"
+
+# Exact types: a subclass may compute something else.
+_ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu"}
+
+_STAND_IN_SIZE = 32
+
+
+@dataclass(frozen=True)
+class ConvertedLayer:
+    """What became of one convolution.
+
+    Attributes
+    ----------
+    name
+        Qualified name in the model.
+    decision
+        "sparse" or "dense".
+    reason
+        Why, in words.
+    sparsity
+        Fraction of zero weights; NaN where the weight was not looked at.
+    kernel
+        Kernel that was chosen for a sparse layer; None leaves it to the stated default at each input shape.
+    batch_norm, activation
+        Names of the modules that were folded into the convolution (``nn.Identity`` now), or None.
+    """
+
+    name: str
+    decision: Literal["sparse", "dense"]
+    reason: str
+    sparsity: float
+    kernel: str | None = None
+    batch_norm: str | None = None
+    activation: str | None = None
+
+
+@dataclass(frozen=True)
+class _Chain:
+    """Modules, by name, that follow one another and see nothing but each other's output."""
+
+    conv: str
+    batch_norm: str | None
+    activation: str | None
+
+
+@dataclass(frozen=True)
+class _Decision:
+    sparse: bool
+    reason: str
+    sparsity: float = float("nan")
+    choice: Choice | None = None
+
+
+def convert(model: nn.Module, tuned: Any = None, example_input: Any = None, *, fuse: bool = True) -> nn.Module:
+    """Replace convolutions by sparse ones where that was chosen.
+
+    Parameters
+    ----------
+    model : nn.Module
+        On the CPU; left as it is.
+    tuned : optional
+        What chooses: an object with ``choice(spec, weight, name)``, which returns a `numbasparse.Choice` or None
+        (a tuned file, for example), or one with ``choice_by_name(name)``, which needs no ``example_input``. A
+        layer without a choice, and every layer if None, gets the stated default: sparse unless more than
+        `numbasparse.plans.DENSE_ABOVE` of the weights are non-zero.
+    example_input : Tensor, tuple of arguments, or dict of keyword arguments, optional
+        The model is run on it once to learn the input shape of every layer.
+    fuse : bool
+        Fold an ``nn.BatchNorm2d`` that follows a convolution into its weights, and compute a following
+        ``nn.ReLU``, ``nn.ReLU6`` or ``nn.SiLU`` in the sparse convolution. The modules so folded become
+        ``nn.Identity``. Activations that are function calls (``F.relu``) stay.
+
+    Returns
+    -------
+    nn.Module
+        A copy in eval mode, of the same class and with the same names: the ``state_dict`` of modules that were
+        not replaced has the same keys. `conversion_report` tells what became of each convolution.
+
+    Raises
+    ------
+    TypeError
+        If an argument is of the wrong kind.
+    ValueError
+        If there is no ``nn.Conv2d``, or without ``tuned`` none sparse enough; if a chosen layer cannot be
+        sparse (NaN in the weight, not on the CPU); if ``tuned`` needs an ``example_input``.
+
+    Warns
+    -----
+    UserWarning
+        If torch.fx cannot trace the model: then only direct neighbours in an ``nn.Sequential`` are folded. If
+        ``tuned`` chose no sparse kernel at all.
+
+    Notes
+    -----
+    Where a layer meets an input shape that its config cannot run, the stated default for that shape is used.
+    The converted model is for inference: sparse layers have no gradient, and a backward pass through one raises
+    NotImplementedError. Call it under ``torch.inference_mode()``, which is also fastest.
+    """
+    _check_arguments(model, tuned)
+    converted = _copy(model).eval()
+    if not any(isinstance(module, nn.Conv2d) for module in converted.modules()):
+        raise ValueError(f"nothing to convert: {type(model).__name__} has no nn.Conv2d")
+    convs = {name: m for name, m in converted.named_modules() if isinstance(m, nn.Conv2d)}
+    kept = {name: reason for name, conv in convs.items() if (reason := _reason_kept(conv)) is not None}
+    chains: dict[str, _Chain] = {}
+    if fuse:
+        found = _find_chains(converted)
+        kept.update({name: reason for name, reason in found.kept.items() if name in convs})
+        chains = {chain.conv: chain for chain in found.chains if chain.conv not in kept}
+        converted = _fold_batch_norms(converted, chains)
+    decisions = _decide(converted, list(convs), kept, tuned, example_input)
+    _check_decisions(decisions, tuned)
+    records = []
+    for name, decision in decisions.items():
+        converted, record = _apply(converted, name, decision, chains.get(name, _Chain(name, None, None)))
+        records.append(record)
+    setattr(converted, _REPORT, tuple(records))
+    return converted
+
+
+def conversion_report(model: nn.Module) -> tuple[ConvertedLayer, ...]:
+    """Return what `convert` did to each convolution, in the order of ``named_modules``.
+
+    Raises
+    ------
+    ValueError
+        If the model does not come from `convert`.
+    """
+    report = getattr(model, _REPORT, None)
+    if report is None:
+        raise ValueError(f"{type(model).__name__} was not made by numbasparse.nn.convert: pass what it returned")
+    return report
+
+
+def _check_arguments(model: nn.Module, tuned: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if tuned is not None and not (hasattr(tuned, "choice") or hasattr(tuned, "choice_by_name")):
+        raise TypeError(
+            f"tuned must have choice(spec, weight, name) or choice_by_name(name), got {type(tuned).__name__}: "
+            f"load the tuned file first"
+        )
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the model cannot be copied ({error}); if it was pruned with torch.nn.utils.prune, call "
+            f"torch.nn.utils.prune.remove on each layer first"
+        ) from error
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether somebody watches or changes what goes in or out of a module: then it must stay."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _reason_kept(conv: nn.Conv2d) -> str | None:
+    """Reason why a convolution must stay what it is, whatever its sparsity."""
+    own_code = type(conv).forward is not nn.Conv2d.forward or type(conv)._conv_forward is not nn.Conv2d._conv_forward
+    if own_code or isinstance(conv, nn.modules.lazy.LazyModuleMixin):
+        return f"{type(conv).__name__} is not a plain nn.Conv2d"
+    if _has_hooks(conv):
+        return "it has forward hooks"
+    if conv.padding_mode != "zeros":
+        return f"padding_mode {conv.padding_mode!r}"
+    return None
+
+
+# ---- what follows what --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The chains of a model, and the modules that something else than a call needs, with the reason."""
+
+    chains: list[_Chain]
+    kept: dict[str, str]
+
+
+def _find_chains(model: nn.Module) -> _Found:
+    try:
+        graphs = _trace(model)
+    except Exception as error:  # whatever the model's own code raises when it meets a proxy
+        warnings.warn(
+            f"torch.fx cannot trace {type(model).__name__} ({type(error).__name__}: {_first_line(error)}); "
+            f"BatchNorm and activations are folded only into the convolution directly before them in an nn.Sequential",
+            stacklevel=3,
+        )
+        return _Found(list(_sequential_chains(model)), {})
+    first, *others = (list(_graph_chains(graph, model)) for graph in graphs)
+    chains = [chain for chain in first if all(chain in other for other in others)]
+    return _Found(chains, {name: reason for graph in graphs for name, reason in _needed_otherwise(graph).items()})
+
+
+def _trace(model: nn.Module) -> list[fx.Graph]:
+    """The model's graph with all arguments given and, if some are optional, also with those left out.
+
+    To a trace an optional argument is never None: it sees only the branches for when it is given.
+    """
+    # Tracing runs the model's own Python, which may keep what passes by: let it do so on a copy of the modules
+    # that shares their tensors.
+    shadow = copy.deepcopy(model, {id(t): t for t in [*model.parameters(), *model.buffers()]})
+    parameters = inspect.signature(shadow.forward).parameters.values()
+    left_out = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+    graphs = [fx.Tracer().trace(shadow)]
+    if left_out:
+        graphs.append(fx.Tracer().trace(shadow, concrete_args=left_out))
+    return graphs
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]
+
+
+def _needed_otherwise(graph: fx.Graph) -> dict[str, str]:
+    """Modules whose parameters the model reads itself, as ``self.conv.weight``."""
+    owners = (str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr")
+    return {owner: "the model reads its parameters directly" for owner in owners if owner}
+
+
+def _graph_chains(graph: fx.Graph, model: nn.Module) -> Iterator[_Chain]:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    calls = Counter(id(modules[str(node.target)]) for node in graph.nodes if node.op == "call_module")
+
+    def called_once(node: fx.Node) -> nn.Module | None:
+        module = modules.get(str(node.target)) if node.op == "call_module" else None
+        return module if module is not None and calls[id(module)] == 1 else None
+
+    for node in graph.nodes:
+        if isinstance(called_once(node), nn.Conv2d):
+            followers: list[tuple[str, nn.Module]] = []
+            last = node
+            while len(followers) < 2 and len(last.users) == 1:
+                (last,) = last.users
+                follower = called_once(last)
+                # Only x of f(x): a module that takes more is none of those that are folded.
+                if follower is None or len(last.all_input_nodes) != 1 or last.kwargs:
+                    break
+                followers.append((str(last.target), follower))
+            yield _chain(str(node.target), modules[str(node.target)], followers)
+
+
+def _sequential_chains(model: nn.Module) -> Iterator[_Chain]:
+    instances = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
+    for parent_name, parent in model.named_modules():
+        if type(parent) is not nn.Sequential:
+            continue
+        children = [(_join(parent_name, key), child) for key, child in parent.named_children()]
+        if len(children) != len(parent):
+            continue  # a child that occurs twice is listed once
+        for index, (name, child) in enumerate(children):
+            if isinstance(child, nn.Conv2d) and instances[id(child)] == 1:
+                after = children[index + 1 : index + 3]
+                yield _chain(name, child, list(takewhile(lambda item: instances[id(item[1])] == 1, after)))
+
+
+def _chain(name: str, conv: nn.Module, followers: list[tuple[str, nn.Module]]) -> _Chain:
+    """The part of what follows a convolution that can be folded into it."""
+    batch_norm = activation = None
+    rest = list(followers)
+    if rest and _is_foldable(conv, rest[0][1]):
+        batch_norm = rest.pop(0)[0]
+    if rest and type(rest[0][1]) in _ACTIVATIONS and not _has_hooks(rest[0][1]):
+        activation = rest[0][0]
+    return _Chain(name, batch_norm, activation)
+
+
+def _is_foldable(conv: nn.Module, module: nn.Module) -> bool:
+    # Without running statistics it uses those of the batch, in eval mode too.
+    return (
+        type(module) is nn.BatchNorm2d
+        and module.running_mean is not None
+        and module.num_features == getattr(conv, "out_channels", None)
+        and not _has_hooks(module)
+    )
+
+
+def _join(parent: str, key: str) -> str:
+    return f"{parent}.{key}" if parent else key
+
+
+# ---- folding and replacing ----------------------------------------------------------------------------------
+
+
+def _replace(root: nn.Module, name: str, module: nn.Module) -> nn.Module:
+    """Put a module in the place of another, under all its names; returns the root, which may be the new one."""
+    old = root.get_submodule(name)
+    if old is root:
+        return module
+    for other, present in list(root.named_modules(remove_duplicate=False)):
+        if present is old:
+            parent, _, key = other.rpartition(".")
+            root.get_submodule(parent)._modules[key] = module
+    return root
+
+
+def _fold_batch_norms(model: nn.Module, chains: Mapping[str, _Chain]) -> nn.Module:
+    for chain in chains.values():
+        if chain.batch_norm is None:
+            continue
+        conv, batch_norm = model.get_submodule(chain.conv), model.get_submodule(chain.batch_norm)
+        assert isinstance(conv, nn.Conv2d)
+        assert isinstance(batch_norm, nn.BatchNorm2d)
+        model = _replace(model, chain.conv, fuse_conv_bn_eval(_plain(conv), batch_norm))
+        model = _replace(model, chain.batch_norm, nn.Identity().eval())
+    return model
+
+
+def _plain(conv: nn.Conv2d) -> nn.Conv2d:
+    """The convolution without parametrizations, masks and the like, sharing nothing with them but the weight."""
+    made = nn.Conv2d(
+        conv.in_channels,
+        conv.out_channels,
+        (conv.kernel_size[0], conv.kernel_size[1]),
+        (conv.stride[0], conv.stride[1]),
+        conv.padding if isinstance(conv.padding, str) else (conv.padding[0], conv.padding[1]),
+        (conv.dilation[0], conv.dilation[1]),
+        conv.groups,
+        bias=conv.bias is not None,
+        device="meta",
+    )
+    made.weight = nn.Parameter(conv.weight.detach(), requires_grad=conv.weight.requires_grad)
+    if conv.bias is not None:
+        made.bias = nn.Parameter(conv.bias.detach(), requires_grad=conv.bias.requires_grad)
+    return made.eval()
+
+
+def _apply(model: nn.Module, name: str, decision: _Decision, chain: _Chain) -> tuple[nn.Module, ConvertedLayer]:
+    record = ConvertedLayer(name, "dense", decision.reason, decision.sparsity, batch_norm=chain.batch_norm)
+    if not decision.sparse:
+        return model, record
+    conv = model.get_submodule(name)
+    assert isinstance(conv, nn.Conv2d)
+    activation = None if chain.activation is None else _ACTIVATIONS[type(model.get_submodule(chain.activation))]
+    sparse = SparseConv2d.from_conv(conv, choice=decision.choice, activation=activation)
+    model = _replace(model, name, sparse.eval())
+    if chain.activation is not None:
+        model = _replace(model, chain.activation, nn.Identity().eval())
+    chosen = None if decision.choice is None else decision.choice.kernel
+    return model, replace(record, decision="sparse", kernel=chosen, activation=chain.activation)
+
+
+# ---- deciding -----------------------------------------------------------------------------------------------
+
+
+def _decide(
+    model: nn.Module, names: list[str], kept: Mapping[str, str], tuned: Any, example_input: Any
+) -> dict[str, _Decision]:
+    by_name = getattr(tuned, "choice_by_name", None) if example_input is None else None
+    if tuned is not None and example_input is None and by_name is None:
+        raise ValueError(
+            f"{type(tuned).__name__} chooses by the shape of each layer's input: give convert an example_input"
+        )
+    seen = None if example_input is None else _input_shapes(model, names, example_input)
+    decisions = {}
+    for name in names:
+        if name in kept:
+            decisions[name] = _Decision(False, kept[name])
+        elif seen is not None and name not in seen:
+            decisions[name] = _Decision(False, "example_input does not reach it")
+        else:
+            decisions[name] = _decide_layer(model, name, None if seen is None else seen[name], tuned, by_name)
+    return decisions
+
+
+def _decide_layer(
+    model: nn.Module, name: str, seen: tuple[tuple[int, ...], str] | None, tuned: Any, by_name: Any
+) -> _Decision:
+    conv = model.get_submodule(name)
+    assert isinstance(conv, nn.Conv2d)
+    try:
+        weight = SparseWeight.from_dense(conv.weight, conv.groups)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{error} (layer {name!r})") from None
+    spec = _spec(conv, weight, seen, name)
+    choice = None
+    if tuned is not None:
+        choice = by_name(name) if by_name is not None else tuned.choice(spec, weight, name)
+    if choice is not None:
+        dense = kernel(choice.kernel).is_dense
+        return _Decision(not dense, f"tuned: {choice.kernel}", weight.sparsity, None if dense else choice)
+    usual = default_choice(spec, weight, min(torch.get_num_threads(), cpu.MAX_THREADS))
+    origin = "default" if tuned is None else "default, as nothing is tuned for it"
+    dense = kernel(usual.kernel).is_dense
+    return _Decision(not dense, f"{origin}: {usual.kernel} at density {weight.density:.1%}", weight.sparsity)
+
+
+def _spec(conv: nn.Conv2d, weight: SparseWeight, seen: tuple[tuple[int, ...], str] | None, name: str) -> ConvSpec:
+    """The layer's problem; without an example, on an image of a usual size."""
+    if seen is None:
+        sizes = (max(_STAND_IN_SIZE, d * (k - 1) + 1) for k, d in zip(conv.kernel_size, conv.dilation, strict=True))
+        seen = ((1, conv.in_channels, *sizes), "float32")
+    shape, dtype = seen
+    return ConvSpec.create(shape, weight.shape, conv.stride, conv.padding, conv.dilation, conv.groups, dtype, name=name)
+
+
+def _input_shapes(model: nn.Module, names: list[str], example_input: Any) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape (N, C, H, W) and dtype of each convolution's first input, by running the model once."""
+    seen: dict[str, tuple[tuple[int, ...], str]] = {}
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else kwargs["input"]
+            dtype = str(x.dtype).removeprefix("torch.")
+            shape = tuple(x.shape) if x.dim() == 4 else (1, *x.shape)
+            seen.setdefault(name, (shape, dtype if dtype in DTYPES else "float32"))
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(watch(name), with_kwargs=True) for name in names]
+    try:
+        with torch.no_grad():
+            _call(model, example_input)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _call(model: nn.Module, example_input: Any) -> None:
+    if isinstance(example_input, Tensor):
+        model(example_input)
+    elif isinstance(example_input, tuple):
+        model(*example_input)
+    elif isinstance(example_input, Mapping):
+        model(**example_input)
+    else:
+        raise TypeError(
+            f"example_input must be a tensor, a tuple of arguments or a dict of keyword arguments, got "
+            f"{type(example_input).__name__}"
+        )
+
+
+def _check_decisions(decisions: Mapping[str, _Decision], tuned: Any) -> None:
+    if any(decision.sparse for decision in decisions.values()):
+        return
+    reasons = "; ".join(f"{name or 'the model'}: {decision.reason}" for name, decision in decisions.items())
+    if tuned is not None:
+        warnings.warn(f"every convolution stays dense ({reasons})", stacklevel=3)
+        return
+    raise ValueError(
+        f"nothing to convert: no convolution has a density of {DENSE_ABOVE:.0%} or less ({reasons}); prune the model "
+        f"first (numbasparse.pruning), or give a tuned file"
+    )

@@ -254,8 +254,8 @@ class SparseConv2d(nn.Module):
         if any(tensor.is_meta for tensor in found.values()):
             return None
         try:
-            arrays = [found[name].detach().cpu().numpy() for name in _ARRAYS]
-            SparseWeight(*arrays, self.kernel_shape, self.groups)
+            values, indices, indptr = (found[name].detach().cpu().numpy() for name in _ARRAYS)
+            SparseWeight(values, indices, indptr, self.kernel_shape, self.groups)
         except (TypeError, ValueError) as error:
             return f"no sparse weight of shape {(self.out_channels, *self.kernel_shape)}: {error}"
         return None
@@ -296,7 +296,7 @@ def _to_json(choice: Choice) -> str:
 
 def _smallest_spec(weight: SparseWeight, stride: Any, padding: Any, dilation: Any) -> ConvSpec:
     """The convolution on the smallest image that needs no padding: it checks and normalizes every argument."""
-    k, c_per_group, r, s = weight.shape
+    c_per_group, r, s = weight.kernel_shape
     down, right = (dilation, dilation) if isinstance(dilation, int) else (dilation[0], dilation[-1])
     x_shape = (1, c_per_group * weight.groups, max(1, down * (r - 1) + 1), max(1, right * (s - 1) + 1))
     return ConvSpec.create(x_shape, weight.shape, stride, padding, dilation, weight.groups)

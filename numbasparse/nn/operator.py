@@ -176,8 +176,9 @@ def _fitting(config: str, spec: ConvSpec, weight: SparseWeight, threads: int) ->
         parsed = json.loads(config)
     except ValueError as error:
         raise ValueError(f"config must be JSON like {{'kernel': name, 'config': {{...}}}}: {error}") from None
-    chosen = kernel(parsed.get("kernel")) if isinstance(parsed, dict) else None
-    if chosen is not None and chosen.supports(spec, weight) is not None:
+    if not isinstance(parsed, dict) or "kernel" not in parsed:
+        raise ValueError(f"config must be JSON like {{'kernel': name, 'config': {{...}}}}, got {config!r}")
+    if kernel(parsed["kernel"]).supports(spec, weight) is not None:
         return None
     choice = resolve(parsed, spec, weight, threads)
     return choice if kernel(choice.kernel).check(spec, weight, choice.config) is None else None

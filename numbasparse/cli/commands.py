@@ -1,0 +1,176 @@
+"""Commands and their options.  Every command loads what it needs when it runs."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+MODEL_HELP = """MODEL is "module:factory", "file.py:factory" (a function without arguments that returns a module)
+or an exported program (.pt2)."""
+
+# What a wrong input raises; anything else is a defect and shows its traceback.
+_EXPECTED = (ValueError, TypeError, OSError, ImportError, RuntimeError)
+
+
+def _clear_errors(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Print an expected error as one line, and exit with status 1."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            sys.exit(130)
+        except _EXPECTED as error:
+            if isinstance(error, ImportError) and error.name in ("torch", "optuna", "matplotlib"):
+                click.echo(f"error: {error.name} is not installed: pip install 'numbasparse[all]'", err=True)
+            else:
+                click.echo(f"error: {error}", err=True)
+            sys.exit(1)
+
+    return run
+
+
+def _threads_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    text = "Threads; all cores that the process may use if not given."
+    return click.option("--threads", type=click.IntRange(1, 256), default=None, help=text)(command)
+
+
+def _input_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    text = 'Shape of the input, for example "1,3,224,224".'
+    return click.option("--input", "shape", required=True, help=text)(command)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="numbasparse")
+def main() -> None:
+    """Make pruned CNNs faster: prune, tune every convolution on this machine, run, export the tuned file."""
+
+
+@main.command()
+@click.option("--out", type=click.Path(path_type=Path), default=Path("numbasparse-quickstart"), show_default=True)
+@click.option("--batch", type=click.IntRange(1, 256), default=8, show_default=True, help="Images at a time.")
+@click.option("--images", type=click.IntRange(1, 2000), default=2000, show_default=True, help="Images to classify.")
+@click.option("--trials", type=click.IntRange(1), default=48, show_default=True, help="Configs tried per layer.")
+@_threads_option
+@_clear_errors
+def quickstart(out: Path, batch: int, images: int, trials: int, threads: int | None) -> None:
+    """Tune and run a pruned network on real images; write tuned.json and a plot."""
+    from numbasparse.cli.quickstart import run
+
+    run(out, batch=batch, images=images, trials=trials, threads=threads)
+
+
+@main.command(help=f"Choose a kernel and config for every convolution of MODEL, by measurement.\n\n{MODEL_HELP}")
+@click.argument("model")
+@_input_option
+@click.option("--device", default="cpu", show_default=True, help="Kind of device to tune for.")
+@click.option("--weights", type=click.Path(path_type=Path), help="safetensors file with the model's state_dict.")
+@click.option("--trials", type=click.IntRange(1), default=64, show_default=True, help="Configs tried per layer.")
+@click.option("--timeout", type=float, default=None, help="Seconds for everything.")
+@click.option("--storage", type=click.Path(path_type=Path), help="Journal file: makes the run resumable.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("tuned.json"), show_default=True)
+@_threads_option
+@_clear_errors
+def tune(
+    model: str,
+    shape: str,
+    device: str,
+    weights: Path | None,
+    trials: int,
+    timeout: float | None,
+    storage: Path | None,
+    out: Path,
+    threads: int | None,
+) -> None:
+    import autotune
+    from numbasparse.cli.models import example_input, load_model
+
+    tuned = autotune.tune(
+        load_model(model, weights),
+        example_input(shape),
+        device=device,
+        trials=trials,
+        timeout=timeout,
+        storage=storage,
+        threads=threads,
+    )
+    tuned.save(out)
+    click.echo(f"wrote {out}")
+
+
+@main.command(help=f"Time MODEL dense and converted, in turns.\n\n{MODEL_HELP}")
+@click.argument("model")
+@_input_option
+@click.option("--tuned", type=click.Path(path_type=Path), help="Tuned file; the stated defaults if not given.")
+@click.option("--weights", type=click.Path(path_type=Path), help="safetensors file with the model's state_dict.")
+@click.option("--seconds", type=click.FloatRange(0.1), default=5.0, show_default=True, help="How long to measure.")
+@_threads_option
+@_clear_errors
+def bench(
+    model: str, shape: str, tuned: Path | None, weights: Path | None, seconds: float, threads: int | None
+) -> None:
+    from numbasparse.cli.models import bench_model, example_input, load_model
+
+    bench_model(load_model(model, weights), example_input(shape), tuned, seconds, threads)
+
+
+@main.command()
+@click.argument("tuned", type=click.Path(path_type=Path))
+@click.option("--plot", type=click.Path(path_type=Path), help="Also draw the layers' times into this PNG.")
+@_clear_errors
+def report(tuned: Path, plot: Path | None) -> None:
+    """Print the table of a TUNED file."""
+    import autotune
+
+    loaded = autotune.load(tuned)
+    autotune.print_report(loaded)
+    if plot is not None:
+        from numbasparse.cli.plot import layer_bars
+
+        layer_bars(autotune.layer_rows(loaded), str(tuned), plot)
+        click.echo(f"wrote {plot}")
+
+
+@main.command(help=f"Prune MODEL by magnitude, at once or gradually with retraining.\n\n{MODEL_HELP}")
+@click.argument("model")
+@click.option("--sparsity", type=float, required=True, help="Share of zeros, for example 0.9.")
+@click.option("--scope", type=click.Choice(["global", "layer"]), default="global", show_default=True)
+@click.option("--weights", type=click.Path(path_type=Path), help="safetensors file with the model's state_dict.")
+@click.option(
+    "--train",
+    help='Retrain on these batches: "module:name" or "file.py:name" of an iterable of (x, y), or of a function '
+    "that returns one.  Sparsity then rises gradually over the first half.",
+)
+@click.option("--epochs", type=click.IntRange(1), default=10, show_default=True, help="Epochs of retraining.")
+@click.option("--lr", type=float, default=0.05, show_default=True, help="Learning rate of retraining.")
+@click.option("--device", default="cpu", show_default=True, help="Device of retraining.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("pruned.safetensors"), show_default=True)
+@_clear_errors
+def prune(
+    model: str,
+    sparsity: float,
+    scope: str,
+    weights: Path | None,
+    train: str | None,
+    epochs: int,
+    lr: float,
+    device: str,
+    out: Path,
+) -> None:
+    from numbasparse.cli.models import load_model, load_object, save_state
+    from numbasparse.cli.prune import prune_at_once, prune_gradually
+
+    module = load_model(model, weights, trainable=train is not None)
+    if train is None:
+        prune_at_once(module, sparsity, scope)
+    else:
+        prune_gradually(module, load_object(train), sparsity, scope, epochs=epochs, lr=lr, device=device)
+    save_state(module, out)
+    click.echo(f"wrote {out}")

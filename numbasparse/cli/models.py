@@ -1,0 +1,167 @@
+"""Models by name: factories, exported programs, their weights, and their times."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from numbasparse.nn.exported import module_of
+
+
+def load_object(name: str) -> Any:
+    """The object that ``"module:name"`` or ``"file.py:name"`` names.
+
+    Raises
+    ------
+    ValueError
+        If the text is not of that form, or the module has no such name.
+    """
+    source, _, attribute = name.rpartition(":")
+    if not source or not attribute.isidentifier():
+        raise ValueError(f"expected 'module:name' or 'file.py:name', got {name!r}")
+    module = _module_from_file(Path(source)) if source.endswith(".py") else _module_by_name(source)
+    if not hasattr(module, attribute):
+        raise ValueError(f"{source} has no {attribute!r}")
+    return getattr(module, attribute)
+
+
+def _module_by_name(name: str) -> Any:
+    # As with "python -m": modules beside the caller are found.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    return importlib.import_module(name)
+
+
+def _module_from_file(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(path.stem, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def load_model(name: str, weights: Path | None = None, trainable: bool = False) -> nn.Module:
+    """A model by its name on the command line, in eval mode unless ``trainable``.
+
+    Raises
+    ------
+    ValueError, TypeError, OSError
+        If there is no such model or the weights do not fit; the text says which and why.
+    """
+    if name.endswith(".pt2"):
+        if not Path(name).is_file():
+            raise FileNotFoundError(f"there is no file {name}")
+        try:
+            program = torch.export.load(name)
+        except Exception as error:  # torch raises many kinds for a file that is no exported program
+            raise ValueError(f"{name} is no exported program of torch: {error}") from error
+        model: Any = module_of(program)
+    else:
+        factory = load_object(name)
+        model = factory() if callable(factory) and not isinstance(factory, nn.Module) else factory
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{name} must give a torch.nn.Module, it gave {type(model).__name__}")
+    if weights is not None:
+        load_state(model, weights)
+    return model if trainable else model.eval()
+
+
+def load_state(model: nn.Module, path: Path) -> None:
+    """Load a safetensors file into a model; the names must be the model's."""
+    from safetensors.torch import load_file
+
+    try:
+        state = load_file(path)
+        model.load_state_dict(state)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no file {path}") from None
+    except Exception as error:
+        raise ValueError(f"{path} does not hold weights of this model: {error}") from error
+
+
+def save_state(model: nn.Module, path: Path) -> None:
+    """Write the state_dict as safetensors, beside and then renamed."""
+    from safetensors.torch import save
+
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    handle, beside = tempfile.mkstemp(dir=path.resolve().parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(save(state))
+        os.replace(beside, path)
+    except BaseException:
+        os.unlink(beside)
+        raise
+
+
+def example_input(shape: str) -> torch.Tensor:
+    """A random tensor of a shape written as ``"1,3,224,224"``."""
+    try:
+        sizes = [int(part) for part in shape.split(",")]
+    except ValueError:
+        sizes = []
+    if len(sizes) < 2 or min(sizes) < 1:
+        raise ValueError(f"expected the input's shape as positive numbers like '1,3,224,224', got {shape!r}")
+    return torch.randn(sizes, generator=torch.Generator().manual_seed(0))
+
+
+def time_models(models: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
+    """Median seconds of each, called in turns for ``seconds``, after two calls that are not timed."""
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for call in models.values():
+        call()
+        call()
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds or len(next(iter(times.values()))) < 3:
+        for name, call in models.items():
+            begin = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def dense_rivals(model: nn.Module, x: torch.Tensor) -> dict[str, Callable[[], Any]]:
+    """The dense model as torch runs it: NCHW and channels-last."""
+    import copy
+
+    last = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x_last = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+    return {"dense, NCHW": lambda: model(x), "dense, channels-last": lambda: last(x_last)}
+
+
+def bench_model(model: nn.Module, x: torch.Tensor, tuned: Path | None, seconds: float, threads: int | None) -> None:
+    """Print the times of the dense model in both layouts and of the converted one."""
+    from rich.console import Console
+    from rich.table import Table
+
+    import autotune
+    from numbasparse.nn import convert
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    converted = convert(model, None if tuned is None else autotune.load(tuned), x)
+    with torch.inference_mode():
+        times = time_models(dense_rivals(model, x) | {"numbasparse": lambda: converted(x)}, seconds)
+    best = min(t for name, t in times.items() if name != "numbasparse")
+    table = Table("model", "milliseconds", "best dense / this")
+    for name, t in times.items():
+        table.add_row(name, f"{t * 1e3:.3f}", f"{best / t:.2f}")
+    Console().print(table)

@@ -1,0 +1,99 @@
+"""The main job on real input: a pruned network, tuned on this machine, run on real images, exported."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import nn
+
+import autotune
+import numbasparse
+from numbasparse.cli.models import dense_rivals, time_models
+from numbasparse.cli.plot import layer_bars
+from numbasparse.nn import convert
+from numbasparse.runtime import cpu
+
+
+def data_folder() -> Path:
+    """Where the shipped model and images are: in the installed package, else in the checkout."""
+    package = Path(numbasparse.__file__).parent
+    for folder in (package / "data", package.parent / "data"):
+        if (folder / "fashion.py").is_file():
+            return folder
+    raise FileNotFoundError(f"the quickstart's data are missing beside {package}: install the package again")
+
+
+def _fashion() -> ModuleType:
+    path = data_folder() / "fashion.py"
+    spec = importlib.util.spec_from_file_location("fashion", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["fashion"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def accuracy(model: nn.Module, images: torch.Tensor, labels: np.ndarray, batch: int) -> float:
+    """Share of right answers."""
+    with torch.inference_mode():
+        answers = [model(images[i : i + batch]).argmax(1) for i in range(0, len(images), batch)]
+    return float((torch.cat(answers).numpy() == labels).mean())
+
+
+def run(out: Path, *, batch: int, images: int, trials: int, threads: int | None) -> None:
+    """Tune, convert, run, print, and write ``tuned.json`` and ``layers.png`` into ``out``."""
+    console = Console()
+    start = time.perf_counter()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    out.mkdir(parents=True, exist_ok=True)
+    fashion = _fashion()
+    dense, pruned = fashion.load_model("dense"), fashion.load_model("pruned")
+    pictures, labels = fashion.load_images()
+    x = torch.from_numpy(fashion.normalize(pictures[:images]))
+    labels = labels[:images]
+    batch = min(batch, len(x))
+    console.print(
+        f"Fashion-MNIST, {len(x)} images in batches of {batch}; ResNet-style CNN, pruned. "
+        f"{cpu.processor_name()}, {32 * cpu.vector_lanes()}-bit vectors, {torch.get_num_threads()} threads."
+    )
+    tuned = autotune.tune(pruned, x[:batch], trials=trials)
+    tuned.save(out / "tuned.json")
+    converted = convert(pruned, autotune.load(out / "tuned.json"), x[:batch])
+    _print_accuracy(
+        console, {"dense": dense, "pruned, torch": pruned, "pruned, numbasparse": converted}, x, labels, batch
+    )
+    ratio = _print_times(console, pruned, converted, x[:batch])
+    where = f"{cpu.processor_name()}, {torch.get_num_threads()} threads"
+    title = f"Fashion-MNIST CNN, batch {batch}, {where}: whole model {ratio:.2f}x"
+    layer_bars(autotune.layer_rows(tuned), title, out / "layers.png")
+    console.print(f"wrote {out / 'tuned.json'} and {out / 'layers.png'} ({time.perf_counter() - start:.0f} s in all)")
+
+
+def _print_accuracy(
+    console: Console, models: dict[str, nn.Module], x: torch.Tensor, labels: np.ndarray, batch: int
+) -> None:
+    for name, model in models.items():
+        console.print(f"accuracy {name}: {accuracy(model, x, labels, batch):.2%}")
+
+
+def _print_times(console: Console, pruned: nn.Module, converted: nn.Module, x: torch.Tensor) -> float:
+    """Whole-model times; returns the ratio of the best dense one to ours."""
+    calls: dict[str, Any] = dense_rivals(pruned, x)
+    with torch.inference_mode():
+        times = time_models(calls | {"numbasparse": lambda: converted(x)}, 4.0)
+    for name, seconds in times.items():
+        console.print(f"whole model, {name}: {seconds * 1e3:.3f} ms")
+    best = min(seconds for name, seconds in times.items() if name != "numbasparse")
+    ratio = best / times["numbasparse"]
+    console.print(f"whole model: {ratio:.2f} times the best dense speed")
+    return ratio
