@@ -125,7 +125,7 @@ def check_fields(config: Config, fields: Mapping[str, Sequence[str] | tuple[int,
     A field is a range of ints, a sequence of allowed texts, or empty for any text.
     """
     if set(config) != set(fields):
-        return f"expected the parameters {sorted(fields)}, got {sorted(config)}"
+        return f"expected the parameters {sorted(fields)}, got {sorted(map(str, config))}"
     for name, allowed in fields.items():
         value = config[name]
         if not allowed:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from numbasparse.codegen.jit import Code, compile_c
-from numbasparse.codegen.simd import ROWS_SIGNATURE, Activation, RowKernel, rows_function
+from numbasparse.codegen.simd import ENTRIES_AFTER, ROWS_SIGNATURE, Activation, RowKernel, rows_function
 from numbasparse.kernels.base import ConfigError
 from numbasparse.runtime import cpu
 from numbasparse.spec import ConvSpec
@@ -27,7 +27,7 @@ class PackedRows:
 
     Attributes
     ----------
-    entries : int64, (nnz,)
+    entries : int64, (nnz + ENTRIES_AFTER,)
         Byte offset of the input vector in the low half, bits of the float32 value in the high half.
     rows, starts : int32, (pieces,) and (pieces + 1,)
         Output channel of each piece of a row, and where its entries begin.
@@ -182,7 +182,7 @@ def pack_rows(
     bits = weight.data[place].view(np.uint32).astype(np.uint64)
     bucket = ((piece_block * splits + split) * 4 + role)[order]
     packed = PackedRows(
-        entries=(offsets.astype(np.uint64) | bits << np.uint64(32)).view(np.int64),
+        entries=np.pad((offsets.astype(np.uint64) | bits << np.uint64(32)).view(np.int64), (0, ENTRIES_AFTER)),
         rows=piece_row[order].astype(np.int32),
         starts=np.concatenate(([0], np.cumsum(length[order]))).astype(np.int32),
         segments=np.searchsorted(bucket, np.arange(blocks * splits * 4 + 1)).astype(np.int32),
