@@ -73,9 +73,9 @@ def problems_of(model: torch.nn.Module, example_input: Any, *, device: str = "cp
     if not found:
         raise ValueError("the model has no Conv2d layers (padding_mode 'zeros') to tune")
     calls: dict[tuple[str, tuple[int, ...]], None] = {}
-    with _hooks(found, lambda name, shape: calls.setdefault((name, shape))), _eval_mode(model):
-        with torch.inference_mode():
-            model(*arguments)
+    hooks = _hooks(found, lambda name, shape: calls.setdefault((name, shape)))
+    with hooks, _eval_mode(model), torch.inference_mode():
+        model(*arguments)
     if not calls:
         raise ValueError("none of the model's Conv2d layers ran on the example input")
     weights = {name: _sparse_weight(found[name]) for name in dict.fromkeys(name for name, _ in calls)}
@@ -105,8 +105,10 @@ def _is_convolution(module: Any) -> bool:
 
 
 def _held_sparse_weight(module: Any) -> SparseWeight | None:
-    held = (getattr(module, name, None) for name in ("sparse_weight", "weight"))
-    return next((weight for weight in held if isinstance(weight, SparseWeight)), None)
+    """The sparse weight of a `numbasparse.nn.SparseConv2d` or a module like it, else None."""
+    matrix = getattr(module, "weight_matrix", None)
+    weight = matrix() if callable(matrix) else None
+    return weight if isinstance(weight, SparseWeight) else None
 
 
 def _sparse_weight(module: Any) -> SparseWeight:
@@ -115,9 +117,10 @@ def _sparse_weight(module: Any) -> SparseWeight:
 
 
 def _problem(name: str, module: Any, weight: SparseWeight, shape: tuple[int, ...]) -> LayerProblem:
-    spec = ConvSpec.create(
-        shape, weight.shape, module.stride, module.padding, module.dilation, module.groups, name=name
-    )
+    padding = module.padding
+    if not isinstance(padding, str) and len(padding) == 4:
+        padding = (padding[:2], padding[2:])
+    spec = ConvSpec.create(shape, weight.shape, module.stride, padding, module.dilation, module.groups, name=name)
     bias = getattr(module, "bias", None)
     array = None if bias is None else bias.detach().float().cpu().numpy()
     return LayerProblem(name, spec, weight, array, getattr(module, "activation", None))

@@ -50,9 +50,8 @@ def short_shape(spec: ConvSpec) -> str:
 
 
 def short_config(kernel: str, config: Mapping[str, int | str]) -> str:
-    """For example ``"cpu_direct 14x1 copied block_kb=22"``: texts stand for themselves."""
-    parts = [str(value) if isinstance(value, str) else f"{name}={value}" for name, value in config.items()]
-    return " ".join([kernel, *parts])
+    """The kernel and the values of its config in its order, for example ``"cpu_direct 8,8,14x1,copied,22,1"``."""
+    return f"{kernel} {','.join(str(value) for value in config.values())}"
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:

@@ -57,7 +57,8 @@ class LayerProblem:
             )
         if self.bias is not None:
             self.spec.check_bias_shape(np.shape(self.bias), name=self.name)
-        check_activation(self.activation)
+        activation = check_activation(self.activation)
+        object.__setattr__(self, "activation", None if activation == "none" else activation)
         object.__setattr__(self, "spec", replace(self.spec, dtype="float32"))
 
     @property

@@ -24,11 +24,12 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import filelock
 import msgspec
 import optuna
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from autotune import measure as timing
@@ -43,7 +44,11 @@ DEFAULT_TRIALS = 64
 """Candidates measured for each problem, at most."""
 
 MARGIN = 0.98
-"""A sparse candidate is chosen only if its median is below this share of the best dense candidate's."""
+"""A sparse candidate is chosen only if its median is below this share of the best dense candidate's, and its best
+time too: where other programs run, medians alone wrong dense, whose threads wait for one another."""
+
+BUSY = 2.0
+"""A median of this many times the best time says that the machine was busy with something else."""
 
 _FINALISTS = 3
 _RANDOM_FIRST = 8
@@ -53,6 +58,7 @@ _FROM_SIMILAR = 6
 _BETTER = 0.99
 _SEARCH_SHARE = 0.85
 _ABANDONED_AFTER = timedelta(minutes=10)
+_WAITING_AT_MOST = 8  # trials that a killed run or another worker enqueued come first
 
 
 class _Rejected(Exception):
@@ -65,6 +71,7 @@ class _Final(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     params: dict[str, int | str]
     us: float
     spread: float
+    best: float
 
 
 class _Finals(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -82,6 +89,7 @@ class _Outcome:
     problem: LayerProblem
     best: list[Candidate]
     layer: files.Layer
+    busy: bool
 
 
 @dataclass
@@ -129,7 +137,7 @@ def open_journal(path: str | os.PathLike[str]) -> optuna.storages.JournalStorage
         _drop_half_line(place)
     finally:
         lock.release()
-    backend = optuna.storages.journal.JournalFileBackend(str(place), lock_obj=lock)  # type: ignore[arg-type]
+    backend = JournalFileBackend(str(place), lock_obj=cast(Any, lock))
     try:
         return optuna.storages.JournalStorage(backend)
     except Exception as error:  # records that are JSON but make no sense to Optuna
@@ -179,14 +187,15 @@ class _Search:
         _fail_dead(self.study)
         self.seen: dict[str, Result] = {}
         self._taken: set[str] = set()
+        self._proposal: Candidate | None = None
         self._refresh()
 
     def _sampler(self) -> optuna.samplers.BaseSampler:
-        if len(self.space.candidates) <= self._run.trials:
-            return optuna.samplers.BruteForceSampler(seed=0)
         first = 1 if self._similar else _RANDOM_FIRST
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            if len(self.space.candidates) <= self._run.trials:
+                return optuna.samplers.BruteForceSampler(seed=0)
             return optuna.samplers.TPESampler(seed=0, multivariate=True, group=True, n_startup_trials=first)
 
     def _name(self) -> str:
@@ -274,9 +283,13 @@ class _Search:
         if candidate.key in self.space.candidates and candidate.key in self.seen:
             return
         near = self.space.nearest(candidate, self._unseen())
-        if near is not None:
-            self.study.enqueue_trial(near.params)
+        if near is None:
+            return
+        self.study.enqueue_trial(near.params)
+        for _ in range(_WAITING_AT_MOST):
             self._step()
+            if near.key in self.seen:
+                return
 
     def _step(self) -> None:
         """One trial; where it measured nothing, the next one is the nearest candidate that was not measured."""
@@ -285,14 +298,13 @@ class _Search:
         self._refresh()
         if len(self.seen) > before:
             return
-        proposal = Candidate.from_params(self.study.get_trials(deepcopy=False)[-1].params)
-        near = self.space.nearest(proposal, self._unseen())
+        near = None if self._proposal is None else self.space.nearest(self._proposal, self._unseen())
         if near is not None:
             self.study.enqueue_trial(near.params)
 
     def _objective(self, trial: Trial) -> float:
         trial.set_user_attr("worker", self._worker)
-        candidate = self._suggest(trial)
+        candidate = self._proposal = self._suggest(trial)
         known = self.seen.get(candidate.key)
         if known is not None and known.us is not None:
             return known.us
@@ -321,7 +333,7 @@ class _Search:
         entries, stock = self._time_finals(self.ranked(dense=False)[:_FINALISTS] + self.ranked(dense=True))
         finals = _Finals(
             measured=len(self.seen),
-            entries=[_Final(candidate.params, t.us, t.spread) for candidate, t in entries],
+            entries=[_Final(candidate.params, t.us, t.spread, t.best) for candidate, t in entries],
             stock_us=None if stock is None else stock.us,
         )
         self.study.set_user_attr("finals", msgspec.to_builtins(finals))
@@ -354,11 +366,11 @@ class _Search:
         entries = sorted(finals.entries, key=lambda entry: entry.us)
         dense = [e for e in entries if self.space.is_dense(Candidate.from_params(e.params))]
         sparse = [e for e in entries if e not in dense]
-        won = bool(sparse) and (not dense or sparse[0].us < MARGIN * dense[0].us)
-        chosen = sparse[0] if won else dense[0]
+        chosen = _chosen(sparse, dense)
         layer = self._layer(chosen, entries, dense[0].us if dense else None, finals.stock_us)
+        busy = any(entry.us > BUSY * entry.best for entry in (chosen, *dense[:1]))
         best = self.ranked(dense=False)[:_FROM_SIMILAR]
-        return _Outcome(self.problem, best, layer)
+        return _Outcome(self.problem, best, layer, busy)
 
     def _layer(
         self, chosen: _Final, entries: Sequence[_Final], dense_choice_us: float | None, stock_us: float | None
@@ -384,6 +396,14 @@ class _Search:
         )
 
 
+def _chosen(sparse: Sequence[_Final], dense: Sequence[_Final]) -> _Final:
+    """The fastest sparse candidate if it beats dense by both median and best time, else the fastest dense one."""
+    if not dense:
+        return sparse[0]
+    median, best = MARGIN * dense[0].us, MARGIN * min(entry.best for entry in dense)
+    return next((entry for entry in sparse if entry.us < median and entry.best < best), dense[0])
+
+
 def _result_of(trial: FrozenTrial, candidate: Candidate) -> Result | None:
     if trial.state == TrialState.COMPLETE and trial.value is not None and 0.0 < trial.value < float("inf"):
         return Result(candidate, trial.value)
@@ -399,7 +419,7 @@ def _fail_dead(study: optuna.Study) -> None:
             continue
         try:
             study._storage.set_trial_user_attr(trial._trial_id, "died", True)
-            study.tell(trial.number, state=TrialState.FAIL)
+            study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
         except (ValueError, RuntimeError):  # another worker was faster
             continue
 
@@ -493,6 +513,7 @@ def tune_layers(
     with _quiet_optuna(), timing.torch_threads(count):
         run = _Run(device, trials, count, None if storage is None else open_journal(storage))
         layers = _tune_all(run, groups, timeout, progress)
+    _warn_if_busy(run.done)
     tuned = TunedModel(layers, files.this_device(count, device), files.these_versions())
     if progress:
         from autotune.report import print_report
@@ -520,6 +541,16 @@ def _tune_all(
             layers[number] = msgspec.structs.replace(outcome.layer, names=names)
             advance(1, group[0].name)
     return [layers[number] for number in range(len(groups))]
+
+
+def _warn_if_busy(done: Sequence[_Outcome]) -> None:
+    busy = sum(outcome.busy for outcome in done)
+    if busy:
+        warnings.warn(
+            f"the machine was busy with something else while {busy} of {len(done)} layers were timed: their times and "
+            "ratios are unreliable; tune again when it is idle",
+            stacklevel=3,
+        )
 
 
 def _share(end: float | None, left: int) -> float:

@@ -60,7 +60,7 @@ class BasicBlock(nn.Module):
 
 
 class FashionResNet(nn.Module):
-    """ResNet for 1x28x28 images: 14 convolutions, 0.70 million parameters.
+    """ResNet for 1x28x28 images: 15 convolutions, 0.70 million parameters.
 
     Input float32 (N, 1, 28, 28) from ``normalize``; output logits float32 (N, 10). A stem of 32 channels, then
     stages of two blocks with 32 channels at 28x28, 64 at 14x14 and 128 at 7x7.

@@ -20,11 +20,17 @@ _CONVERTED_WEIGHTS = 64
 
 
 class _PlanCache:
-    """Plans by weight and call; a weight's plans go when the weight goes."""
+    """Plans by weight and call; a weight's plans go when the weight goes.
+
+    A plan is kept with the config that it was asked for: a chooser's identity is part of the key, and an object
+    that is alive is not mistaken for a later one at its address.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._by_weight: weakref.WeakKeyDictionary[SparseWeight, OrderedDict[Any, Plan]] = weakref.WeakKeyDictionary()
+        self._by_weight: weakref.WeakKeyDictionary[SparseWeight, OrderedDict[Any, tuple[Plan, Any]]] = (
+            weakref.WeakKeyDictionary()
+        )
 
     def get(self, weight: SparseWeight, key: Any) -> Plan | None:
         with self._lock:
@@ -32,12 +38,12 @@ class _PlanCache:
             found = None if plans is None else plans.get(key)
             if found is not None:
                 plans.move_to_end(key)  # type: ignore[union-attr]
-            return found
+            return None if found is None else found[0]
 
-    def put(self, weight: SparseWeight, key: Any, made: Plan) -> None:
+    def put(self, weight: SparseWeight, key: Any, made: Plan, config: Any) -> None:
         with self._lock:
             plans = self._by_weight.setdefault(weight, OrderedDict())
-            plans[key] = made
+            plans[key] = made, config
             while len(plans) > _PLANS_PER_WEIGHT:
                 plans.popitem(last=False)
 
@@ -121,14 +127,14 @@ def conv2d(
         raise TypeError(f"x must be a NumPy array or a torch CPU tensor, got {type(x).__name__}")
     key: tuple[Any, ...] = (shape, stride, padding, dilation, groups, activation, _config_key(config), threads)
     try:
-        found = _plans.get(sparse, key)
-    except TypeError:  # unhashable arguments (lists): ConvSpec reads them, or says what is wrong with them
-        found = None
-        key = (shape, repr((stride, padding, dilation, groups)), activation, _config_key(config), threads)
+        hash(key)
+    except TypeError:  # lists, for example: ConvSpec reads them, or says what is wrong with them
+        key = (shape, repr(key[1:]))
+    found = _plans.get(sparse, key)
     if found is None:
         spec = ConvSpec.create(tuple(shape), sparse.shape, stride, padding, dilation, groups)
         found = plan(spec, sparse, config=config, activation=activation, threads=min(threads, cpu.MAX_THREADS))
-        _plans.put(sparse, key, found)
+        _plans.put(sparse, key, found, config)
     return found(x, bias, out)
 
 
@@ -138,7 +144,7 @@ def _config_key(config: ConfigLike) -> Any:
     if hasattr(config, "kernel") and hasattr(config, "config"):
         return (config.kernel, tuple(sorted(config.config.items())))
     if hasattr(config, "choice"):
-        return id(config), getattr(config, "fingerprint", None)
+        return id(config)
     return repr(config)
 
 

@@ -168,12 +168,10 @@ class Plan:
             _check_float(dtype.name)
         a = np.ascontiguousarray(x, np.float32)
         b = None if bias is None else self._numpy_bias(bias)
+        if out is not None:
+            self._check_numpy_out(out, x)
         if isinstance(self._runner, TorchRunner):
             return self._dense_numpy(a, self._zero_bias if b is None else b, dtype, out)
-        if out is not None:
-            self._check_out(out, dtype, isinstance(out, np.ndarray) and out.flags.c_contiguous)
-            if np.may_share_memory(out, x):
-                raise ValueError("out shares memory with x: give a separate array")
         y = out if out is not None and dtype == np.float32 else np.empty(self._out_shape, np.float32)
         self._runner.run(_address(a), _address(y), self._zero_address if b is None else _address(b), self.threads)
         if out is not None:
@@ -189,6 +187,24 @@ class Plan:
         if b.shape != (self.spec.k,):
             self.spec.check_bias_shape(b.shape)
         return b
+
+    def _check_numpy_out(self, out: Any, x: np.ndarray) -> None:
+        if not isinstance(out, np.ndarray):
+            raise TypeError(f"out must be a NumPy array like x, got {type(out).__name__}")
+        self._check_out(out, x.dtype, out.flags.c_contiguous)
+        if not out.flags.writeable:
+            raise ValueError("out is read-only: give a writeable array")
+        if np.may_share_memory(out, x):
+            raise ValueError("out shares memory with x: give a separate array")
+
+    def _check_torch_out(self, out: Any, x: torch.Tensor) -> None:
+        if not is_tensor(out):
+            raise TypeError(f"out must be a torch tensor like x, got {type(out).__name__}")
+        if not out.is_cpu:
+            raise ValueError(f"out is on device {out.device}, this plan runs on the CPU")
+        self._check_out(out, x.dtype, out.is_contiguous())
+        if out.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+            raise ValueError("out shares memory with x: give a separate tensor")
 
     def _check_out(self, out: Any, dtype: Any, contiguous: bool) -> None:
         self.spec.check_out_shape(tuple(out.shape))
@@ -206,7 +222,6 @@ class Plan:
             y = runner.apply(torch.from_numpy(x), torch.from_numpy(bias)).numpy()
         if out is None:
             return y if dtype == np.float32 else y.astype(dtype)
-        self._check_out(out, dtype, isinstance(out, np.ndarray) and out.flags.c_contiguous)
         out[...] = y
         return out
 
@@ -226,9 +241,7 @@ class Plan:
             _check_float(str(dtype).removeprefix("torch."))
         a = x if single and x.is_contiguous() else x.detach().to(torch.float32).contiguous()
         if out is not None:
-            self._check_out(out, dtype, out.is_contiguous())
-            if out.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
-                raise ValueError("out shares memory with x: give a separate tensor")
+            self._check_torch_out(out, x)
         if isinstance(self._runner, TorchRunner):
             with torch.no_grad():
                 y = self._runner.apply(a.detach(), None if bias is None else self._torch_bias(bias))

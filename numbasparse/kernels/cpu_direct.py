@@ -58,6 +58,7 @@ from numbasparse.kernels.cpu_rows import (
     most_accumulators,
     pack_rows,
     prefetch_choices,
+    reason_cut_too_much,
     reason_unsupported,
 )
 from numbasparse.runtime import cpu
@@ -372,7 +373,7 @@ class CpuDirect(Kernel):
                 "prefetch": ("none", "next"),
             },
         )
-        return reason or _check_values(flat(spec), config)
+        return reason or _check_values(flat(spec), weight, config)
 
     def space(self, spec: ConvSpec, weight: SparseWeight, threads: int) -> Space:
         spec, lanes = flat(spec), cpu.vector_lanes()
@@ -393,17 +394,23 @@ class CpuDirect(Kernel):
         chunks = [c for c in (lanes, lanes // 2, lanes // 4) if c >= 4]
         ranked = [(_score(spec, lanes, c, *t), c, t) for c in chunks for t in _tiles(spec, lanes, c)[:1]]
         _, chunk, (tile_h, tile_w) = max(ranked)
-        sizes = _block_sizes(weight.density)
         shifted = chunk == lanes and (weight.density < 0.06 or spec.s == 1)
-        return {
+        sizes = _block_sizes(weight.density)
+        config: Config = {
             "lanes": lanes,
             "chunk": chunk,
             "tile": f"{tile_h}x{tile_w}",
             "taps": "shifted" if shifted else "copied",
-            "block_kb": sizes[min(2, len(sizes) - 1)] if weight.density < 0.06 else sizes[1],
+            "block_kb": sizes[1],
             "split": min(threads, spec.k) if _few_units(spec, lanes, threads) else 1,
             "prefetch": prefetch_choices(spec)[-1],
         }
+        # Small blocks cut many short rows: then larger ones, up to all channels at once.
+        for size in (*sizes[1:], _MAX_WORKSPACE >> 10):
+            config["block_kb"] = size
+            if self.check(spec, weight, config) is None:
+                break
+        return config
 
     def prepare(
         self,
@@ -430,7 +437,7 @@ def flat(spec: ConvSpec) -> ConvSpec:
     return dataclasses.replace(spec, h=1, w=spec.h * spec.w)
 
 
-def _check_values(spec: ConvSpec, config: Config) -> str | None:
+def _check_values(spec: ConvSpec, weight: SparseWeight, config: Config) -> str | None:
     lanes, chunk, split = int(config["lanes"]), int(config["chunk"]), int(config["split"])
     tile_h, tile_w = parse_tile(config["tile"])
     if lanes not in (4, 8, 16) or chunk not in (2, 4, 8, 16) or chunk > lanes:
@@ -449,7 +456,7 @@ def _check_values(spec: ConvSpec, config: Config) -> str | None:
     workspace = _block_channels(geometry, config) * geometry.channel_bytes
     if workspace > _MAX_WORKSPACE or geometry.channel_bytes > _MAX_WORKSPACE:
         return f"a block takes {workspace} bytes, the limit is {_MAX_WORKSPACE}"
-    return None
+    return reason_cut_too_much(weight, _block_channels(geometry, config), split)
 
 
 def _block_channels(geometry: Geometry, config: Config) -> int:

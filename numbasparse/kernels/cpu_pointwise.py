@@ -37,6 +37,7 @@ from numbasparse.kernels.cpu_rows import (
     most_accumulators,
     pack_rows,
     prefetch_choices,
+    reason_cut_too_much,
     reason_unsupported,
 )
 from numbasparse.runtime import cpu
@@ -171,7 +172,7 @@ class CpuPointwise(Kernel):
             return f"{vectors} vectors exceed the image's {pixels} pixels"
         if int(config["split"]) > spec.k:
             return f"split {config['split']} exceeds the {spec.k} output channels"
-        return None
+        return reason_cut_too_much(weight, int(config["block"]), int(config["split"]))
 
     def space(self, spec: ConvSpec, weight: SparseWeight, threads: int) -> Space:
         lanes = self._lanes(spec)
@@ -192,7 +193,11 @@ class CpuPointwise(Kernel):
         return {
             "lanes": self._lanes(spec),
             "vectors": _tiles(spec, self._lanes(spec))[0],
-            "block": space["block"][-1] if weight.density < 0.12 else space["block"][0],
+            "block": next(
+                block
+                for block in (space["block"] if weight.density > 0.12 else space["block"][-1:])
+                if reason_cut_too_much(weight, int(block), int(space["split"][-1])) is None
+            ),
             "split": space["split"][-1],
             "prefetch": space["prefetch"][-1],
         }

@@ -6,13 +6,13 @@ The packed form holds the non-zeros of each output channel, by blocks of input c
 from __future__ import annotations
 
 import functools
+import weakref
 from dataclasses import dataclass
 
 import numpy as np
 
 from numbasparse.codegen.jit import Code, compile_c
 from numbasparse.codegen.simd import ENTRIES_AFTER, ROWS_SIGNATURE, Activation, RowKernel, rows_function
-from numbasparse.kernels.base import ConfigError
 from numbasparse.runtime import cpu
 from numbasparse.spec import ConvSpec
 from numbasparse.weight import SparseWeight
@@ -128,6 +128,43 @@ def coordinates(weight: SparseWeight) -> tuple[np.ndarray, np.ndarray, np.ndarra
     return k, index // (height * width) + group * per_group, index // width % height, index % width
 
 
+_cuts: weakref.WeakKeyDictionary[SparseWeight, dict[int, tuple[int, int]]] = weakref.WeakKeyDictionary()
+_SMALL = 4096
+
+
+def reason_cut_too_much(weight: SparseWeight, block: int, splits: int) -> str | None:
+    """Reason why blocks of ``block`` channels take too much memory, or None.
+
+    Every piece of a row has a number and a start, and every block and split its segments.  With several blocks,
+    the packed form may take at most 1.3 times its entries and row pointers (and 4 KiB).  One block is always
+    allowed.
+    """
+    known = _cuts.setdefault(weight, {})
+    if block not in known:
+        known[block] = _count_pieces(weight, block)
+    blocks, pieces = known[block]
+    size = (
+        8 * (weight.nnz + ENTRIES_AFTER)
+        + 8 * pieces
+        + 16 * blocks * splits
+        + 4 * weight.kernel_shape[0] * weight.groups
+    )
+    most = 1.3 * (8 * weight.nnz + 4 * (weight.k + 1)) + _SMALL
+    if blocks == 1 or size <= most:
+        return None
+    return f"{blocks} blocks of {block} channels cut the rows into {pieces} pieces: {size} bytes, limit {most:.0f}"
+
+
+def _count_pieces(weight: SparseWeight, block: int) -> tuple[int, int]:
+    """Blocks, and pieces of rows, that blocks of ``block`` used channels make."""
+    k, c, _, _ = coordinates(weight)
+    channels, position = np.unique(c, return_inverse=True)
+    block = balanced_block(max(len(channels), 1), block)
+    present = np.zeros((max(1, -(-len(channels) // block)), weight.k), bool)
+    present[position // block, k] = True
+    return len(present), int(np.maximum(present.sum(axis=0), 1).sum())
+
+
 def pack_rows(
     weight: SparseWeight,
     channel_bytes: int,
@@ -150,11 +187,6 @@ def pack_rows(
         Ranges of output channels that different threads may take.
     in_place
         Channels lie where the caller has them, not packed: offsets count from a block's first used channel.
-
-    Raises
-    ------
-    ConfigError
-        If so many rows are cut that the packed form exceeds 1.3 times its entries and row pointers.
     """
     k, c, r, s = coordinates(weight)
     channels, position = np.unique(c, return_inverse=True)
@@ -181,7 +213,7 @@ def pack_rows(
     offsets = (channel * channel_bytes + tap_bytes[r, s])[place]
     bits = weight.data[place].view(np.uint32).astype(np.uint64)
     bucket = ((piece_block * splits + split) * 4 + role)[order]
-    packed = PackedRows(
+    return PackedRows(
         entries=np.pad((offsets.astype(np.uint64) | bits << np.uint64(32)).view(np.int64), (0, ENTRIES_AFTER)),
         rows=piece_row[order].astype(np.int32),
         starts=np.concatenate(([0], np.cumsum(length[order]))).astype(np.int32),
@@ -191,13 +223,6 @@ def pack_rows(
         blocks=blocks,
         splits=splits,
     )
-    most = 1.3 * (8 * weight.nnz + 4 * (weight.k + 1)) + 4096
-    if packed.nbytes > most:
-        raise ConfigError(
-            f"blocks of {block} channels cut the rows into {len(piece_row)} pieces: {packed.nbytes} bytes packed, "
-            f"the limit is {most:.0f}; take larger blocks"
-        )
-    return packed
 
 
 def _roles(present: np.ndarray) -> np.ndarray:
