@@ -203,7 +203,7 @@ class Plan:
         if not out.is_cpu:
             raise ValueError(f"out is on device {out.device}, this plan runs on the CPU")
         self._check_out(out, x.dtype, out.is_contiguous())
-        if out.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+        if _overlap(out, x):
             raise ValueError("out shares memory with x: give a separate tensor")
 
     def _check_out(self, out: Any, dtype: Any, contiguous: bool) -> None:
@@ -258,11 +258,20 @@ class Plan:
         import torch
 
         b = bias if is_tensor(bias) else torch.from_numpy(np.array(bias, np.float32))
+        if b.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError("a plan has no gradient, and bias asks for one: use torch.no_grad(), or detach it")
         if b.dtype is not torch.float32 or not b.is_contiguous():
             b = b.detach().to(torch.float32).contiguous()
         if b.shape != self._zero_bias.shape:
             self.spec.check_bias_shape(tuple(b.shape))
         return b
+
+
+def _overlap(out: torch.Tensor, x: torch.Tensor) -> bool:
+    """Whether the contiguous ``out`` lies within the bytes that ``x`` spans."""
+    size = x.element_size()
+    end = x.data_ptr() + size + size * sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    return out.data_ptr() < end and x.data_ptr() < out.data_ptr() + out.numel() * out.element_size()
 
 
 def _address(array: np.ndarray) -> int:

@@ -399,7 +399,8 @@ def _exp(bd: Any, x: Any) -> Any:
     """exp(x) to about 1 ulp: 2**n * p(r), n = round(x / ln 2), polynomial of Cephes' ``expf``."""
     lanes = x.type.count
     const = lambda value: _constants(lanes, value)  # noqa: E731
-    # Clamped so that n stays an exponent of a normal number: beyond, x * sigmoid(x) is 0 or x to rounding.
+    # Clamped so that n stays an exponent of a normal number; above, the result is infinite.
+    huge = bd.fcmp_ordered(">", x, const(88.5))
     x = bd.select(bd.fcmp_ordered("<", x, const(-87.0)), const(-87.0), x)
     x = bd.select(bd.fcmp_ordered(">", x, const(88.0)), const(88.0), x)
     n = _call(bd, f"llvm.rint.v{lanes}f32", x.type, [bd.fmul(x, const(1.4426950408889634))])
@@ -415,7 +416,7 @@ def _exp(bd: Any, x: Any) -> Any:
     n = bd.select(bd.fcmp_ordered("ord", n, n), n, const(0.0))
     biased = bd.add(bd.fptosi(n, integers), ir.Constant(integers, [127] * lanes))
     scale = bd.bitcast(bd.shl(biased, ir.Constant(integers, [23] * lanes)), x.type)
-    return bd.fmul(p, scale)
+    return bd.select(huge, const(float("inf")), bd.fmul(p, scale))
 
 
 # --- packing -------------------------------------------------------------------------------------------------
