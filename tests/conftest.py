@@ -65,7 +65,8 @@ def run_python() -> Callable[..., str]:
 
     def run(code: str, **env: str) -> str:
         done = subprocess.run(
-            [sys.executable, "-c", code],
+            # Python 3.12 warns of every fork in a process with threads; the tests fork on purpose.
+            [sys.executable, "-W", "ignore:This process:DeprecationWarning", "-c", code],
             cwd=ROOT,
             env={**os.environ, **env},
             capture_output=True,

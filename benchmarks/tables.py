@@ -1,0 +1,75 @@
+"""Print the tables of README from the results files: ``python benchmarks/tables.py``."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from common import RESULTS, geometric_mean
+
+SPARSITIES = ("80%", "90%", "95%", "98%")
+
+
+def load(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / name).read_text())
+
+
+def layers(name: str) -> list[str]:
+    """Ratios to the best stock dense, layer by layer, for each batch."""
+    content = load(name)
+    rows = content["rows"]
+    batches = sorted({row["n"] for row in rows})
+    head = " | ".join(f"N={n}: dense µs | {' / '.join(SPARSITIES)} | vs prepacked" for n in batches)
+    lines = [describe(content), "", f"| layer | {head} |", "|---" * (1 + 3 * len(batches)) + "|"]
+    names = dict.fromkeys(row["layer"].rsplit(" N=", 1)[0] for row in rows)
+    for layer in names:
+        cells = [layer]
+        for n in batches:
+            row = next(r for r in rows if r["n"] == n and r["layer"].startswith(f"{layer} N="))
+            stock = min(row["dense"]["nchw"]["median_us"], row["dense"]["nhwc"]["median_us"])
+            ours = row["ours"]
+            cells += [f"{stock:.0f}", ratios(ours, "ratio"), ratios(ours, "ratio_prepacked")]
+        lines.append("| " + " | ".join(cells) + " |")
+    cells = ["**geometric mean**"]
+    for n in batches:
+        ours_of_all = [row["ours"] for row in rows if row["n"] == n]
+        cells.append("")
+        for key in ("ratio", "ratio_prepacked"):
+            means = [geometric_mean([ours[s][key] for ours in ours_of_all]) for s in SPARSITIES]
+            cells.append("**" + " / ".join(f"{m:.1f}" for m in means) + "**")
+    return [*lines, "| " + " | ".join(cells) + " |"]
+
+
+def ratios(ours: dict[str, Any], key: str) -> str:
+    return " / ".join(f"{ours[s][key]:.1f}" for s in SPARSITIES)
+
+
+def awkward(name: str) -> list[str]:
+    content = load(name)
+    lines = [describe(content), "", "| convolution | sparsity | dense µs | ours µs | ratio |", "|---|---|---|---|---|"]
+    for row in content["rows"]:
+        stock = min(row["times"]["nchw"]["median_us"], row["times"]["nhwc"]["median_us"])
+        mine = row["times"]["ours"]["median_us"]
+        lines.append(f"| {row['layer']} | {row['sparsity']:.0%} | {stock:.0f} | {mine:.0f} | {row['ratio']:.1f} |")
+    return lines
+
+
+def describe(content: dict[str, Any]) -> str:
+    env = content["environment"]
+    versions = env["versions"]
+    return (
+        f"{env['processor']}, {32 * env['vector_lanes']}-bit vectors, {content['threads']} threads; "
+        f"torch {versions['torch']}, numba {versions['numba']}; {env['date'][:10]}"
+    )
+
+
+def main() -> None:
+    for name in ("cpu_layers.json", "cpu_layers_avx512.json"):
+        if (RESULTS / name).exists():
+            print(f"\n`benchmarks/results/{name}`: " + "\n".join(layers(name)))
+    if (RESULTS / "cpu_awkward.json").exists():
+        print("\n`benchmarks/results/cpu_awkward.json`: " + "\n".join(awkward("cpu_awkward.json")))
+
+
+if __name__ == "__main__":
+    main()
