@@ -31,7 +31,7 @@ def _clear_errors(command: Callable[..., Any]) -> Callable[..., Any]:
             if isinstance(error, ImportError) and error.name in ("torch", "optuna", "matplotlib"):
                 click.echo(f"error: {error.name} is not installed: pip install 'numbasparse[all]'", err=True)
             else:
-                click.echo(f"error: {error}", err=True)
+                click.echo(f"error: {' '.join(str(error).split()) or type(error).__name__}", err=True)
             sys.exit(1)
 
     return run
@@ -90,11 +90,13 @@ def tune(
     threads: int | None,
 ) -> None:
     import autotune
-    from numbasparse.cli.models import example_input, load_model
+    from numbasparse.cli.models import check_out, example_input, load_model
 
+    check_out(out)
+    module = load_model(model, weights)
     tuned = autotune.tune(
-        load_model(model, weights),
-        example_input(shape),
+        module,
+        example_input(shape, module),
         device=device,
         trials=trials,
         timeout=timeout,
@@ -118,7 +120,8 @@ def bench(
 ) -> None:
     from numbasparse.cli.models import bench_model, example_input, load_model
 
-    bench_model(load_model(model, weights), example_input(shape), tuned, seconds, threads)
+    module = load_model(model, weights)
+    bench_model(module, example_input(shape, module), tuned, seconds, threads)
 
 
 @main.command()
@@ -132,8 +135,10 @@ def report(tuned: Path, plot: Path | None) -> None:
     loaded = autotune.load(tuned)
     autotune.print_report(loaded)
     if plot is not None:
+        from numbasparse.cli.models import check_out
         from numbasparse.cli.plot import layer_bars
 
+        check_out(plot)
         layer_bars(autotune.layer_rows(loaded), str(tuned), plot)
         click.echo(f"wrote {plot}")
 
@@ -164,9 +169,11 @@ def prune(
     device: str,
     out: Path,
 ) -> None:
-    from numbasparse.cli.models import load_model, load_object, save_state
+    from numbasparse.cli.models import check_device, check_out, load_model, load_object, save_state
     from numbasparse.cli.prune import prune_at_once, prune_gradually
 
+    check_out(out)
+    check_device(device)
     module = load_model(model, weights, trainable=train is not None)
     if train is None:
         prune_at_once(module, sparsity, scope)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import os
 import statistics
 import sys
-import tempfile
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,11 +70,7 @@ def load_model(name: str, weights: Path | None = None, trainable: bool = False) 
     if name.endswith(".pt2"):
         if not Path(name).is_file():
             raise FileNotFoundError(f"there is no file {name}")
-        try:
-            program = torch.export.load(name)
-        except Exception as error:  # torch raises many kinds for a file that is no exported program
-            raise ValueError(f"{name} is no exported program of torch: {error}") from error
-        model: Any = module_of(program)
+        model: Any = module_of(_load_program(name))
     else:
         factory = load_object(name)
         model = factory() if callable(factory) and not isinstance(factory, nn.Module) else factory
@@ -82,6 +79,17 @@ def load_model(name: str, weights: Path | None = None, trainable: bool = False) 
     if weights is not None:
         load_state(model, weights)
     return model if trainable else model.eval()
+
+
+def _load_program(name: str) -> torch.export.ExportedProgram:
+    log = logging.getLogger("torch.export")  # prints the traceback of what it then raises
+    silent, log.disabled = log.disabled, True
+    try:
+        return torch.export.load(name)
+    except Exception as error:  # torch raises many kinds for a file that is no exported program
+        raise ValueError(f"{name} is no exported program of torch: {error}") from error
+    finally:
+        log.disabled = silent
 
 
 def load_state(model: nn.Module, path: Path) -> None:
@@ -102,25 +110,57 @@ def save_state(model: nn.Module, path: Path) -> None:
     from safetensors.torch import save
 
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
-    handle, beside = tempfile.mkstemp(dir=path.resolve().parent)
+    # Neither mkstemp nor save_file: they make files that only their owner can read.
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(save(state))
+        beside.write_bytes(save(state))
         os.replace(beside, path)
     except BaseException:
-        os.unlink(beside)
+        beside.unlink(missing_ok=True)
         raise
 
 
-def example_input(shape: str) -> torch.Tensor:
-    """A random tensor of a shape written as ``"1,3,224,224"``."""
+def check_out(path: Path) -> None:
+    """Raise OSError where a file could not be written: before the work, not after it."""
+    folder = path.resolve().parent
+    if path.is_dir():
+        raise IsADirectoryError(f"cannot write {path}: it is a folder")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: there is no folder {folder}")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"cannot write {path}: {folder} is not writable")
+
+
+def check_device(name: str) -> None:
+    """Raise ValueError unless torch can use the device here."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without that kind
+        raise ValueError(f"device {name!r} cannot be used: {error}") from error
+
+
+def example_input(shape: str, model: nn.Module) -> torch.Tensor:
+    """A random tensor of a shape written as ``"1,3,224,224"``, on which the model runs.
+
+    Raises
+    ------
+    ValueError
+        If it is no shape, or the model raises at such an input.
+    """
     try:
         sizes = [int(part) for part in shape.split(",")]
     except ValueError:
         sizes = []
     if len(sizes) < 2 or min(sizes) < 1:
         raise ValueError(f"expected the input's shape as positive numbers like '1,3,224,224', got {shape!r}")
-    return torch.randn(sizes, generator=torch.Generator().manual_seed(0))
+    try:
+        x = torch.randn(sizes, generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            model(x)
+    except Exception as error:  # whatever the model's own code raises
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"the model does not run on an input of shape {shape}: {reason}") from error
+    return x
 
 
 def time_models(models: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:

@@ -35,6 +35,11 @@ def layer_bars(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> Non
     axes.legend(loc="lower right", fontsize=8, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     beside = path.with_name(path.name + ".tmp")
-    figure.savefig(beside, dpi=130, format="png")
-    plt.close(figure)
-    beside.replace(path)
+    try:
+        figure.savefig(beside, dpi=130, format="png")
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    finally:
+        plt.close(figure)

@@ -76,7 +76,8 @@ def run(out: Path, *, batch: int, images: int, trials: int, threads: int | None)
     where = f"{cpu.processor_name()}, {torch.get_num_threads()} threads"
     title = f"Fashion-MNIST CNN, batch {batch}, {where}: whole model {ratio:.2f}x"
     layer_bars(autotune.layer_rows(tuned), title, out / "layers.png")
-    console.print(f"wrote {out / 'tuned.json'} and {out / 'layers.png'} ({time.perf_counter() - start:.0f} s in all)")
+    wrote = f"wrote {out / 'tuned.json'} and {out / 'layers.png'} ({time.perf_counter() - start:.0f} s in all)"
+    console.print(wrote, markup=False, soft_wrap=True)
 
 
 def _print_accuracy(

@@ -26,7 +26,7 @@ def module_of(program: torch.export.ExportedProgram) -> fx.GraphModule:
         aten.conv2d.padding: _conv,
         aten.batch_norm.default: _batch_norm,
         aten.relu.default: lambda g, node: nn.ReLU(),
-        aten.relu_.default: lambda g, node: nn.ReLU(),
+        aten.relu_.default: _relu_in_place,
     }
     counts: dict[str, int] = {}
     for node in list(graph_module.graph.nodes):
@@ -36,14 +36,16 @@ def module_of(program: torch.export.ExportedProgram) -> fx.GraphModule:
             _replace(graph_module, node, module, counts)
     graph_module.graph.eliminate_dead_code()
     graph_module.graph.lint()
-    graph_module.recompile()
-    return graph_module
+    # A new one: torch's refuses eval() and train(), and still holds the weights that moved into modules.
+    return fx.GraphModule(graph_module, graph_module.graph)
 
 
 def _replace(graph_module: fx.GraphModule, node: fx.Node, module: nn.Module, counts: dict[str, int]) -> None:
     kind = type(module).__name__.lower()
-    number = counts[kind] = counts.get(kind, -1) + 1
-    name = f"{kind}_{number}"
+    number = counts.get(kind, 0)
+    while hasattr(graph_module, name := f"{kind}_{number}"):  # the model may have a module of that name
+        number += 1
+    counts[kind] = number + 1
     graph_module.add_submodule(name, module)
     with graph_module.graph.inserting_before(node):
         call = graph_module.graph.call_module(name, (node.args[0],))
@@ -91,6 +93,13 @@ def _pair(value: Any) -> Any:
     if isinstance(value, str):
         return value
     return tuple(value) if len(value) == 2 else (value[0], value[0])
+
+
+def _relu_in_place(graph_module: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """Only where nothing else can see the input change: it is a module's output, and goes nowhere else."""
+    source = node.args[0]
+    alone = isinstance(source, fx.Node) and source.op == "call_module" and len(source.users) == 1
+    return nn.ReLU() if alone else None
 
 
 def _batch_norm(graph_module: fx.GraphModule, node: fx.Node) -> nn.Module | None:
