@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from statistics import median, quantiles
+from statistics import quantiles
 from time import perf_counter
 from typing import Any
 
@@ -26,9 +26,9 @@ RTOL = 1e-5
 """Largest error of an output, relative to the sum of the absolute products behind it, plus one."""
 
 ABANDON = 1.3
-"""A candidate whose better of two calls takes this many times the best so far is not timed further."""
+"""A candidate whose best of the first few calls takes this many times the best so far is not timed further."""
 
-_RUNS = (3, 25)
+_RUNS = (4, 25)
 _ENOUGH_US = 20_000.0
 _ROUNDS = (5, 31)
 _ROUNDS_US = 300_000.0
@@ -71,7 +71,7 @@ class Result:
     Attributes
     ----------
     us
-        Microseconds of a call: the median, or for an abandoned candidate its best; None for a rejected one.
+        Microseconds of a call: the shortest of a few; None for a rejected candidate.
     reason
         Why it was rejected: it raised, or computed something wrong.
     """
@@ -197,7 +197,7 @@ def measure(bench: Bench, candidate: Candidate, best_us: float) -> Result:
     Parameters
     ----------
     best_us
-        The best median so far, infinite if there is none.
+        The shortest of the other candidates so far, infinite if there is none.
     """
     try:
         plan = bench.plan(candidate)
@@ -210,12 +210,12 @@ def measure(bench: Bench, candidate: Candidate, best_us: float) -> Result:
 
 
 def _race(call: Callable[[], Any], best_us: float) -> float:
-    times = [once(call), once(call)]
-    if min(times) > ABANDON * best_us:
-        return min(times)
-    while len(times) < _RUNS[0] or (sum(times) < _ENOUGH_US and len(times) < _RUNS[1]):
-        times.append(once(call))
-    return median(times)
+    """The shortest of several runs: what disturbs a run only ever adds, and the best few are timed again later."""
+    times = [once(call) for _ in range(_RUNS[0])]
+    if min(times) <= ABANDON * best_us:
+        while sum(times) < _ENOUGH_US and len(times) < _RUNS[1]:
+            times.append(once(call))
+    return min(times)
 
 
 def interleaved(calls: Sequence[Callable[[], Any]]) -> list[Timing]:

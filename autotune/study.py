@@ -3,7 +3,9 @@
 Order of measurements of a problem: the dense layouts, each sparse kernel's default, the best configs of similar
 problems that are done already (nearest valid ones), then what the sampler proposes: all candidates if they fit the
 budget (`BruteForceSampler`), else TPE. A proposal that is invalid or was measured before costs nothing: the nearest
-candidate not yet measured follows it. With TPE the search ends early when nothing better came for a while.
+candidate not yet measured follows it. When TPE has found nothing better for a while, the search climbs: everything
+that differs in one parameter from the best few, and from the best of each kernel, is measured, until nothing is left
+to try. A problem that is cheap to measure is then searched farther for a while.
 
 A study lives in a journal file if one is given. Its name has the spec, the weight's bucket and fingerprint, the
 device and the kernels' spaces, so that a killed run goes on where it stopped, several workers can share one file,
@@ -40,7 +42,7 @@ from autotune.tuned import TunedModel, bucket_of
 from numbasparse.kernels import KERNELS
 from numbasparse.runtime import cpu
 
-DEFAULT_TRIALS = 64
+DEFAULT_TRIALS = 160
 """Candidates measured for each problem, at most."""
 
 MARGIN = 0.98
@@ -50,10 +52,13 @@ time too: where other programs run, medians alone wrong dense, whose threads wai
 BUSY = 2.0
 """A median of this many times the best time says that the machine was busy with something else."""
 
-_FINALISTS = 3
+_FINALISTS = 8
 _RANDOM_FIRST = 8
 _PATIENCE = 20
-_PATIENCE_AFTER_SIMILAR = 12
+_PATIENCE_AFTER_SIMILAR = 10
+_LEADERS = 3
+_CHEAP_SECONDS = 2.5
+_CLIMB_FROM = 1.25
 _FROM_SIMILAR = 6
 _BETTER = 0.99
 _SEARCH_SHARE = 0.85
@@ -178,6 +183,7 @@ class _Search:
         if not self.space.candidates:
             raise ValueError(f"no kernel for device {run.device!r} runs {problem.spec.key} (layer {problem.name!r})")
         self._deadline = deadline
+        self._began = time.monotonic()
         self._bench: Bench | None = None
         self._similar = _similar(run.done, problem, self.space)
         self.study = optuna.create_study(
@@ -253,9 +259,11 @@ class _Search:
         timed = [r for r in self.seen.values() if r.us is not None and self.space.is_dense(r.candidate) == dense]
         return [r.candidate for r in sorted(timed, key=lambda r: r.us or 0.0)]
 
+    def _spent(self) -> bool:
+        return time.monotonic() > self._deadline or len(self.seen) >= self._run.trials
+
     def _enough(self) -> bool:
-        late = time.monotonic() > self._deadline
-        return late or len(self.seen) >= self._run.trials or not self._unseen() or self._patience_over()
+        return self._spent() or not self._unseen() or self._patience_over()
 
     def _patience_over(self) -> bool:
         if len(self.space.candidates) <= self._run.trials:
@@ -278,6 +286,33 @@ class _Search:
                 self._measure_next(candidate)
         while not self._enough():
             self._step()
+        self._climb()
+
+    def _climb(self) -> None:
+        """Measure what differs in one parameter from a leader; where measuring is cheap, what is farther too."""
+        while not self._spent():
+            near = self._around_leaders()
+            if not near and time.monotonic() - self._began < _CHEAP_SECONDS:
+                near = self._farther()
+            if not near:
+                return
+            self._measure_next(near[0])
+
+    def _farther(self) -> list[Candidate]:
+        """Unmeasured sparse candidates, nearest to the best one first."""
+        leaders = self.ranked(dense=False)
+        unseen = [c for c in self._unseen() if not self.space.is_dense(c)]
+        return sorted(unseen, key=lambda c: (c.distance(leaders[0]), c.key)) if leaders else unseen
+
+    def _around_leaders(self) -> list[Candidate]:
+        """Unmeasured neighbours of the best few sparse candidates and of each kernel's best, if near the best."""
+        timed = [r for r in self.seen.values() if r.us is not None and not self.space.is_dense(r.candidate)]
+        timed = [r for r in timed if r.us is not None and r.us < _CLIMB_FROM * self.best_us()]
+        ranked = [r.candidate for r in sorted(timed, key=lambda r: r.us or 0.0)]
+        kernels_best = {c.kernel: c for c in reversed(ranked)}
+        leaders = [*ranked[:_LEADERS], *kernels_best.values()]
+        unseen = self._unseen()
+        return [c for leader in leaders for c in unseen if c.distance(leader) == 1]
 
     def _measure_next(self, candidate: Candidate) -> None:
         if candidate.key in self.space.candidates and candidate.key in self.seen:

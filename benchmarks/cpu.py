@@ -13,6 +13,7 @@ to the better of the two.  Beside it stands oneDNN with prepacked weights.
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -223,15 +224,24 @@ def layer_row_at(
 
 
 def exhaustive(args: argparse.Namespace) -> None:
-    """The tuner's choice against the best of every config of every kernel, for three layers."""
-    rows = [exhaustive_row(LAYERS[i], sparsity, args) for i, sparsity in ((0, 0.9), (2, 0.95), (7, 0.8))]
+    """The tuner's choice against the best of every config of every kernel, three times for three layers."""
+    rows = []
+    for layer, sparsity in ((LAYERS[0], 0.9), (LAYERS[2], 0.95), (LAYERS[7], 0.8)):
+        runs = [exhaustive_run(layer, sparsity, seed, args) for seed in range(3)]
+        r, c, h, k = layer
+        row = {"layer": f"{r}x{r} {c}x{h}x{h} -> {k}", "sparsity": sparsity, "runs": runs}
+        row["median_chosen_over_best"] = statistics.median(run["chosen_over_best"] for run in runs)
+        print(row["layer"], sparsity, "chosen / best =", [run["chosen_over_best"] for run in runs], flush=True)
+        rows.append(row)
     save(args, "cpu_exhaustive", {"rows": rows})
 
 
-def exhaustive_row(layer: tuple[int, int, int, int], sparsity: float, args: argparse.Namespace) -> dict[str, Any]:
+def exhaustive_run(
+    layer: tuple[int, int, int, int], sparsity: float, seed: int, args: argparse.Namespace
+) -> dict[str, Any]:
     r, c, h, k = layer
     spec = ConvSpec.create((1, c, h, h), (k, c, r, r), padding=r // 2)
-    weight = random_weight(np.random.default_rng(0), spec.weight_shape, sparsity, 1)
+    weight = random_weight(np.random.default_rng(seed), spec.weight_shape, sparsity, 1)
     tuned, seconds = tuned_for([autotune.LayerProblem("layer", spec, weight)], args)
     chosen = tuned.choice(spec, weight, "layer")
     x = torch.randn(spec.x_shape)
@@ -244,17 +254,14 @@ def exhaustive_row(layer: tuple[int, int, int, int], sparsity: float, args: argp
     final = {i: calls[i] for i in best} | {"chosen": lambda: mine(x)}
     times = {key: summary(t) for key, t in interleaved(final, args.seconds).items()}
     winner = min(best, key=lambda i: times[i]["median_us"])
-    row = {
-        "layer": f"{r}x{r} {c}x{h}x{h} -> {k}",
-        "sparsity": sparsity,
+    return {
         "configs": len(plans),
+        "trials": tuned.layers[0].trials,
         "tuning_seconds": round(seconds, 1),
         "chosen": {"kernel": chosen.kernel, "config": chosen.config, **times["chosen"]},
         "best": {"kernel": plans[winner].choice.kernel, "config": plans[winner].choice.config, **times[winner]},
         "chosen_over_best": round(times["chosen"]["median_us"] / times[winner]["median_us"], 3),
     }
-    print(row["layer"], sparsity, len(plans), "configs, chosen / best =", row["chosen_over_best"], flush=True)
-    return row
 
 
 def every_plan(spec: ConvSpec, weight: SparseWeight, threads: int) -> list[numbasparse.Plan]:
@@ -283,7 +290,7 @@ def main() -> None:
     parser.add_argument("what", choices=("layers", "calls", "awkward", "exhaustive"))
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--trials", type=int, default=64, help="configs tried for each layer")
+    parser.add_argument("--trials", type=int, default=160, help="configs tried for each layer")
     parser.add_argument("--seconds", type=float, default=4.0, help="time for each table row")
     parser.add_argument("--suffix", default="", help="added to the results file's name")
     parser.add_argument("--progress", action="store_true")

@@ -27,6 +27,8 @@ def _clear_errors(command: Callable[..., Any]) -> Callable[..., Any]:
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             sys.exit(130)
+        except BrokenPipeError:  # the reader of a pipe went away: click ends quietly
+            raise
         except _EXPECTED as error:
             if isinstance(error, ImportError) and error.name in ("torch", "optuna", "matplotlib"):
                 click.echo(f"error: {error.name} is not installed: pip install 'numbasparse[all]'", err=True)
@@ -72,7 +74,7 @@ def quickstart(out: Path, batch: int, images: int, trials: int, threads: int | N
 @_input_option
 @click.option("--device", default="cpu", show_default=True, help="Kind of device to tune for.")
 @click.option("--weights", type=click.Path(path_type=Path), help="safetensors file with the model's state_dict.")
-@click.option("--trials", type=click.IntRange(1), default=64, show_default=True, help="Configs tried per layer.")
+@click.option("--trials", type=click.IntRange(1), default=160, show_default=True, help="Configs tried per layer.")
 @click.option("--timeout", type=float, default=None, help="Seconds for everything.")
 @click.option("--storage", type=click.Path(path_type=Path), help="Journal file: makes the run resumable.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("tuned.json"), show_default=True)
