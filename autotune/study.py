@@ -1,11 +1,11 @@
 """The search: one Optuna study per problem, then a re-timing of the best against dense, then the choice.
 
 Order of measurements of a problem: the dense layouts, each sparse kernel's default, the best configs of similar
-problems that are done already (nearest valid ones), then what the sampler proposes: all candidates if they fit the
-budget (`BruteForceSampler`), else TPE. A proposal that is invalid or was measured before costs nothing: the nearest
-candidate not yet measured follows it. When TPE has found nothing better for a while, the search climbs: everything
-that differs in one parameter from the best few, and from the best of each kernel, is measured, until nothing is left
-to try. A problem that is cheap to measure is then searched farther for a while.
+problems that are done already (nearest valid ones), then what the sampler proposes: all candidates if they are few and
+fit the budget (`BruteForceSampler`), else TPE. A proposal that is invalid or was measured before costs nothing: the nearest
+candidate not yet measured follows it. When TPE has found nothing better for a while, and little time has gone, the
+search climbs: everything that differs in one parameter from the best few, and from the best of each kernel, is
+measured, then what is farther away.
 
 A study lives in a journal file if one is given. Its name has the spec, the weight's bucket and fingerprint, the
 device and the kernels' spaces, so that a killed run goes on where it stopped, several workers can share one file,
@@ -52,12 +52,13 @@ time too: where other programs run, medians alone wrong dense, whose threads wai
 BUSY = 2.0
 """A median of this many times the best time says that the machine was busy with something else."""
 
-_FINALISTS = 8
+_FINALISTS = 5
 _RANDOM_FIRST = 8
-_PATIENCE = 20
-_PATIENCE_AFTER_SIMILAR = 10
+_PATIENCE = 16
+_PATIENCE_AFTER_SIMILAR = 8
 _LEADERS = 3
-_CHEAP_SECONDS = 2.5
+_SMALL_SPACE = 64
+_CLIMB_SECONDS = 1.5
 _CLIMB_FROM = 1.25
 _FROM_SIMILAR = 6
 _BETTER = 0.99
@@ -200,7 +201,7 @@ class _Search:
         first = 1 if self._similar else _RANDOM_FIRST
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            if len(self.space.candidates) <= self._run.trials:
+            if self._all_at_once():
                 return optuna.samplers.BruteForceSampler(seed=0)
             return optuna.samplers.TPESampler(seed=0, multivariate=True, group=True, n_startup_trials=first)
 
@@ -259,6 +260,10 @@ class _Search:
         timed = [r for r in self.seen.values() if r.us is not None and self.space.is_dense(r.candidate) == dense]
         return [r.candidate for r in sorted(timed, key=lambda r: r.us or 0.0)]
 
+    def _all_at_once(self) -> bool:
+        """Whether the space is small enough to measure every candidate."""
+        return len(self.space.candidates) <= min(self._run.trials, _SMALL_SPACE)
+
     def _spent(self) -> bool:
         return time.monotonic() > self._deadline or len(self.seen) >= self._run.trials
 
@@ -266,7 +271,7 @@ class _Search:
         return self._spent() or not self._unseen() or self._patience_over()
 
     def _patience_over(self) -> bool:
-        if len(self.space.candidates) <= self._run.trials:
+        if self._all_at_once():
             return False
         best, since = float("inf"), 0
         for result in self.seen.values():
@@ -289,11 +294,9 @@ class _Search:
         self._climb()
 
     def _climb(self) -> None:
-        """Measure what differs in one parameter from a leader; where measuring is cheap, what is farther too."""
-        while not self._spent():
-            near = self._around_leaders()
-            if not near and time.monotonic() - self._began < _CHEAP_SECONDS:
-                near = self._farther()
+        """Where measuring is cheap: what differs in one parameter from a leader, then what is farther away."""
+        while not self._spent() and time.monotonic() - self._began < _CLIMB_SECONDS:
+            near = self._around_leaders() or self._farther()
             if not near:
                 return
             self._measure_next(near[0])

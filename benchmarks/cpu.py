@@ -118,7 +118,7 @@ def layers(args: argparse.Namespace) -> None:
             cases.append((name, spec, weights))
             problems += [autotune.LayerProblem(f"{name} {s:.0%}", spec, w) for s, w in weights.items()]
     tuned, seconds = tuned_for(problems, args)
-    print(f"tuned {len(problems)} problems in {seconds:.0f} s")
+    print(f"tuned {len(problems)} problems in {seconds:.0f} s", flush=True)
     rows = [layer_row(name, spec, weights, tuned, args) for name, spec, weights in cases]
     means = {
         f"N={batch}": {
