@@ -1,11 +1,11 @@
 """The search: one Optuna study per problem, then a re-timing of the best against dense, then the choice.
 
 Order of measurements of a problem: the dense layouts, each sparse kernel's default, the best configs of similar
-problems that are done already (nearest valid ones), then what the sampler proposes: all candidates if they are few and
-fit the budget (`BruteForceSampler`), else TPE. A proposal that is invalid or was measured before costs nothing: the nearest
-candidate not yet measured follows it. When TPE has found nothing better for a while, and little time has gone, the
-search climbs: everything that differs in one parameter from the best few, and from the best of each kernel, is
-measured, then what is farther away.
+problems that are done already (nearest valid ones), then what the sampler proposes: all candidates if they are few
+and fit the budget (`BruteForceSampler`), else TPE. A proposal that is invalid or was measured before costs nothing:
+the nearest candidate not yet measured follows it. When TPE has found nothing better for a while, and little time has
+gone, the search climbs: everything that differs in one parameter from the best few, and from the best of each
+kernel, is measured, then what is farther away.
 
 A study lives in a journal file if one is given. Its name has the spec, the weight's bucket and fingerprint, the
 device and the kernels' spaces, so that a killed run goes on where it stopped, several workers can share one file,

@@ -5,15 +5,17 @@ from __future__ import annotations
 import ctypes
 import itertools
 import pathlib
+import re
 import warnings
 from typing import Any
 
+import llvmlite.binding as llvm
 import numpy as np
 import pytest
 from conftest import Guarded
 from numba.core.ccallback import CFunc
 
-from numbasparse.codegen import jit
+from numbasparse.codegen import jit, simd
 from numbasparse.codegen.jit import Code, cache_directory, compile_c
 from numbasparse.codegen.simd import (
     PACK_SIGNATURE,
@@ -229,3 +231,23 @@ print(len(compiled))
     first, second = (int(run_python(code, NUMBASPARSE_CACHE_DIR=str(tmp_path))) for _ in range(2))
     assert first > 0
     assert second == 0
+
+
+def test_the_row_kernel_compiles_to_arm_vectors() -> None:
+    """Four lanes become NEON multiply-adds; the code is generated here, and run nowhere."""
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    try:
+        target = llvm.Target.from_triple("aarch64-unknown-linux-gnu")
+    except RuntimeError:
+        pytest.skip("this llvmlite has no Arm target")
+    kernels = [
+        simd.RowKernel(4, 4, 2, tuple(range(0, 256, 32)), 4, 8, 1, True, "relu", start, finish)
+        for start, finish in (("bias", "store"), ("bias", "spill"), ("resume", "spill"), ("resume", "store"))
+    ]
+    code = jit.compile_c(simd.rows_function(kernels), simd.ROWS_SIGNATURE, "for Arm")
+    text = code.owner._library.get_llvm_str()
+    text = re.sub(r"^target (triple|datalayout).*$", "", text, flags=re.MULTILINE)
+    module = llvm.parse_assembly(f'target triple = "aarch64-unknown-linux-gnu"\n{text}')
+    assembly = target.create_target_machine(cpu="cortex-a72").emit_assembly(module)
+    assert assembly.count("fmla\tv") >= 8 * len(kernels)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from rich.console import Console
@@ -50,7 +52,7 @@ def accuracy(model: nn.Module, images: torch.Tensor, labels: np.ndarray, batch: 
 
 
 def run(out: Path, *, batch: int, images: int, trials: int, threads: int | None) -> None:
-    """Tune, convert, run, print, and write ``tuned.json`` and ``layers.png`` into ``out``."""
+    """Tune, convert, run, print, and write ``tuned.json``, ``quickstart.json`` and ``layers.png`` into ``out``."""
     console = Console()
     start = time.perf_counter()
     if threads is not None:
@@ -69,10 +71,21 @@ def run(out: Path, *, batch: int, images: int, trials: int, threads: int | None)
     tuned = autotune.tune(pruned, x[:batch], trials=trials)
     tuned.save(out / "tuned.json")
     converted = convert(pruned, autotune.load(out / "tuned.json"), x[:batch])
-    _print_accuracy(
-        console, {"dense": dense, "pruned, torch": pruned, "pruned, numbasparse": converted}, x, labels, batch
-    )
-    ratio = _print_times(console, pruned, converted, x[:batch])
+    models = {"dense": dense, "pruned, torch": pruned, "pruned, numbasparse": converted}
+    right = _print_accuracy(console, models, x, labels, batch)
+    times, ratio = _print_times(console, pruned, converted, x[:batch])
+    record = {
+        "device": msgspec.to_builtins(tuned.device),
+        "versions": msgspec.to_builtins(tuned.versions),
+        "created": str(tuned.created),
+        "images": len(x),
+        "batch": batch,
+        "accuracy": right,
+        "whole_model_ms": {name: seconds * 1e3 for name, seconds in times.items()},
+        "ratio": ratio,
+        "layers": autotune.layer_rows(tuned),
+    }
+    write_beside(json.dumps(record, indent=1), out / "quickstart.json")
     where = f"{cpu.processor_name()}, {torch.get_num_threads()} threads"
     title = f"Fashion-MNIST CNN, batch {batch}, {where}: whole model {ratio:.2f}x"
     layer_bars(autotune.layer_rows(tuned), title, out / "layers.png")
@@ -82,13 +95,24 @@ def run(out: Path, *, batch: int, images: int, trials: int, threads: int | None)
 
 def _print_accuracy(
     console: Console, models: dict[str, nn.Module], x: torch.Tensor, labels: np.ndarray, batch: int
-) -> None:
-    for name, model in models.items():
-        console.print(f"accuracy {name}: {accuracy(model, x, labels, batch):.2%}")
+) -> dict[str, float]:
+    right = {name: accuracy(model, x, labels, batch) for name, model in models.items()}
+    for name, share in right.items():
+        console.print(f"accuracy {name}: {share:.2%}")
+    return right
 
 
-def _print_times(console: Console, pruned: nn.Module, converted: nn.Module, x: torch.Tensor) -> float:
-    """Whole-model times; returns the ratio of the best dense one to ours."""
+def write_beside(text: str, path: Path) -> None:
+    """Write a text file beside and rename it."""
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(text + "\n")
+    beside.replace(path)
+
+
+def _print_times(
+    console: Console, pruned: nn.Module, converted: nn.Module, x: torch.Tensor
+) -> tuple[dict[str, float], float]:
+    """Whole-model times in seconds, and the ratio of the best dense one to ours."""
     calls: dict[str, Any] = dense_rivals(pruned, x)
     with torch.inference_mode():
         times = time_models(calls | {"numbasparse": lambda: converted(x)}, 4.0)
@@ -97,4 +121,4 @@ def _print_times(console: Console, pruned: nn.Module, converted: nn.Module, x: t
     best = min(seconds for name, seconds in times.items() if name != "numbasparse")
     ratio = best / times["numbasparse"]
     console.print(f"whole model: {ratio:.2f} times the best dense speed")
-    return ratio
+    return times, ratio
