@@ -12,11 +12,9 @@ A file is JSON: ``format`` "numbasparse.tuned", ``version`` 1, ``device``, ``ver
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import platform
-import uuid
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -30,6 +28,7 @@ import msgspec
 
 import numbasparse
 from autotune.measure import default_threads
+from numbasparse.files import write_whole
 from numbasparse.kernels import KERNELS
 from numbasparse.plans import Choice
 from numbasparse.runtime import cpu
@@ -267,7 +266,7 @@ class TunedModel:
             If it cannot be written.
         """
         file = _File(FORMAT, VERSION, self.device, self.versions, self.created, list(self.layers))
-        _replace(Path(path), msgspec.json.format(msgspec.json.encode(file), indent=2) + b"\n")
+        write_whole(path, msgspec.json.format(msgspec.json.encode(file), indent=2) + b"\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TunedModel:
@@ -307,18 +306,6 @@ def _unusable(layer: Layer, spec: ConvSpec, weight: SparseWeight) -> str | None:
     if kernel is None:
         return f"kernel {layer.choice.kernel!r} is unknown"
     return kernel.supports(spec, weight) or kernel.check(spec, weight, dict(layer.choice.config))
-
-
-def _replace(path: Path, blob: bytes) -> None:
-    """Write beside ``path`` and then rename, so that nobody ever sees half a file."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_bytes(blob)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
 
 
 # ---- checks of a file ---------------------------------------------------------------------------------------

@@ -9,10 +9,8 @@ safetensors package writes entries in a random order and equal weights should gi
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -25,6 +23,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 from scipy import sparse
 
+from numbasparse.files import write_whole
 from numbasparse.spec import (
     KernelShape,
     Shape4,
@@ -561,19 +560,7 @@ def _write(path: str | os.PathLike[str], file_format: str, weights: Mapping[str,
         layer = _Layer(name, weight.kernel_shape, weight.groups, weight.fingerprint)
         layers.append(msgspec.structs.asdict(layer))
     header = json.dumps({"format": file_format, "version": _VERSION, "layers": layers})
-    _replace(Path(path), safetensors.numpy.save(tensors, metadata={_METADATA: header}))
-
-
-def _replace(path: Path, blob: bytes) -> None:
-    """Write beside `path` and then rename, so that nobody ever sees half a file."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_bytes(blob)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
+    write_whole(path, safetensors.numpy.save(tensors, metadata={_METADATA: header}))
 
 
 def _read(path: str | os.PathLike[str], file_format: str) -> dict[str, SparseWeight]:

@@ -7,12 +7,13 @@ import mmap
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from numbasparse.kernels import KERNELS
 from numbasparse.runtime import openmp
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,6 +52,16 @@ class Guarded:
 @pytest.fixture(scope="session")
 def guarded() -> type[Guarded]:
     return Guarded
+
+
+@pytest.fixture(autouse=True)
+def kernels_in_order() -> Iterator[None]:
+    """The table's order is the order of preference; a test that took a kernel out would put it back at the end."""
+    before = dict(KERNELS)
+    yield
+    if list(KERNELS) != list(before):
+        KERNELS.clear()
+        KERNELS.update(before)
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import os
 import statistics
 import sys
 import time
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from numbasparse.files import write_whole
 from numbasparse.nn.exported import module_of
 
 
@@ -110,14 +110,7 @@ def save_state(model: nn.Module, path: Path) -> None:
     from safetensors.torch import save
 
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
-    # Neither mkstemp nor save_file: they make files that only their owner can read.
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        beside.write_bytes(save(state))
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+    write_whole(path, save(state))
 
 
 def check_out(path: Path) -> None:

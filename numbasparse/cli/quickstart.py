@@ -20,6 +20,7 @@ import autotune
 import numbasparse
 from numbasparse.cli.models import dense_rivals, time_models
 from numbasparse.cli.plot import layer_bars
+from numbasparse.files import write_whole
 from numbasparse.nn import convert
 from numbasparse.runtime import cpu
 
@@ -85,7 +86,7 @@ def run(out: Path, *, batch: int, images: int, trials: int, threads: int | None)
         "ratio": ratio,
         "layers": autotune.layer_rows(tuned),
     }
-    write_beside(json.dumps(record, indent=1), out / "quickstart.json")
+    write_whole(out / "quickstart.json", (json.dumps(record, indent=1) + "\n").encode())
     where = f"{cpu.processor_name()}, {torch.get_num_threads()} threads"
     title = f"Fashion-MNIST CNN, batch {batch}, {where}: whole model {ratio:.2f}x"
     layer_bars(autotune.layer_rows(tuned), title, out / "layers.png")
@@ -100,13 +101,6 @@ def _print_accuracy(
     for name, share in right.items():
         console.print(f"accuracy {name}: {share:.2%}")
     return right
-
-
-def write_beside(text: str, path: Path) -> None:
-    """Write a text file beside and rename it."""
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(text + "\n")
-    beside.replace(path)
 
 
 def _print_times(
