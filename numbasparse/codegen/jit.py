@@ -7,13 +7,11 @@ code depends on (its tile parameters); the key adds our sources, the versions an
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import os
 import pickle
 import sys
-import tempfile
 import threading
 import warnings
 from collections.abc import Callable
@@ -28,6 +26,8 @@ from numba.core import serialize, sigutils
 from numba.core.caching import NullCache
 from numba.core.ccallback import CFunc
 from numba.core.compiler import CompileResult
+
+from numbasparse.files import write_whole
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 # Rooms whose text ends up in machine code: a change in any of them makes every cached object stale.
@@ -100,15 +100,7 @@ def _write_atomically(path: Path, payload: bytes) -> None:
     global _warned_unwritable
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, beside = tempfile.mkstemp(dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(payload)
-            os.replace(beside, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(beside)
-            raise
+        write_whole(path, payload)
     except OSError as error:
         if not _warned_unwritable:
             _warned_unwritable = True
