@@ -81,26 +81,29 @@ class _ObjectCache(NullCache):
 
     def load_overload(self, sig: Any, target_context: Any) -> CompileResult | None:
         target_context.refresh()
-        try:
-            payload = self._path(sig, target_context.codegen()).read_bytes()
-        except OSError:
-            return None
-        digest, body = payload[:32], payload[32:]
-        if hashlib.sha256(body).digest() != digest:
-            return None
-        return CompileResult._rebuild(target_context, *pickle.loads(body))
+        body = read_cached(self._path(sig, target_context.codegen()))
+        return None if body is None else CompileResult._rebuild(target_context, *pickle.loads(body))
 
     def save_overload(self, sig: Any, data: CompileResult) -> None:
-        body = serialize.dumps(data._reduce())
-        _write_atomically(self._path(sig, data.codegen), hashlib.sha256(body).digest() + body)
+        write_cached(self._path(sig, data.codegen), serialize.dumps(data._reduce()))
 
 
-def _write_atomically(path: Path, payload: bytes) -> None:
-    """Write beside and rename; a cache that cannot be written costs time, so it warns once and goes on."""
+def read_cached(path: Path) -> bytes | None:
+    """What `write_cached` put there; None where there is nothing, or nothing whole."""
+    try:
+        payload = path.read_bytes()
+    except OSError:
+        return None
+    digest, body = payload[:32], payload[32:]
+    return body if hashlib.sha256(body).digest() == digest else None
+
+
+def write_cached(path: Path, body: bytes) -> None:
+    """Write a file of the cache; one that cannot be written costs time, so it warns once and goes on."""
     global _warned_unwritable
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, payload)
+        write_whole(path, hashlib.sha256(body).digest() + body)
     except OSError as error:
         if not _warned_unwritable:
             _warned_unwritable = True

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from numbasparse.kernels.base import Activation, Config, ConfigError, Kernel, Runner, TorchRunner
+from numbasparse.kernels.base import (
+    Activation,
+    Config,
+    ConfigError,
+    CudaKernel,
+    CudaRunner,
+    Kernel,
+    Runner,
+    TorchRunner,
+)
 from numbasparse.kernels.cpu_direct import CpuDirect
 from numbasparse.kernels.cpu_pointwise import CpuPointwise
 from numbasparse.kernels.dense import Dense
@@ -12,6 +21,8 @@ __all__ = [
     "Activation",
     "Config",
     "ConfigError",
+    "CudaKernel",
+    "CudaRunner",
     "Kernel",
     "Runner",
     "TorchRunner",

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 if TYPE_CHECKING:
     import torch
 
+    from numbasparse.runtime.cuda import Function, Ptx
+    from numbasparse.runtime.layouts import Layout
     from numbasparse.spec import ConvSpec
     from numbasparse.weight import SparseWeight
 
@@ -60,6 +62,50 @@ class TorchRunner(ABC):
     @abstractmethod
     def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Convolve a float32 tensor (N, C, H, W) and apply the activation; returns (N, K, OH, OW), contiguous."""
+
+
+class CudaRunner(TorchRunner):
+    """A packed weight on a GPU with its loaded code.
+
+    Attributes
+    ----------
+    nbytes, workspace
+        As in `Runner`; the weight's bytes are the device's.
+    takes, gives
+        Layouts that the kernel reads and writes without a conversion.
+    functions
+        The loaded kernels, whose registers and occupancy can be read; none where the code is a library's.
+    """
+
+    takes: Layout
+    gives: Layout
+    functions: tuple[Function, ...] = ()
+
+    @abstractmethod
+    def apply(
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        residual: torch.Tensor | None = None,
+        out_layout: Layout | None = None,
+    ) -> torch.Tensor:
+        """Convolve on torch's current stream; the current device is the one that it was prepared on.
+
+        Parameters
+        ----------
+        x : CUDA tensor (N, C, H, W) of the spec's dtype
+            In any layout: converted to `takes` where it has another one.
+        bias : CUDA tensor (K,), optional
+            float32, contiguous.
+        residual : CUDA tensor (N, K, OH, OW) of the spec's dtype, optional
+            In any layout; added before the activation.
+        out_layout : Layout, optional
+            Of the result; None is `gives`.
+
+        Returns
+        -------
+        CUDA tensor (N, K, OH, OW) of the spec's dtype
+        """
 
 
 class Kernel(ABC):
@@ -117,6 +163,49 @@ class Kernel(ABC):
         reason = self.supports(spec, weight) or self.check(spec, weight, config)
         if reason is not None:
             raise ConfigError(f"kernel {self.name!r} cannot run config {config} for {spec.key}: {reason}")
+
+
+class CudaKernel(Kernel):
+    """An algorithm for NVIDIA GPUs.  It learns about the GPU from `numbasparse.runtime.cuda.current`.
+
+    ``threads`` means nothing here: 1 is passed.
+    """
+
+    device = "cuda"
+
+    @abstractmethod
+    def ptx(
+        self,
+        spec: ConvSpec,
+        weight: SparseWeight,
+        config: Config,
+        activation: Activation = "none",
+    ) -> tuple[Ptx, ...]:
+        """The kernels that `prepare` loads (none where the code is a library's).  Needs no GPU.
+
+        Raises
+        ------
+        ConfigError
+            If ``config`` cannot run here.
+        """
+
+    @abstractmethod
+    def prepare(
+        self,
+        spec: ConvSpec,
+        weight: SparseWeight,
+        config: Config,
+        activation: Activation = "none",
+    ) -> CudaRunner:
+        """Pack the weight onto torch's current device and load the code.
+
+        Raises
+        ------
+        ConfigError
+            If ``config`` cannot run here; the text says why.
+        numbasparse.runtime.cuda.CudaError
+            If there is no usable GPU.
+        """
 
 
 def check_fields(config: Config, fields: Mapping[str, Sequence[str] | tuple[int, int]]) -> str | None:

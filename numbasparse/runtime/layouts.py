@@ -1,0 +1,42 @@
+"""Layouts of an activation: the order of (N, C, H, W) in memory, carried by a tensor's strides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+Layout = Literal["NCHW", "NHWC", "CHWN"]
+"""Slowest to fastest dimension in memory; the tensor's logical shape is (N, C, H, W) in all of them."""
+
+_ORDER: dict[Layout, tuple[int, int, int, int]] = {"NCHW": (0, 1, 2, 3), "NHWC": (0, 2, 3, 1), "CHWN": (1, 2, 3, 0)}
+_BACK: dict[Layout, tuple[int, int, int, int]] = {"NCHW": (0, 1, 2, 3), "NHWC": (0, 3, 1, 2), "CHWN": (3, 0, 1, 2)}
+LAYOUTS: tuple[Layout, ...] = tuple(_ORDER)
+
+
+def has_layout(x: torch.Tensor, layout: Layout) -> bool:
+    """Whether ``x``, (N, C, H, W), lies in memory as ``layout`` says, without gaps; dimensions of size 1 fit any."""
+    return x.permute(_ORDER[layout]).is_contiguous()
+
+
+def layout_of(x: torch.Tensor) -> Layout | None:
+    """The layout of ``x``, (N, C, H, W); the first of `LAYOUTS` where several fit, None where none does."""
+    for layout in LAYOUTS:
+        if has_layout(x, layout):
+            return layout
+    return None
+
+
+def to_layout(x: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """``x``, (N, C, H, W), in ``layout``: itself where it is so already, else a copy."""
+    return x.permute(_ORDER[layout]).contiguous().permute(_BACK[layout])
+
+
+def empty(shape: Sequence[int], layout: Layout, *, dtype: torch.dtype, device: Any) -> torch.Tensor:
+    """A tensor of logical ``shape`` (N, C, H, W) in ``layout``, its values not set."""
+    import torch
+
+    order = _ORDER[layout]
+    return torch.empty([shape[i] for i in order], dtype=dtype, device=device).permute(_BACK[layout])
