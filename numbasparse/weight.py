@@ -2,9 +2,12 @@
 
 Files are safetensors. Layer number i of :func:`save_weights` has the tensors ``i.data`` (float32, nnz),
 ``i.indices`` (int32, nnz) and ``i.indptr`` (int32, K + 1); a file of :meth:`SparseWeight.save` has them without
-the number. The metadata has one entry, ``numbasparse``, whose value is JSON: ``format``, ``version`` and
-``layers``, a list of ``{name, kernel_shape, groups, fingerprint}``. One entry and not several, because the
-safetensors package writes entries in a random order and equal weights should give equal files.
+the number. A quantized layer has ``i.codes`` (uint8, bit-packed codes, see `numbasparse.levels`) in place of
+``i.data``, ``i.scale`` (float32), and ``i.zero`` (uint8) if its levels are linear or ``i.entries`` (float32,
+codebooks x codes) if they are not. The metadata has one entry, ``numbasparse``, whose value is JSON: ``format``,
+``version`` and ``layers``, a list of ``{name, kernel_shape, groups, fingerprint, levels}``, the last being null or
+``{kind, bits, channels_per_table}``. One entry and not several, because the safetensors package writes entries in
+a random order and equal weights should give equal files. Version 1 had no quantized layers.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import msgspec
 import numpy as np
@@ -24,6 +27,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from numbasparse.files import write_whole
+from numbasparse.levels import CodebookLevels, Codes, Levels, LinearLevels, pack_codes, unpack_codes
 from numbasparse.spec import (
     KernelShape,
     Shape4,
@@ -37,9 +41,26 @@ from numbasparse.spec import (
 _ONE = "numbasparse.SparseWeight"
 _MANY = "numbasparse.SparseWeights"
 _READERS = {_ONE: "SparseWeight.load", _MANY: "load_weights"}
-_VERSION = "1"
+_VERSION = "2"
+_OLD_VERSIONS = ("1",)
 _METADATA = "numbasparse"
 _INT32_MAX = np.iinfo(np.int32).max
+
+
+class Quantization(Protocol):
+    """What `SparseWeight.quantized` asks of a config; those of `numbasparse.quantization` are such."""
+
+    def fit(self, values: NDArray[np.float32], channels: NDArray[np.int64], k: int) -> Levels:
+        """Choose the levels for the non-zero values of a weight.
+
+        Parameters
+        ----------
+        values : ndarray, float32, (nnz,)
+        channels : ndarray, int64, (nnz,)
+            Output channel of each value.
+        k : int
+            Output channels.
+        """
 
 
 class SparseWeight:
@@ -50,10 +71,12 @@ class SparseWeight:
     have equal arrays. Make one with :meth:`from_dense` or :meth:`from_scipy`; the constructor takes arrays that
     are canonical already, copies them, and checks everything.
 
+    A quantized weight holds codes of 2 to 8 bits in place of the values, bit-packed, and what they stand for.
+
     Parameters
     ----------
-    data : ndarray, float32, shape (nnz,)
-        Finite and not zero.
+    data : ndarray, float32, or uint8 with `levels`, shape (nnz,)
+        Values, finite and not zero; or codes that stand for such.
     indices : ndarray, int32, shape (nnz,)
         Column of each value.
     indptr : ndarray, int32, shape (K + 1,)
@@ -62,6 +85,8 @@ class SparseWeight:
         (C/groups, R, S): channels of ONE group, kernel height and width.
     groups : int
         Groups of the convolution; divides K.
+    levels : Levels, optional
+        What the codes of a quantized weight stand for.
 
     Raises
     ------
@@ -71,9 +96,11 @@ class SparseWeight:
         If the arrays are not a canonical matrix of that shape.
     """
 
-    __slots__ = ("__weakref__", "_data", "_fingerprint", "_groups", "_indices", "_indptr", "_kernel_shape")
+    __slots__ = ("__weakref__", "_data", "_fingerprint", "_groups", "_indices", "_indptr", "_kernel_shape", "_levels")
 
-    _data: NDArray[np.float32]
+    _data: NDArray[np.float32] | Codes
+    """Values; of a quantized weight, the packed codes."""
+    _levels: Levels | None
     _indices: NDArray[np.int32]
     _indptr: NDArray[np.int32]
     _kernel_shape: KernelShape
@@ -82,13 +109,16 @@ class SparseWeight:
 
     def __init__(
         self,
-        data: NDArray[np.float32],
+        data: NDArray[np.float32] | Codes,
         indices: NDArray[np.int32],
         indptr: NDArray[np.int32],
         kernel_shape: Sequence[int],
         groups: int = 1,
+        levels: Levels | None = None,
     ) -> None:
-        self._data = _frozen_copy(data, np.float32, "data")
+        if levels is not None and not isinstance(levels, Levels):
+            raise TypeError(f"levels must be LinearLevels, CodebookLevels or None, got {type(levels).__name__}")
+        stored = _frozen_copy(data, np.float32 if levels is None else np.uint8, "data")
         self._indices = _frozen_copy(indices, np.int32, "indices")
         self._indptr = _frozen_copy(indptr, np.int32, "indptr")
         self._kernel_shape = as_kernel_shape(kernel_shape)
@@ -98,10 +128,13 @@ class SparseWeight:
         check_matrix_shape((k, width), self._kernel_shape)
         check_groups(self._groups, k)
         _check_compressed(self._indptr, self._indices, len(data), k, width)
-        _check_canonical(self._data, self._indices, self._indptr, width)
+        values = stored if levels is None else _checked_values(stored, levels, self._indptr)
+        _check_canonical(values, self._indices, self._indptr, width)
+        self._levels = levels
+        self._data = stored if levels is None else _frozen_copy(pack_codes(stored, levels.bits), np.uint8, "codes")
 
     @classmethod
-    def from_dense(cls, weight: Any, groups: int = 1) -> SparseWeight:
+    def from_dense(cls, weight: Any, groups: int = 1, quantization: Quantization | None = None) -> SparseWeight:
         """Keep the nonzeros of a dense weight.
 
         Parameters
@@ -110,6 +143,8 @@ class SparseWeight:
             NumPy float16, float32 or float64, or a tensor of any floating type on any device. Three dimensions
             are a 1-D convolution and get R = 1. Values are rounded to float32.
         groups : int
+        quantization : optional
+            As for `quantized`.
 
         Returns
         -------
@@ -129,10 +164,13 @@ class SparseWeight:
         values = _as_floats(array)
         k, *kernel_shape = as_weight_shape(values.shape)
         _check_finite(values)
-        return cls._from_csr(sparse.csr_array(values.reshape(k, -1)), as_kernel_shape(kernel_shape), groups)
+        made = cls._from_csr(sparse.csr_array(values.reshape(k, -1)), as_kernel_shape(kernel_shape), groups)
+        return made if quantization is None else made.quantized(quantization)
 
     @classmethod
-    def from_scipy(cls, matrix: Any, kernel_shape: Sequence[int], groups: int = 1) -> SparseWeight:
+    def from_scipy(
+        cls, matrix: Any, kernel_shape: Sequence[int], groups: int = 1, quantization: Quantization | None = None
+    ) -> SparseWeight:
         """Take a SciPy sparse matrix or array of any format; the caller's is copied and left as it is.
 
         Duplicates are summed, columns sorted and stored zeros dropped.
@@ -145,6 +183,8 @@ class SparseWeight:
             (C/groups, R, S): the channels are those of ONE group, as in torch's weight of shape
             (K, C/groups, R, S), not those of the input.
         groups : int
+        quantization : optional
+            As for `quantized`.
 
         Returns
         -------
@@ -163,7 +203,8 @@ class SparseWeight:
             raise TypeError(f"expected a scipy.sparse matrix or array, got {type(matrix).__name__}")
         checked_shape = as_kernel_shape(kernel_shape)
         check_matrix_shape(matrix.shape, checked_shape)
-        return cls._from_csr(_checked_csr(matrix), checked_shape, groups)
+        made = cls._from_csr(_checked_csr(matrix), checked_shape, groups)
+        return made if quantization is None else made.quantized(quantization)
 
     @classmethod
     def _from_csr(cls, matrix: Any, kernel_shape: KernelShape, groups: int) -> SparseWeight:
@@ -177,10 +218,92 @@ class SparseWeight:
         rounded.eliminate_zeros()
         return cls(rounded.data, rounded.indices, rounded.indptr, kernel_shape, groups)
 
+    def quantized(self, quantization: Quantization) -> SparseWeight:
+        """Return a weight of few bits whose values are near this one's.
+
+        Values that become zero are left out.
+
+        Parameters
+        ----------
+        quantization : LinearQuantization, CodebookQuantization, or any object with their ``fit``
+            A weight whose values lie on such levels already keeps them exactly.
+
+        Raises
+        ------
+        TypeError
+            If `quantization` has no ``fit``.
+        """
+        if not callable(getattr(quantization, "fit", None)):
+            raise TypeError(
+                f"quantization must be a config like LinearQuantization(bits=8), got {type(quantization).__name__}"
+            )
+        channels, values = _rows(self._indptr), self.data
+        levels = quantization.fit(values, channels, self.k)
+        return self._coded(levels.encode(values, channels), levels)
+
+    def scaled(self, factors: NDArray[np.floating]) -> SparseWeight:
+        """Return a weight with each output channel multiplied; a quantized one keeps its codes.
+
+        Parameters
+        ----------
+        factors : ndarray of float, shape (K,)
+            For example those of a batch normalization that follows.
+
+        Raises
+        ------
+        ValueError
+            If the shape is another, or a factor or a product is not finite in float32.
+        """
+        factors = _as_floats(np.asarray(factors))
+        if factors.shape != (self.k,):
+            raise ValueError(f"factors must have shape ({self.k},), one for each output channel, got {factors.shape}")
+        _check_finite(factors)
+        if self._levels is not None:
+            scale = _as_float32(self._levels.scale * factors)
+            return self._coded(self._unpacked(), self._levels.with_scale(scale))
+        matrix = self.to_scipy()
+        matrix.data = _as_float32(matrix.data * factors[_rows(self._indptr)])
+        return self._from_csr(matrix, self._kernel_shape, self._groups)
+
+    def _coded(self, codes: Codes, levels: Levels) -> SparseWeight:
+        """A weight with these codes at this one's places, but for those that stand for zero."""
+        channels = _rows(self._indptr)
+        kept = levels.decode(codes, channels) != 0
+        counts = np.bincount(channels[kept], minlength=self.k)
+        indptr = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
+        return SparseWeight(codes[kept], self._indices[kept], indptr, self._kernel_shape, self._groups, levels)
+
     @property
     def data(self) -> NDArray[np.float32]:
-        """Values, float32, shape (nnz,), read-only."""
-        return self._data
+        """Values, float32, shape (nnz,), read-only; decoded anew at each use if the weight is quantized."""
+        if self._levels is None:
+            return self._data  # type: ignore[return-value]
+        values = self._levels.decode(self._unpacked(), _rows(self._indptr))
+        values.flags.writeable = False
+        return values
+
+    @property
+    def levels(self) -> Levels | None:
+        """What the codes of a quantized weight stand for, or None."""
+        return self._levels
+
+    @property
+    def codes(self) -> Codes | None:
+        """Codes of a quantized weight, uint8, shape (nnz,), unpacked anew at each use; else None."""
+        return None if self._levels is None else self._unpacked()
+
+    @property
+    def codebook(self) -> NDArray[np.float32] | None:
+        """Value of every code of a quantized weight, else None.
+
+        float32, shape (1, 2**bits), or (K, 2**bits) where output channels differ: value number i, of output
+        channel k, is ``codebook[k, codes[i]]``.
+        """
+        return None if self._levels is None else self._levels.codebook(self.k)
+
+    def _unpacked(self) -> Codes:
+        assert self._levels is not None
+        return unpack_codes(self._data, self._levels.bits, self.nnz)  # type: ignore[arg-type]
 
     @property
     def indices(self) -> NDArray[np.int32]:
@@ -215,7 +338,7 @@ class SparseWeight:
     @property
     def nnz(self) -> int:
         """Number of nonzeros."""
-        return len(self._data)
+        return len(self._indices)
 
     @property
     def density(self) -> float:
@@ -229,28 +352,33 @@ class SparseWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of values, indices and indptr together."""
-        return self._data.nbytes + self._indices.nbytes + self._indptr.nbytes
+        """Bytes in memory of values (or packed codes and levels), indices and indptr together."""
+        levels = 0 if self._levels is None else self._levels.nbytes
+        return self._data.nbytes + levels + self._indices.nbytes + self._indptr.nbytes
 
     @property
     def fingerprint(self) -> str:
         """Hex digest of shape, groups and arrays: the same for equal weights, on every machine."""
         if self._fingerprint is None:
             digest = blake2b(json.dumps([self.shape, self._groups]).encode(), digest_size=16)
-            for array, dtype in ((self._indptr, "<i4"), (self._indices, "<i4"), (self._data, "<f4")):
-                digest.update(array.astype(dtype, copy=False).tobytes())
+            arrays: list[NDArray[Any]] = [self._indptr, self._indices, self._data]
+            if self._levels is not None:
+                digest.update(json.dumps(msgspec.structs.asdict(_described(self._levels))).encode())
+                arrays += self._levels.arrays.values()
+            for array in arrays:
+                digest.update(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
     def to_scipy(self) -> sparse.csr_array:
         """Return a writable copy as a csr_array, float32, shape (K, C/groups*R*S)."""
-        arrays = (self._data, self._indices, self._indptr)
+        arrays = (self.data, self._indices, self._indptr)
         return sparse.csr_array(arrays, shape=(self.k, _width(self._kernel_shape)), copy=True)
 
     def to_dense(self) -> NDArray[np.float32]:
         """Return a new dense array, float32, shape (K, C/groups, R, S)."""
         flat = np.zeros((self.k, _width(self._kernel_shape)), np.float32)
-        flat[_rows(self._indptr), self._indices] = self._data
+        flat[_rows(self._indptr), self._indices] = self.data
         return flat.reshape(self.shape)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -278,7 +406,8 @@ class SparseWeight:
 
     def __repr__(self) -> str:
         groups = "" if self._groups == 1 else f", groups={self._groups}"
-        return f"SparseWeight(shape={self.shape}{groups}, nnz={self.nnz}, sparsity={self.sparsity:.2%})"
+        levels = "" if self._levels is None else f", {self._levels.kind} {self._levels.bits} bits"
+        return f"SparseWeight(shape={self.shape}{groups}, nnz={self.nnz}, sparsity={self.sparsity:.2%}{levels})"
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, SparseWeight):
@@ -288,6 +417,7 @@ class SparseWeight:
         return (
             self.shape == other.shape
             and self._groups == other._groups
+            and self._levels == other._levels
             and np.array_equal(self._indptr, other._indptr)
             and np.array_equal(self._indices, other._indices)
             and np.array_equal(self._data, other._data)
@@ -298,7 +428,8 @@ class SparseWeight:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle and copy through the constructor, so that the arrays of the result are read-only too."""
-        return SparseWeight, (self._data, self._indices, self._indptr, self._kernel_shape, self._groups)
+        data = self._data if self._levels is None else self._unpacked()
+        return SparseWeight, (data, self._indices, self._indptr, self._kernel_shape, self._groups, self._levels)
 
 
 def save_weights(path: str | os.PathLike[str], weights: Mapping[str, SparseWeight]) -> None:
@@ -339,6 +470,16 @@ def _width(kernel_shape: KernelShape) -> int:
 def _rows(indptr: NDArray[np.int32]) -> NDArray[np.int64]:
     """Return the row of each stored value."""
     return np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
+
+
+def _checked_values(codes: Codes, levels: Levels, indptr: NDArray[np.int32]) -> NDArray[np.float32]:
+    """What the codes stand for; code and levels must fit each other."""
+    levels.check_channels(len(indptr) - 1)
+    if len(codes) and int(codes.max()) >= 1 << levels.bits:
+        raise ValueError(f"codes of {levels.bits} bits must be below {1 << levels.bits}, got {int(codes.max())}")
+    if indptr[-1] != len(codes):
+        raise ValueError(f"indptr ends with {indptr[-1]}, but {len(codes)} values are stored")
+    return levels.decode(codes, _rows(indptr))
 
 
 def _frozen_copy(array: Any, dtype: type[np.generic], what: str) -> NDArray[Any]:
@@ -529,11 +670,18 @@ def _index_array(array: Any, what: str) -> NDArray[np.integer]:
 # ---- files --------------------------------------------------------------------------------------------------
 
 
+class _Levels(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    kind: Literal["linear", "codebook"]
+    bits: int
+    channels_per_table: int
+
+
 class _Layer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str
     kernel_shape: tuple[int, int, int]
     groups: int
     fingerprint: str
+    levels: _Levels | None = None
 
 
 class _Header(msgspec.Struct, frozen=True):
@@ -542,6 +690,10 @@ class _Header(msgspec.Struct, frozen=True):
     format: str
     version: str
     layers: list[Any]
+
+
+def _described(levels: Levels) -> _Levels:
+    return _Levels(levels.kind, levels.bits, levels.channels_per_table)
 
 
 def _prefix(file_format: str, number: int) -> str:
@@ -554,11 +706,18 @@ def _write(path: str | os.PathLike[str], file_format: str, weights: Mapping[str,
     layers: list[dict[str, Any]] = []
     for number, (name, weight) in enumerate(weights.items()):
         prefix = _prefix(file_format, number)
-        tensors[prefix + "data"] = weight.data
+        levels = weight.levels
+        if levels is None:
+            tensors[prefix + "data"] = weight.data
+        else:
+            tensors[prefix + "codes"] = weight._data
+            tensors |= {prefix + key: array for key, array in levels.arrays.items()}
         tensors[prefix + "indices"] = weight.indices
         tensors[prefix + "indptr"] = weight.indptr
-        layer = _Layer(name, weight.kernel_shape, weight.groups, weight.fingerprint)
-        layers.append(msgspec.structs.asdict(layer))
+        described = None if levels is None else _described(levels)
+        layers.append(
+            msgspec.to_builtins(_Layer(name, weight.kernel_shape, weight.groups, weight.fingerprint, described))
+        )
     header = json.dumps({"format": file_format, "version": _VERSION, "layers": layers})
     write_whole(path, safetensors.numpy.save(tensors, metadata={_METADATA: header}))
 
@@ -604,8 +763,8 @@ def _parse_layers(blob: bytes, file_format: str) -> list[_Layer]:
         reader = _READERS.get(header.format)
         advice = f"; use {reader}" if reader else ""
         raise ValueError(f"its format is {header.format!r}{advice}")
-    if header.version != _VERSION:
-        raise ValueError(f"its version is {header.version!r}, but this package reads only {_VERSION!r}")
+    if header.version not in (_VERSION, *_OLD_VERSIONS):
+        raise ValueError(f"its version is {header.version!r}, but this package reads only up to {_VERSION!r}")
     layers = msgspec.convert(header.layers, list[_Layer])
     if file_format == _ONE and [layer.name for layer in layers] != [""]:
         raise ValueError("it must hold exactly one layer, without a name")
@@ -613,24 +772,48 @@ def _parse_layers(blob: bytes, file_format: str) -> list[_Layer]:
 
 
 def _parse_weight(tensors: dict[str, Any], prefix: str, layer: _Layer) -> SparseWeight:
-    """Take the three tensors of a layer out of `tensors`."""
-    data = _take(tensors, prefix + "data", "F32")
+    """Take the tensors of a layer out of `tensors`."""
     indices = _take(tensors, prefix + "indices", "I32")
     indptr = _take(tensors, prefix + "indptr", "I32")
-    weight = SparseWeight(data, indices, indptr, layer.kernel_shape, layer.groups)
+    if layer.levels is None:
+        data, levels = _take(tensors, prefix + "data", "F32"), None
+    else:
+        levels = _take_levels(tensors, prefix, layer.levels)
+        data = _take_codes(tensors, prefix + "codes", levels.bits, len(indices))
+    try:
+        weight = SparseWeight(data, indices, indptr, layer.kernel_shape, layer.groups, levels)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
     if weight.fingerprint != layer.fingerprint:
         raise ValueError("its values are not the ones that were saved (the fingerprint differs)")
     return weight
 
 
-def _take(tensors: dict[str, Any], name: str, dtype: str) -> NDArray[Any]:
+def _take_levels(tensors: dict[str, Any], prefix: str, described: _Levels) -> Levels:
+    bits, scale = described.bits, _take(tensors, prefix + "scale", "F32")
+    if described.kind == "linear":
+        return LinearLevels(bits, scale, _take(tensors, prefix + "zero", "U8"))
+    entries = _take(tensors, prefix + "entries", "F32", dimensions=2)
+    return CodebookLevels(bits, entries, described.channels_per_table, scale)
+
+
+def _take_codes(tensors: dict[str, Any], name: str, bits: int, count: int) -> Codes:
+    packed = _take(tensors, name, "U8")
+    if len(packed) != -(-count * bits // 8):
+        raise ValueError(
+            f"tensor {name!r} must have {-(-count * bits // 8)} bytes for {count} codes, got {len(packed)}"
+        )
+    return unpack_codes(packed, bits, count)
+
+
+def _take(tensors: dict[str, Any], name: str, dtype: str, dimensions: int = 1) -> NDArray[Any]:
     if name not in tensors:
         raise ValueError(f"tensor {name!r} is missing")
     tensor = tensors.pop(name)
-    if tensor["dtype"] != dtype or len(tensor["shape"]) != 1:
+    if tensor["dtype"] != dtype or len(tensor["shape"]) != dimensions:
         raise ValueError(
-            f"tensor {name!r} must be {dtype} with one dimension, "
+            f"tensor {name!r} must be {dtype} with {'one dimension' if dimensions == 1 else 'two dimensions'}, "
             f"got {tensor['dtype']} of shape {tuple(tensor['shape'])}"
         )
-    little = np.frombuffer(tensor["data"], {"F32": "<f4", "I32": "<i4"}[dtype])
+    little = np.frombuffer(tensor["data"], {"F32": "<f4", "I32": "<i4", "U8": "u1"}[dtype]).reshape(tensor["shape"])
     return little.astype(little.dtype.newbyteorder("="), copy=False)

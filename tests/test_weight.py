@@ -454,7 +454,11 @@ LAYER: dict[str, Any] = {
     "groups": 1,
     "fingerprint": "b71d7009c3e7abde5f9710f653ee5d2f",
 }
-HEADER: dict[str, Any] = {"format": "numbasparse.SparseWeight", "version": "1", "layers": [LAYER]}
+HEADER: dict[str, Any] = {
+    "format": "numbasparse.SparseWeight",
+    "version": "2",
+    "layers": [{**LAYER, "levels": None}],
+}
 
 
 def _blob(header: Any = HEADER, **tensors: Any) -> bytes:
@@ -469,6 +473,12 @@ def test_file_is_as_documented(tmp_path: Path) -> None:
     assert SparseWeight.load(path) == _small()
     _small().save(path)
     assert path.read_bytes() == _blob()
+
+
+def test_file_of_version_1(tmp_path: Path) -> None:
+    path = tmp_path / "weight.safetensors"
+    path.write_bytes(_blob({**HEADER, "version": "1", "layers": [LAYER]}))
+    assert SparseWeight.load(path) == _small()
 
 
 def _layer(**changes: Any) -> dict[str, Any]:
@@ -489,7 +499,7 @@ def _layer(**changes: Any) -> dict[str, Any]:
         (_blob([]), "."),
         (_blob({}), "format"),
         (_blob({**HEADER, "format": "other"}), "format is 'other'"),
-        (_blob({**HEADER, "version": "2"}), "version is '2'"),
+        (_blob({**HEADER, "version": "3"}), "version is '3'"),
         (_blob({**HEADER, "version": 1}), "version"),
         (_blob({**HEADER, "layers": {}}), "layers"),
         (_blob({**HEADER, "layers": []}), "exactly one layer"),
@@ -539,7 +549,7 @@ def test_load_many_refuses(tmp_path: Path) -> None:
     tensors = {f"{i}.{name}": array for i in range(2) for name, array in TENSORS.items()}
 
     def write(layers: list[Any]) -> None:
-        header = {"format": "numbasparse.SparseWeights", "version": "1", "layers": layers}
+        header = {"format": "numbasparse.SparseWeights", "version": "2", "layers": layers}
         path.write_bytes(safetensors.numpy.save(tensors, {"numbasparse": json.dumps(header)}))
 
     write([{**LAYER, "name": "a"}, {**LAYER, "name": "b"}])
