@@ -219,8 +219,10 @@ def test_sparsity_in_percent_gets_a_hint() -> None:
 
 
 def test_unknown_scope() -> None:
-    with pytest.raises(ValueError, match="scope must be one of 'global', 'layer', got 'erk'"):
-        MagnitudePruning(0.9, scope="erk")  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match=r"scope must be one of 'global', 'layer', 'uniform\+', 'erk', 'lamp', got 'best'"
+    ):
+        MagnitudePruning(0.9, scope="best")  # type: ignore[arg-type]
 
 
 def nothing(model: Any) -> None: ...

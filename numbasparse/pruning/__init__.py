@@ -1,27 +1,38 @@
-"""Pruning: masks, gradual schedules and retraining of PyTorch models (needs torch).
+"""Pruning: masks, schedules and retraining of PyTorch models (needs torch).
 
-One call prunes at once::
+One call prunes at once, from the weights alone or with calibration data::
 
     report = prune_(model, MagnitudePruning(sparsity=0.9, scope="global"))
+    report = prune_with_data_(model, batches, OBSPruning(sparsity=0.8))
 
 Three calls prune in a training loop of one's own: ``Pruner.begin``, ``step`` and ``finish``. ``retrain`` is a
 ready loop around them.
 """
 
 from numbasparse.pruning.allocation import Allocation
-from numbasparse.pruning.criteria import Criterion, MagnitudePruning, PruningConfig, magnitude
-from numbasparse.pruning.masks import LayerFilter, default_filter, fold_masks, prune_, report
-from numbasparse.pruning.schedule import CubicSchedule, EpochRecord, Pruner, SGDConfig, retrain
-from numbasparse.pruning.summary import LayerSparsity, PruningReport, print_report
+from numbasparse.pruning.criteria import Criterion, LayerwisePruning, MagnitudePruning, PruningConfig, magnitude
+from numbasparse.pruning.first_order import FirstOrderPruning
+from numbasparse.pruning.layers import LayerFilter, default_filter
+from numbasparse.pruning.loop import EpochRecord, SGDConfig, retrain
+from numbasparse.pruning.masks import fold_masks
+from numbasparse.pruning.obs import OBSPruning, recalibrate_batch_norm_
+from numbasparse.pruning.one_shot import prune_, prune_with_data_
+from numbasparse.pruning.pruner import Pruner
+from numbasparse.pruning.schedules import ACDCSchedule, CubicSchedule
+from numbasparse.pruning.summary import LayerSparsity, PruningReport, print_report, report
 
 __all__ = [
+    "ACDCSchedule",
     "Allocation",
     "Criterion",
     "CubicSchedule",
     "EpochRecord",
+    "FirstOrderPruning",
     "LayerFilter",
     "LayerSparsity",
+    "LayerwisePruning",
     "MagnitudePruning",
+    "OBSPruning",
     "Pruner",
     "PruningConfig",
     "PruningReport",
@@ -31,6 +42,8 @@ __all__ = [
     "magnitude",
     "print_report",
     "prune_",
+    "prune_with_data_",
+    "recalibrate_batch_norm_",
     "report",
     "retrain",
 ]

@@ -1,112 +1,50 @@
-"""Masks: choosing layers, computing masks, keeping them on modules; one-shot pruning.
+"""Masks: computing them, keeping them on modules, and applying them.
 
-While a layer is being pruned it carries a bool buffer ``weight_mask`` of the weight's shape, true where the
-weight lives. It is an ordinary persistent buffer, so ``state_dict``, ``deepcopy`` and ``to(device)`` take it
-along. Nothing is hooked into the forward pass: a pruned weight *is* zero in ``weight`` itself.
+While a layer is being pruned it carries a bool buffer ``weight_mask`` of the weight's shape, true where the weight
+lives. It is an ordinary persistent buffer, so ``state_dict``, ``deepcopy`` and ``to(device)`` take it along. Nothing is
+hooked into the forward pass, so a compiled model stays valid: a pruned weight *is* zero in ``weight`` itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from numbasparse.pruning.allocation import top_mask
-from numbasparse.pruning.criteria import PruningConfig
-from numbasparse.pruning.summary import PruningReport, count
+from numbasparse.pruning.allocation import LayerScores, top_mask
+from numbasparse.pruning.criteria import Placement, PruningConfig
+from numbasparse.pruning.layers import Layer, Layers
 
 MASK = "weight_mask"
 """Name of the buffer that holds a layer's mask."""
 
-LayerFilter = Callable[[nn.Module, str], bool]
-"""``(module, qualified_name) -> bool``: true for the layers to prune."""
 
-Layers = dict[str, nn.Module]
-
-
-def default_filter(module: nn.Module, name: str) -> bool:
-    """Choose every ``nn.Conv2d`` except depthwise ones and those on images (3 input channels or fewer).
-
-    Both hold few weights, cost little time and lose much accuracy when pruned.
-    """
-    if not isinstance(module, nn.Conv2d) or module.in_channels <= 3:
-        return False
-    return module.groups != module.in_channels
+def check_config(config: PruningConfig) -> None:
+    """Raise ``TypeError`` if ``config`` is not a pruning config that needs nothing but weights."""
+    if hasattr(config, "new_weights") and not isinstance(config, type):
+        raise TypeError(f"{type(config).__name__} needs data: call prune_with_data_(model, batches, config)")
+    if isinstance(config, type) or not all(
+        hasattr(config, name) for name in ("sparsity", "vector", "criterion", "allocation")
+    ):
+        raise TypeError(f"config must be a pruning config like MagnitudePruning(sparsity=0.9), got {config!r}")
 
 
-def select_layers(model: nn.Module, filter: LayerFilter | None = None) -> Layers:
-    """Return the layers a filter chooses, by qualified name, in the order of ``named_modules``.
-
-    Parameters
-    ----------
-    model : nn.Module
-        The model, not changed.
-    filter : callable, optional
-        ``(module, qualified_name) -> bool``; ``default_filter`` if not given. A weight shared by several
-        layers is listed once, under the first.
-
-    Raises
-    ------
-    TypeError
-        If ``model`` is not a module or ``filter`` cannot be called.
-    ValueError
-        If no layer is chosen, or a chosen module has no weight parameter with values of its own.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if filter is not None and not callable(filter):
-        raise TypeError(f"filter must be callable as filter(module, name), got {type(filter).__name__}")
-    chosen = filter or default_filter
-    layers: Layers = {}
-    seen: set[int] = set()
-    for name, module in model.named_modules():
-        if chosen(module, name) and id(weight := layer_weight(module, name)) not in seen:
-            seen.add(id(weight))
-            layers[name] = module
-    if not layers:
-        raise ValueError(
-            f"no layer of {type(model).__name__} was chosen for pruning: expected at least one "
-            + ("that the filter accepts" if filter else "nn.Conv2d, not depthwise, of 4 or more input channels")
-            + "; pass filter=lambda module, name: ... to choose layers yourself"
-        )
-    return layers
-
-
-def layer_weight(module: nn.Module, name: str) -> nn.Parameter:
-    """Return the weight parameter of a chosen layer, or raise ``ValueError`` if it cannot be pruned."""
-    weight = dict(module.named_parameters(recurse=False)).get("weight")
-    what = f"layer {name!r} ({type(module).__name__})"
-    if weight is None:
-        raise ValueError(
-            f"{what} was chosen for pruning but has no parameter 'weight': let the filter choose modules like "
-            "nn.Conv2d or nn.Linear, and remove parametrizations (torch.nn.utils.prune, weight_norm) first"
-        )
-    if nn.parameter.is_lazy(weight) or weight.is_meta or weight.numel() == 0:
-        raise ValueError(f"the weight of {what} has no values: initialize or load the model first")
-    if not weight.is_floating_point():
-        raise ValueError(f"the weight of {what} must have a floating dtype, got {weight.dtype}")
-    return weight
-
-
-def weights_of(layers: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """Return the weight parameter of every layer."""
-    return {name: layer_weight(module, name) for name, module in layers.items()}
-
-
-def compute_masks(layers: Mapping[str, nn.Module], config: PruningConfig, sparsity: float) -> dict[str, Tensor]:
+def compute_masks(
+    layers: Mapping[str, Layer], config: PruningConfig, sparsity: float, *, regrow: bool = False
+) -> dict[str, Tensor]:
     """Compute the mask of every layer; nothing is changed.
 
-    Weights that an earlier mask on the layer has pruned stay pruned.
-
     Parameters
     ----------
-    layers : mapping of str to nn.Module
+    layers : mapping of str to Layer
         As from ``select_layers``.
     config : PruningConfig
-        Criterion and allocation.
+        Criterion, granularity and allocation.
     sparsity : float
         In [0, 1); the config's own or a step of a schedule on the way there.
+    regrow : bool
+        Whether weights that an earlier mask on the layer has pruned may come back.
 
     Returns
     -------
@@ -119,21 +57,47 @@ def compute_masks(layers: Mapping[str, nn.Module], config: PruningConfig, sparsi
         If a weight is NaN or infinite, or the sparsity would empty a layer.
     """
     with torch.no_grad():
-        scores = {name: _scores(module, name, config) for name, module in layers.items()}
-        keep = config.allocation(scores, sparsity)
-        masks = {name: top_mask(score, keep[name]) for name, score in scores.items()}
-        return {name: mask & ~_pruned(layers[name]) for name, mask in masks.items()}
+        check_finite(layers)
+        scores = {name: config.criterion(layer.weight) for name, layer in layers.items()}
+        return masks_from_scores(layers, scores, config, sparsity, regrow=regrow)
 
 
-def _scores(module: nn.Module, name: str, config: PruningConfig) -> Tensor:
-    weight = layer_weight(module, name)
-    bad = weight.numel() - int(torch.isfinite(weight).sum())
-    if bad:
-        raise ValueError(
-            f"the weight of layer {name!r} has {bad} NaN or infinite values of {weight.numel()}: it cannot be "
-            "ranked; load a sound checkpoint, or lower the learning rate if training diverged"
-        )
-    return config.criterion(weight).masked_fill(_pruned(module), -torch.inf)
+def masks_from_scores(
+    layers: Mapping[str, Layer],
+    scores: Mapping[str, Tensor],
+    config: Placement,
+    sparsity: float,
+    *,
+    regrow: bool = False,
+) -> dict[str, Tensor]:
+    """Compute the mask of every layer from scores of its weights; see `compute_masks`."""
+    vectors = {name: _vector_scores(layer, scores[name], config.vector, regrow) for name, layer in layers.items()}
+    keep = config.allocation(vectors, sparsity)
+    masks = {name: top_mask(vectors[name], keep[name]) for name in layers}
+    return masks if regrow else {name: mask & ~_pruned(layers[name].module) for name, mask in masks.items()}
+
+
+def check_finite(layers: Mapping[str, Layer]) -> None:
+    """Raise ``ValueError`` if a weight is NaN or infinite."""
+    bad = torch.stack([(~torch.isfinite(layer.weight)).sum().cpu() for layer in layers.values()]).tolist()
+    for layer, count in zip(layers.values(), bad, strict=True):
+        if count:
+            raise ValueError(
+                f"the weight of layer {layer.name!r} has {count} NaN or infinite values of {layer.weight.numel()}: it "
+                "cannot be ranked; load a sound checkpoint, or lower the learning rate if training diverged"
+            )
+
+
+def _vector_scores(layer: Layer, scores: Tensor, vector: int, regrow: bool) -> LayerScores:
+    grid = layer.grid(vector)
+    scores = scores.detach()
+    # Means of half floats would be rounded, and equal where they are not.
+    scores = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
+    if regrow or mask_of(layer.module) is None:
+        return LayerScores(grid.mean(scores), grid, layer.first, layer.last)
+    pruned = _pruned(layer.module)
+    values = grid.mean(scores.masked_fill(pruned, 0.0)).masked_fill(grid.all(pruned), -torch.inf)
+    return LayerScores(values, grid, layer.first, layer.last)
 
 
 def _pruned(module: nn.Module) -> Tensor:
@@ -150,24 +114,100 @@ def mask_of(module: nn.Module) -> Tensor | None:
     return mask if mask is not None and mask.dtype == torch.bool else None
 
 
-def put_masks(layers: Mapping[str, nn.Module], masks: Mapping[str, Tensor]) -> None:
-    """Keep masks on modules as buffers ``weight_mask``, in place of earlier ones, and apply them."""
-    for name, module in layers.items():
-        present = mask_of(module)
-        if present is None:
-            # The weight's memory format, so that applying the mask is one pass over both.
-            present = torch.empty_like(layer_weight(module, name), dtype=torch.bool, requires_grad=False)
-            module.register_buffer(MASK, present)
-        present.copy_(masks[name])
-    apply_masks(layers)
-
-
-def apply_masks(layers: Mapping[str, nn.Module]) -> None:
-    """Set every pruned weight to exactly +0.0 in place, by the masks kept on the modules."""
+def set_masked(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
+    """Set every pruned weight to exactly +0.0 in place."""
     with torch.no_grad():
-        for name, module in layers.items():
+        for name, weight in weights.items():
             # Not a product: that would give -0.0 for negative weights and NaN for infinite ones.
-            layer_weight(module, name).masked_fill_(_pruned(module), 0.0)
+            weight.masked_fill_(~masks[name], 0.0)
+
+
+class MaskSet:
+    """The masks of some layers, kept on the modules as buffers and applied to all weights in one operation.
+
+    ``apply_fused`` is a single in-place multiplication over all layers, with no decision, allocation or
+    synchronization: it may stand in a compiled step or in a CUDA graph. New masks are copied into the same memory, so
+    that a graph captured before stays right.
+    """
+
+    def __init__(self, layers: Layers) -> None:
+        self.layers = layers
+        self._weights: list[Tensor] = []
+        self._factors: list[Tensor] = []
+        self._seen: list[tuple[Tensor, int]] = []
+
+    def put(self, masks: Mapping[str, Tensor]) -> None:
+        """Keep masks on the modules, in place of earlier ones, and apply them.
+
+        In a process group the masks of rank 0 are taken by all.
+        """
+        for name, layer in self.layers.items():
+            mask = mask_of(layer.module)
+            if mask is None:
+                # The weight's memory format, so that applying the mask is one pass over both.
+                mask = torch.empty_like(layer.weight, dtype=torch.bool, requires_grad=False)
+                layer.module.register_buffer(MASK, mask)
+            mask.copy_(masks[name])
+        self._broadcast()
+        set_masked({name: x.weight for name, x in self.layers.items()}, self.get())
+        self.refresh()
+
+    def get(self) -> dict[str, Tensor]:
+        """Return the masks that the modules keep.
+
+        Raises
+        ------
+        RuntimeError
+            If a module has lost its mask.
+        """
+        masks = {name: mask_of(layer.module) for name, layer in self.layers.items()}
+        lost = [name for name, mask in masks.items() if mask is None]
+        if lost:
+            raise RuntimeError(
+                f"the mask of layer {lost[0]!r} is gone since begin(): leave the buffers '{MASK}' alone until finish()"
+            )
+        return masks  # type: ignore[return-value]
+
+    def _broadcast(self) -> None:
+        from torch import distributed
+
+        if distributed.is_available() and distributed.is_initialized():
+            for mask in self.get().values():
+                whole = mask.contiguous().view(torch.uint8)
+                distributed.broadcast(whole, 0)
+                mask.copy_(whole.view(torch.bool))
+
+    def refresh(self) -> None:
+        """Take over masks and weights that were changed or moved from outside, as by ``load_state_dict`` or ``to``."""
+        masks = list(self.get().values())
+        now = [(mask, mask._version) for mask in masks]
+        if len(now) == len(self._seen) and all(
+            a is b and x == y for (a, x), (b, y) in zip(now, self._seen, strict=True)
+        ):
+            return
+        weights: list[Tensor] = [layer.weight for layer in self.layers.values()]
+        fits = len(self._factors) == len(weights) and all(
+            f.device == w.device and f.dtype == w.dtype for f, w in zip(self._factors, weights, strict=True)
+        )
+        if not fits:
+            self._factors = [torch.empty_like(weight, requires_grad=False) for weight in weights]
+        for factor, mask in zip(self._factors, masks, strict=True):
+            factor.copy_(mask)
+        self._weights, self._seen = weights, now
+
+    def apply(self) -> None:
+        """Set every pruned weight to zero."""
+        self.refresh()
+        self.apply_fused()
+
+    def apply_fused(self) -> None:
+        """Set every pruned weight to zero by the masks as ``put`` or ``refresh`` last saw them."""
+        with torch.no_grad():
+            torch._foreach_mul_(self._weights, self._factors)
+
+    def forget(self) -> None:
+        """Drop what was derived from the masks."""
+        self._weights, self._factors, self._seen = [], [], []
 
 
 def fold_masks(model: nn.Module) -> None:
@@ -175,69 +215,7 @@ def fold_masks(model: nn.Module) -> None:
 
     ``Pruner.finish`` does this for its own model; call this one on a copy made while pruning was going on.
     """
-    masked = {name: module for name, module in model.named_modules() if mask_of(module) is not None}
-    apply_masks(masked)
-    for module in masked.values():
+    masked = [(module, mask) for module in model.modules() if (mask := mask_of(module)) is not None]
+    for module, mask in masked:
+        set_masked({"": module.get_parameter("weight")}, {"": mask})
         delattr(module, MASK)
-
-
-def check_config(config: PruningConfig) -> None:
-    """Raise ``TypeError`` if ``config`` is not a pruning config."""
-    if isinstance(config, type) or not all(hasattr(config, a) for a in ("sparsity", "criterion", "allocation")):
-        raise TypeError(f"config must be a pruning config like MagnitudePruning(sparsity=0.9), got {config!r}")
-
-
-def prune_(model: nn.Module, config: PruningConfig, filter: LayerFilter | None = None) -> PruningReport:
-    """Prune a model at once and in place: set its least important weights to zero.
-
-    No mask or hook is left on the model. Everything is checked and computed before the first weight changes:
-    after an error the model is as it was. Every chosen layer keeps at least one weight, so ``scope="layer"``
-    misses the sparsity in a layer with very few weights; the total of ``scope="global"`` is exact.
-
-    Parameters
-    ----------
-    model : nn.Module
-        Changed in place.
-    config : PruningConfig
-        For example ``MagnitudePruning(sparsity=0.9, scope="global")``.
-    filter : callable, optional
-        ``(module, qualified_name) -> bool`` chooses the layers; ``default_filter`` if not given.
-
-    Returns
-    -------
-    PruningReport
-        Sparsity of the chosen layers.
-
-    Raises
-    ------
-    TypeError
-        If an argument is of the wrong kind.
-    ValueError
-        If no layer is chosen, a weight is NaN or infinite, or fewer weights than layers would be kept.
-    """
-    check_config(config)
-    layers = select_layers(model, filter)
-    masks = compute_masks(layers, config, config.sparsity)
-    weights = weights_of(layers)
-    with torch.no_grad():
-        for name, weight in weights.items():
-            weight.masked_fill_(~masks[name], 0.0)
-    return count(weights)
-
-
-def report(model: nn.Module, filter: LayerFilter | None = None) -> PruningReport:
-    """Report the sparsity of a model's layers (the same default choice as ``prune_``).
-
-    Parameters
-    ----------
-    model : nn.Module
-        Not changed.
-    filter : callable, optional
-        ``(module, qualified_name) -> bool`` chooses the layers; ``default_filter`` if not given.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As ``select_layers``.
-    """
-    return count(weights_of(select_layers(model, filter)))

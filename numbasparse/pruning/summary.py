@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from numbasparse.pruning.layers import LayerFilter, select_layers, weights_of
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,24 @@ def count(weights: Mapping[str, Tensor]) -> PruningReport:
     return PruningReport(
         tuple(LayerSparsity(name, tuple(weight.shape), weight.numel(), nnz[name]) for name, weight in weights.items())
     )
+
+
+def report(model: nn.Module, filter: LayerFilter | None = None) -> PruningReport:
+    """Report the sparsity of a model's layers (the same default choice as ``prune_``).
+
+    Parameters
+    ----------
+    model : nn.Module
+        Not changed.
+    filter : callable, optional
+        ``(module, qualified_name) -> bool`` chooses the layers; ``default_filter`` if not given.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As ``select_layers``.
+    """
+    return count(weights_of(select_layers(model, filter)))
 
 
 def print_report(report: PruningReport) -> None:
