@@ -1,19 +1,22 @@
-"""How a candidate is measured: its result is verified first, then calls are timed.
+"""How a candidate is measured: its result is verified first, then calls are timed. Here: in general, and on the CPU.
 
-What is timed is the call of a `numbasparse.plans.Plan`, which makes its output: what a layer of a model pays. The
-input is a torch tensor where torch is installed, since then its threads run both the dense and the sparse kernels.
+What is timed on the CPU is the call of a `numbasparse.plans.Plan`, which makes its output: what a layer of a model
+pays. The input is a torch tensor where torch is installed, since then its threads run both the dense and the sparse
+kernels. The GPU's side is `autotune.gpu`.
 """
 
 from __future__ import annotations
 
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import quantiles
 from time import perf_counter
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 
 from autotune.space import Candidate, LayerProblem
@@ -64,6 +67,13 @@ def torch_threads(threads: int) -> Iterator[None]:
             torch.set_num_threads(before)
 
 
+@contextmanager
+def cpu_benches(threads: int) -> Iterator[Callable[[LayerProblem], Bench]]:
+    """Makes the benches of problems on the CPU, on that many threads."""
+    with torch_threads(threads):
+        yield lambda problem: CpuBench(problem, threads)
+
+
 @dataclass(frozen=True)
 class Result:
     """What measuring a candidate gave.
@@ -74,24 +84,90 @@ class Result:
         Microseconds of a call: the shortest of a few; None for a rejected candidate.
     reason
         Why it was rejected: it raised, or computed something wrong.
+    native_us
+        Of a GPU kernel: without the conversions of layout that `us` counts.
     """
 
     candidate: Candidate
     us: float | None
     reason: str | None = None
+    native_us: float | None = None
+
+
+class GpuTimes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is known of a choice on a GPU beside its time; medians in microseconds.
+
+    Attributes
+    ----------
+    layout
+        "NCHW" or "NHWC": layout of input and output for which the candidate's own time holds, the better of the two.
+    takes, gives
+        Layouts that the kernel reads and writes without conversion.
+    native_us
+        With the input in `takes` and the output in `gives`: what a layer pays between neighbours that agree.
+    cold_us, native_cold_us
+        The same two with nothing of the layer's data in the L2 cache before a call.
+    """
+
+    layout: str
+    takes: str
+    gives: str
+    native_us: Annotated[float, msgspec.Meta(ge=0)]
+    cold_us: Annotated[float, msgspec.Meta(ge=0)]
+    native_cold_us: Annotated[float, msgspec.Meta(ge=0)]
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds of a call: median, interquartile range and best."""
+    """Microseconds of a call: median, interquartile range and best; the rest of a GPU's times."""
 
     us: float
     spread: float
     best: float
+    gpu: GpuTimes | None = None
 
 
-class Bench:
-    """Input, expected output and clock of one problem.
+class DeviceLost(RuntimeError):
+    """A candidate left the device unusable for this process, as an illegal address on a GPU does."""
+
+
+class Bench(ABC):
+    """Input, expected output and clock of one problem on one kind of device."""
+
+    at_once = 1
+    """Proposals of the sampler that are asked for together, so that they can be compiled in parallel."""
+
+    @abstractmethod
+    def prepare(self, candidate: Candidate) -> Any:
+        """Pack and compile a candidate; what `wrong` and `race` take."""
+
+    @abstractmethod
+    def wrong(self, candidate: Candidate, ready: Any) -> str | None:
+        """Run a candidate into an output full of NaN; says what is wrong with the result, or None."""
+
+    @abstractmethod
+    def race(self, candidate: Candidate, ready: Any, best_us: float) -> Result:
+        """Time a right candidate, as long as it may beat ``best_us``."""
+
+    @abstractmethod
+    def finals(self, candidates: Sequence[Candidate]) -> list[tuple[Candidate, Timing]]:
+        """Time candidates in turns, then verify them once more: those that are right and their times."""
+
+    def stock_us(self) -> float | None:
+        """Of the last `finals`: the median of a dense convolution that is no candidate, None if there is none."""
+        return None
+
+    def ahead(self, candidates: Sequence[Candidate]) -> None:
+        """These come next: their compilation may begin."""
+        return
+
+    def check_device(self, candidate: Candidate, reason: str) -> None:
+        """Raise `DeviceLost`, with the reason in its text, if a candidate's failure left the device unusable."""
+        return
+
+
+class CpuBench(Bench):
+    """Input, expected output and clock of one problem on the CPU.
 
     The batch is made of two random images in an irregular order, so that the reference of two images (slow, made
     once) checks every image of the batch.
@@ -114,17 +190,16 @@ class Bench:
         self.bias: Any = self._wrap(bias)
         self._out = np.empty(spec.out_shape, np.float32)
         self._out_view = self._wrap(self._out)
+        self._stock_us: float | None = None
 
-    def plan(self, candidate: Candidate) -> Plan:
-        """Pack and compile a candidate."""
+    def prepare(self, candidate: Candidate) -> Plan:
         problem = self.problem
         activation = check_activation(problem.activation)
         return Plan(problem.spec, problem.weight, candidate.choice, activation, self.threads)
 
-    def wrong(self, plan: Plan) -> str | None:
-        """Run the plan into an output full of NaN; says what is wrong with the result, or None."""
+    def wrong(self, candidate: Candidate, ready: Plan) -> str | None:
         self._out.fill(np.nan)
-        plan(self.x, self.bias, self._out_view)
+        ready(self.x, self.bias, self._out_view)
         for number, which in enumerate(self._which):
             image = self._out[number]
             # NaN is in no range, so that outputs left unwritten are found too
@@ -138,11 +213,27 @@ class Bench:
                 )
         return None
 
-    def call(self, plan: Plan) -> Callable[[], Any]:
+    def race(self, candidate: Candidate, ready: Plan, best_us: float) -> Result:
+        return Result(candidate, _race(self._call(ready), best_us))
+
+    def finals(self, candidates: Sequence[Candidate]) -> list[tuple[Candidate, Timing]]:
+        plans = [self.prepare(candidate) for candidate in candidates]
+        stock = self._stock()
+        calls = [self._call(plan) for plan in plans]
+        times = interleaved(calls if stock is None else [*calls, stock])
+        self._stock_us = None if stock is None else times[-1].us
+        # Once more, so that a kernel which is right only now and then is found.
+        right = [self.wrong(c, plan) is None for c, plan in zip(candidates, plans, strict=True)]
+        return [(c, t) for c, t, fine in zip(candidates, times[: len(plans)], right, strict=True) if fine]
+
+    def stock_us(self) -> float | None:
+        return self._stock_us
+
+    def _call(self, plan: Plan) -> Callable[[], Any]:
         x, bias = self.x, self.bias
         return lambda: plan(x, bias)
 
-    def stock(self) -> Callable[[], Any] | None:
+    def _stock(self) -> Callable[[], Any] | None:
         """Dense convolution of torch with input, weight and output in channels-last order, nothing converted."""
         torch = optional_torch()
         if torch is None:
@@ -198,15 +289,21 @@ def measure(bench: Bench, candidate: Candidate, best_us: float) -> Result:
     ----------
     best_us
         The shortest of the other candidates so far, infinite if there is none.
+
+    Raises
+    ------
+    DeviceLost
+        If the candidate took the device with it: nothing more can be measured in this process.
     """
     try:
-        plan = bench.plan(candidate)
-        reason = bench.wrong(plan)
+        ready = bench.prepare(candidate)
+        reason = bench.wrong(candidate, ready)
+        if reason is None:
+            return bench.race(candidate, ready, best_us)
     except Exception as error:  # whatever a kernel stumbles over, the candidate is at fault
         reason = f"{type(error).__name__}: {error}"
-    if reason is not None:
-        return Result(candidate, None, reason)
-    return Result(candidate, _race(bench.call(plan), best_us))
+        bench.check_device(candidate, reason)
+    return Result(candidate, None, reason)
 
 
 def _race(call: Callable[[], Any], best_us: float) -> float:
@@ -232,9 +329,10 @@ def interleaved(calls: Sequence[Callable[[], Any]]) -> list[Timing]:
             if firsts[i] < _WARM_BELOW_US:
                 calls[i]()
             times[i].append(once(calls[i]))
-    return [_timing(t) for t in times]
+    return [timing_of(t) for t in times]
 
 
-def _timing(times: list[float]) -> Timing:
+def timing_of(times: list[float]) -> Timing:
+    """Median, spread and best of at least two times."""
     low, middle, high = quantiles(times, n=4, method="inclusive")
     return Timing(middle, high - low, min(times))

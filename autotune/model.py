@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from autotune.space import DEVICES, LayerProblem
+from autotune.space import LayerProblem, dtype_on, target_of
 from autotune.study import DEFAULT_TRIALS, tune_layers
 from autotune.tuned import TunedModel
 from numbasparse.spec import ConvSpec
@@ -39,7 +39,8 @@ def tune(
     model : torch.nn.Module
         Not changed.
     example_input : torch.Tensor, or a tuple or list of arguments
-        On the CPU; its batch size is the one that is tuned for.
+        Where the model is, CPU or GPU, whatever device is tuned for; its batch size is the one that is tuned for. On
+        a GPU the dtype that reaches a layer is its problem's too: give a half-precision model and input for float16.
 
     Raises
     ------
@@ -66,20 +67,19 @@ def problems_of(model: torch.nn.Module, example_input: Any, *, device: str = "cp
 
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if device not in DEVICES:
-        raise ValueError(f"device must be one of {', '.join(map(repr, DEVICES))}, got {device!r}")
+    kind = target_of(device).kind
     arguments = _arguments(example_input)
     found = {name: module for name, module in model.named_modules() if _is_convolution(module)}
     if not found:
         raise ValueError("the model has no Conv2d layers (padding_mode 'zeros') to tune")
-    calls: dict[tuple[str, tuple[int, ...]], None] = {}
-    hooks = _hooks(found, lambda name, shape: calls.setdefault((name, shape)))
+    calls: dict[tuple[str, tuple[int, ...], str], None] = {}
+    hooks = _hooks(found, lambda name, shape, dtype: calls.setdefault((name, shape, dtype_on(kind, dtype))))
     with hooks, _eval_mode(model), torch.inference_mode():
         model(*arguments)
     if not calls:
         raise ValueError("none of the model's Conv2d layers ran on the example input")
-    weights = {name: _sparse_weight(found[name]) for name in dict.fromkeys(name for name, _ in calls)}
-    return [_problem(name, found[name], weights[name], shape) for name, shape in calls]
+    weights = {name: _sparse_weight(found[name]) for name in dict.fromkeys(name for name, _, _ in calls)}
+    return [_problem(name, found[name], weights[name], shape, dtype) for name, shape, dtype in calls]
 
 
 def _arguments(example_input: Any) -> tuple[Any, ...]:
@@ -116,24 +116,26 @@ def _sparse_weight(module: Any) -> SparseWeight:
     return SparseWeight.from_dense(module.weight, module.groups) if held is None else held
 
 
-def _problem(name: str, module: Any, weight: SparseWeight, shape: tuple[int, ...]) -> LayerProblem:
+def _problem(name: str, module: Any, weight: SparseWeight, shape: tuple[int, ...], dtype: str) -> LayerProblem:
     padding = module.padding
     if not isinstance(padding, str) and len(padding) == 4:
         padding = (padding[:2], padding[2:])
-    spec = ConvSpec.create(shape, weight.shape, module.stride, padding, module.dilation, module.groups, name=name)
+    geometry = (module.stride, padding, module.dilation, module.groups, dtype)
+    spec = ConvSpec.create(shape, weight.shape, *geometry, name=name)
     bias = getattr(module, "bias", None)
     array = None if bias is None else bias.detach().float().cpu().numpy()
     return LayerProblem(name, spec, weight, array, getattr(module, "activation", None))
 
 
 @contextmanager
-def _hooks(modules: dict[str, Any], note: Callable[[str, tuple[int, ...]], Any]) -> Iterator[None]:
-    """Have the modules tell the shapes of their inputs; an image without a batch counts as a batch of one."""
+def _hooks(modules: dict[str, Any], note: Callable[[str, tuple[int, ...], str], Any]) -> Iterator[None]:
+    """Have the modules tell shape and dtype of their inputs; an image without a batch counts as a batch of one."""
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             x = arguments[0] if arguments else next(iter(keywords.values()))
-            note(name, tuple(x.shape) if x.dim() == 4 else (1, *x.shape))
+            shape = tuple(x.shape) if x.dim() == 4 else (1, *x.shape)
+            note(name, shape, str(x.dtype).removeprefix("torch."))
 
         return hook
 

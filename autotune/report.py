@@ -70,9 +70,7 @@ def table(tuned: TunedModel) -> Table:
     """The end table: every layer, then totals and the geometric mean of the ratios."""
     rows = layer_rows(tuned)
     total = summary(rows)
-    threads = tuned.device.threads
-    title = f"{tuned.device.processor}, {threads} thread{'s' * (threads != 1)}"
-    out = Table(title=title, show_footer=True)
+    out = Table(title=tuned.device.label, show_footer=True)
     out.add_column("layer", footer="total, geometric mean", overflow="fold")
     out.add_column("shape")
     out.add_column("zeros", justify="right")

@@ -13,10 +13,51 @@ import numpy as np
 
 from numbasparse.kernels import Config, Kernel, kernels_for
 from numbasparse.plans import Choice, check_activation
-from numbasparse.spec import ConvSpec
+from numbasparse.spec import DTYPES, ConvSpec
 from numbasparse.weight import SparseWeight
 
-DEVICES = ("cpu",)
+_DTYPE_ON = {
+    "cpu": dict.fromkeys(DTYPES, "float32"),
+    "cuda": {name: name for name in DTYPES} | {"float64": "float32"},
+}
+"""What a kind of device computes a problem of a dtype as."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A device to tune for: its kind, ``"cpu"`` or ``"cuda"``, and the GPU's number, None for the current one."""
+
+    kind: str
+    index: int | None = None
+
+
+def target_of(device: str) -> Target:
+    """The device that a text names: ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
+
+    Raises
+    ------
+    ValueError
+        If it names none.
+    """
+    kind, colon, number = device.partition(":") if isinstance(device, str) else (device, "", "")
+    if kind == "cuda" and colon and number.isdecimal():
+        return Target("cuda", int(number))
+    if kind not in _DTYPE_ON or colon:
+        raise ValueError(f"device must be 'cpu', 'cuda' or 'cuda:' and a GPU's number, got {device!r}")
+    return Target(kind)
+
+
+def dtype_on(kind: str, dtype: str) -> str:
+    """The dtype that a kind of device computes a problem of ``dtype`` as.
+
+    Raises
+    ------
+    ValueError
+        If ``dtype`` is none of `numbasparse.spec.DTYPES`.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    return _DTYPE_ON[kind][dtype]
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +69,7 @@ class LayerProblem:
     name
         The layer's name; several problems may share it, with different specs.
     spec
-        Shapes; its dtype is taken as float32, which is what kernels compute in.
+        Shapes and dtype; which dtypes differ depends on the device, see `on`.
     weight
         Of the spec's weight shape.
     bias : float32, (K,), optional
@@ -59,7 +100,10 @@ class LayerProblem:
             self.spec.check_bias_shape(np.shape(self.bias), name=self.name)
         activation = check_activation(self.activation)
         object.__setattr__(self, "activation", None if activation == "none" else activation)
-        object.__setattr__(self, "spec", replace(self.spec, dtype="float32"))
+
+    def on(self, kind: str) -> LayerProblem:
+        """The problem as a kind of device has it: all is float32 on the CPU, only float64 is on a GPU."""
+        return replace(self, spec=replace(self.spec, dtype=dtype_on(kind, self.spec.dtype)))
 
     @property
     def identity(self) -> tuple[ConvSpec, str, str | None]:

@@ -1,15 +1,21 @@
 """The search: one Optuna study per problem, then a re-timing of the best against dense, then the choice.
 
 Order of measurements of a problem: the dense layouts, each sparse kernel's default, the best configs of similar
-problems that are done already (nearest valid ones), then what the sampler proposes: all candidates if they are few
-and fit the budget (`BruteForceSampler`), else TPE. A proposal that is invalid or was measured before costs nothing:
-the nearest candidate not yet measured follows it. When TPE has found nothing better for a while, and little time has
+problems that are done already (nearest valid ones), then all candidates if they are few and fit the budget, else what
+the sampler (TPE) proposes. A proposal that is invalid or was measured before costs nothing: the nearest candidate not
+yet measured takes its place. Where compiling takes longer than measuring, as on a GPU, several proposals are asked for
+at once and compiled in parallel. When TPE has found nothing better for a while, and little time has
 gone, the search climbs: everything that differs in one parameter from the best few, and from the best of each
 kernel, is measured, then what is farther away.
 
 A study lives in a journal file if one is given. Its name has the spec, the weight's bucket and fingerprint, the
 device and the kernels' spaces, so that a killed run goes on where it stopped, several workers can share one file,
 and nothing measured under other circumstances is taken over.
+
+A candidate that makes the GPU unusable for the process (`DeviceLost`) is recorded as failing and ends the run, with a
+text that says how to go on. Measuring in a child process would survive it, but costs a second CUDA context (seconds
+and half a gigabyte) at every start and hides kernels from debuggers, while such a kernel is a defect that is to be
+seen. So that nothing is lost even then, a run on a GPU that was given no journal keeps one until it has ended well.
 """
 
 from __future__ import annotations
@@ -17,11 +23,13 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import socket
+import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from hashlib import blake2b
@@ -36,8 +44,8 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from autotune import measure as timing
 from autotune import tuned as files
-from autotune.measure import Bench, Result, Timing
-from autotune.space import DEVICES, Candidate, LayerProblem, ProblemSpace
+from autotune.measure import Bench, DeviceLost, GpuTimes, Result, Timing
+from autotune.space import Candidate, LayerProblem, ProblemSpace, Target, target_of
 from autotune.tuned import TunedModel, bucket_of
 from numbasparse.kernels import KERNELS
 from numbasparse.runtime import cpu
@@ -53,22 +61,19 @@ BUSY = 2.0
 """A median of this many times the best time says that the machine was busy with something else."""
 
 _FINALISTS = 5
+_NATIVE_FINALISTS = 3
 _RANDOM_FIRST = 8
 _PATIENCE = 16
 _PATIENCE_AFTER_SIMILAR = 8
 _LEADERS = 3
 _SMALL_SPACE = 64
-_CLIMB_SECONDS = 1.5
+_CLIMB_SECONDS = {"cpu": 1.5, "cuda": 4.0}
 _CLIMB_FROM = 1.25
 _FROM_SIMILAR = 6
 _BETTER = 0.99
 _SEARCH_SHARE = 0.85
 _ABANDONED_AFTER = timedelta(minutes=10)
 _WAITING_AT_MOST = 8  # trials that a killed run or another worker enqueued come first
-
-
-class _Rejected(Exception):
-    """A candidate raised or computed something wrong: its trial fails."""
 
 
 class _Final(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -78,6 +83,11 @@ class _Final(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     us: float
     spread: float
     best: float
+    gpu: GpuTimes | None = None
+
+    @classmethod
+    def of(cls, candidate: Candidate, timing: Timing) -> _Final:
+        return cls(candidate.params, timing.us, timing.spread, timing.best, timing.gpu)
 
 
 class _Finals(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -102,10 +112,11 @@ class _Outcome:
 class _Run:
     """What all problems of a call share."""
 
-    device: str
+    kind: str
     trials: int
     threads: int
     storage: Any
+    bench_of: Callable[[LayerProblem], Bench]
     done: list[_Outcome] = field(default_factory=list)
 
 
@@ -180,9 +191,9 @@ class _Search:
     def __init__(self, run: _Run, problem: LayerProblem, deadline: float) -> None:
         self._run = run
         self.problem = problem
-        self.space = ProblemSpace(problem, run.threads, run.device)
+        self.space = ProblemSpace(problem, run.threads, run.kind)
         if not self.space.candidates:
-            raise ValueError(f"no kernel for device {run.device!r} runs {problem.spec.key} (layer {problem.name!r})")
+            raise ValueError(f"no kernel for device {run.kind!r} runs {problem.spec.key} (layer {problem.name!r})")
         self._deadline = deadline
         self._began = time.monotonic()
         self._bench: Bench | None = None
@@ -194,20 +205,20 @@ class _Search:
         _fail_dead(self.study)
         self.seen: dict[str, Result] = {}
         self._taken: set[str] = set()
-        self._proposal: Candidate | None = None
         self._refresh()
 
     def _sampler(self) -> optuna.samplers.BaseSampler:
         first = 1 if self._similar else _RANDOM_FIRST
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            if self._all_at_once():
-                return optuna.samplers.BruteForceSampler(seed=0)
-            return optuna.samplers.TPESampler(seed=0, multivariate=True, group=True, n_startup_trials=first)
+            # constant_liar: proposals that are asked for together differ.
+            return optuna.samplers.TPESampler(
+                seed=0, multivariate=True, group=True, n_startup_trials=first, constant_liar=True
+            )
 
     def _name(self) -> str:
-        problem, device = self.problem, files.this_device(self._run.threads, self._run.device)
-        identity = [problem.weight.fingerprint, problem.activation, msgspec.structs.asdict(device), self.space.digest]
+        problem, device = self.problem, files.this_device(self._run.threads, self._run.kind)
+        identity = [problem.weight.fingerprint, problem.activation, msgspec.to_builtins(device), self.space.digest]
         digest = blake2b(json.dumps(identity).encode(), digest_size=8).hexdigest()
         return f"{problem.spec.key} sparsity {bucket_of(problem.weight.sparsity):g} {digest}"
 
@@ -215,7 +226,7 @@ class _Search:
     def bench(self) -> Bench:
         """Made when something is measured: a resumed study may need none."""
         if self._bench is None:
-            self._bench = Bench(self.problem, self._run.threads)
+            self._bench = self._run.bench_of(self.problem)
         return self._bench
 
     # -- what is known
@@ -284,21 +295,28 @@ class _Search:
 
     def run(self) -> None:
         """Measure until the budget, the time, the space or the patience is at its end."""
-        for candidate in self.space.dense + self.space.defaults:
-            self._measure_next(candidate)
-        for candidate in self._similar:
-            if not self._enough():
-                self._measure_next(candidate)
+        self._measure_each(self.space.dense + self.space.defaults, always=True)
+        self._measure_each(self.space.candidates.values() if self._all_at_once() else self._similar)
         while not self._enough():
-            self._step()
+            self._round(self.bench.at_once)
         self._climb()
+
+    def _measure_each(self, candidates: Iterable[Candidate], always: bool = False) -> None:
+        wanted = [c for c in candidates if c.key not in self.seen]
+        if wanted:
+            self.bench.ahead(wanted)
+        for candidate in wanted:
+            if not always and self._enough():
+                return
+            self._measure_next(candidate)
 
     def _climb(self) -> None:
         """Where measuring is cheap: what differs in one parameter from a leader, then what is farther away."""
-        while not self._spent() and time.monotonic() - self._began < _CLIMB_SECONDS:
+        while not self._spent() and time.monotonic() - self._began < _CLIMB_SECONDS[self._run.kind]:
             near = self._around_leaders() or self._farther()
             if not near:
                 return
+            self.bench.ahead(near[: self.bench.at_once])
             self._measure_next(near[0])
 
     def _farther(self) -> list[Candidate]:
@@ -325,34 +343,71 @@ class _Search:
             return
         self.study.enqueue_trial(near.params)
         for _ in range(_WAITING_AT_MOST):
-            self._step()
+            self._round()
             if near.key in self.seen:
                 return
 
-    def _step(self) -> None:
-        """One trial; where it measured nothing, the next one is the nearest candidate that was not measured."""
-        before = len(self.seen)
-        self.study.optimize(self._objective, n_trials=1, catch=(_Rejected,))
-        self._refresh()
-        if len(self.seen) > before:
-            return
-        near = None if self._proposal is None else self.space.nearest(self._proposal, self._unseen())
-        if near is not None:
-            self.study.enqueue_trial(near.params)
+    def _round(self, count: int = 1) -> None:
+        """Ask for candidates that were not measured, have them compiled together, measure one after the other."""
+        asked = self._ask(max(1, min(count, self._run.trials - len(self.seen))))
+        if len(asked) > 1:
+            self.bench.ahead([candidate for _, candidate in asked])
+        try:
+            while asked:
+                self._try(*asked.pop(0))
+                if self._spent():
+                    break
+        finally:
+            for trial, _ in asked:  # nothing is known of them
+                self.study.tell(trial, state=TrialState.FAIL)
+            self._refresh()
 
-    def _objective(self, trial: Trial) -> float:
-        trial.set_user_attr("worker", self._worker)
-        candidate = self._proposal = self._suggest(trial)
+    def _ask(self, count: int) -> list[tuple[Trial, Candidate]]:
+        """Trials of candidates to measure; a proposal that is none is replaced by the nearest that is."""
+        asked: dict[str, tuple[Trial, Candidate]] = {}
+        for _ in range(2 * count):  # a useless proposal, then its replacement
+            trial = self.study.ask()
+            trial.set_user_attr("worker", self._worker)
+            candidate = self._suggest(trial)
+            unseen = {c.key: c for c in self._unseen() if c.key not in asked}
+            if candidate.key in unseen:
+                asked[candidate.key] = trial, candidate
+                if len(asked) == count:
+                    break
+                continue
+            self._settle(trial, candidate)
+            near = self.space.nearest(candidate, unseen.values())
+            if near is None:
+                break
+            self.study.enqueue_trial(near.params)
+        return list(asked.values())
+
+    def _settle(self, trial: Trial, candidate: Candidate) -> None:
+        """End a trial that needs no measurement: its time is known, or it cannot run."""
         known = self.seen.get(candidate.key)
-        if known is not None and known.us is not None:
-            return known.us
-        if candidate.key not in self.space.candidates or known is not None:
-            raise optuna.TrialPruned
-        result = timing.measure(self.bench, candidate, self.best_us())
+        if known is None or known.us is None:
+            self.study.tell(trial, state=TrialState.PRUNED)
+        else:
+            self.study.tell(trial, known.us)
+
+    def _try(self, trial: Trial, candidate: Candidate) -> None:
+        """Measure a trial's candidate; what comes of it is in the study in any case."""
+        trial.set_user_attr("measuring", True)
+        try:
+            result = timing.measure(self.bench, candidate, self.best_us())
+        except BaseException as error:
+            if isinstance(error, DeviceLost):
+                trial.set_user_attr("rejected", str(error))
+            self.study.tell(trial, state=TrialState.FAIL)
+            raise
+        if result.native_us is not None:
+            trial.set_user_attr("native_us", result.native_us)
         if result.us is None:
             trial.set_user_attr("rejected", result.reason)
-            raise _Rejected(result.reason)
-        return result.us
+            self.study.tell(trial, state=TrialState.FAIL)
+        else:
+            self.study.tell(trial, result.us)
+        self.seen[candidate.key] = result
 
     def _suggest(self, trial: Trial) -> Candidate:
         params: dict[str, Any] = {"kernel": trial.suggest_categorical("kernel", list(self.space.spaces))}
@@ -368,11 +423,11 @@ class _Search:
         kept = self._kept_finals()
         if kept is not None:
             return kept
-        entries, stock = self._time_finals(self.ranked(dense=False)[:_FINALISTS] + self.ranked(dense=True))
+        entries = self.bench.finals(self._finalists())
         finals = _Finals(
             measured=len(self.seen),
-            entries=[_Final(candidate.params, t.us, t.spread, t.best) for candidate, t in entries],
-            stock_us=None if stock is None else stock.us,
+            entries=[_Final.of(candidate, times) for candidate, times in entries],
+            stock_us=self.bench.stock_us(),
         )
         self.study.set_user_attr("finals", msgspec.to_builtins(finals))
         return finals
@@ -385,15 +440,12 @@ class _Search:
             return None
         return kept if known and kept.entries and kept.measured == len(self.seen) else None
 
-    def _time_finals(self, finalists: Sequence[Candidate]) -> tuple[list[tuple[Candidate, Timing]], Timing | None]:
-        plans = [self.bench.plan(candidate) for candidate in finalists]
-        stock = self.bench.stock()
-        calls = [self.bench.call(plan) for plan in plans]
-        times = timing.interleaved(calls if stock is None else [*calls, stock])
-        # Once more, so that a kernel which is right only now and then is found.
-        right = [self.bench.wrong(plan) is None for plan in plans]
-        entries = [(c, t) for c, t, fine in zip(finalists, times[: len(plans)], right, strict=True) if fine]
-        return entries, None if stock is None else times[-1]
+    def _finalists(self) -> list[Candidate]:
+        """The best sparse ones, those that are best without conversions of layout, and every dense one."""
+        sparse = [r for r in self.seen.values() if r.native_us is not None and not self.space.is_dense(r.candidate)]
+        native = [r.candidate for r in sorted(sparse, key=lambda r: r.native_us or 0.0)]
+        best = self.ranked(dense=False)[:_FINALISTS] + native[:_NATIVE_FINALISTS]
+        return list({c.key: c for c in best}.values()) + self.ranked(dense=True)
 
     def outcome(self) -> _Outcome:
         """Choose, from the re-timing."""
@@ -415,7 +467,7 @@ class _Search:
     ) -> files.Layer:
         weight, candidate = self.problem.weight, Candidate.from_params(chosen.params)
         dense_us = min((us for us in (dense_choice_us, stock_us) if us is not None), default=None)
-        ranked = [(Candidate.from_params(e.params), e.us) for e in entries]
+        ranked = [(Candidate.from_params(e.params), e) for e in entries]
         return files.Layer(
             names=[self.problem.name],
             spec=self.problem.spec.to_dict(),
@@ -430,7 +482,8 @@ class _Search:
             dense_choice_us=dense_choice_us,
             ratio=None if dense_us is None else dense_us / chosen.us,
             trials=len(self.seen),
-            top=[files.Measurement(c.kernel, c.config, us) for c, us in ranked],
+            top=[files.Measurement(c.kernel, c.config, e.us, e.gpu) for c, e in ranked],
+            gpu=chosen.gpu,
         )
 
 
@@ -444,19 +497,23 @@ def _chosen(sparse: Sequence[_Final], dense: Sequence[_Final]) -> _Final:
 
 def _result_of(trial: FrozenTrial, candidate: Candidate) -> Result | None:
     if trial.state == TrialState.COMPLETE and trial.value is not None and 0.0 < trial.value < float("inf"):
-        return Result(candidate, trial.value)
+        return Result(candidate, trial.value, native_us=trial.user_attrs.get("native_us"))
     if trial.state == TrialState.FAIL and "rejected" in trial.user_attrs:
         return Result(candidate, None, str(trial.user_attrs["rejected"]))
     return None
 
 
 def _fail_dead(study: optuna.Study) -> None:
-    """Fail the trials of workers that are gone, so that their candidates are free again."""
+    """Fail the trials of workers that are gone, so that their candidates are free again.
+
+    What a worker died of is the candidate that it measured, not those that it had only asked for.
+    """
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         if _is_alive(trial):
             continue
         try:
-            study._storage.set_trial_user_attr(trial._trial_id, "died", True)
+            if "measuring" in trial.user_attrs:
+                study._storage.set_trial_user_attr(trial._trial_id, "died", True)
             study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
         except (ValueError, RuntimeError):  # another worker was faster
             continue
@@ -481,7 +538,8 @@ def _similar(done: Sequence[_Outcome], problem: LayerProblem, space: ProblemSpac
     """Best candidates of a problem of equal image and kernel sizes that is done, as this space has them."""
 
     def shape(p: LayerProblem) -> tuple[Any, ...]:
-        return p.spec.r, p.spec.s, p.spec.stride, p.spec.dilation, p.spec.h, p.spec.w, p.spec.groups == 1
+        spec = p.spec
+        return spec.r, spec.s, spec.stride, spec.dilation, spec.h, spec.w, spec.groups == 1, spec.dtype
 
     def distance(outcome: _Outcome) -> tuple[Any, ...]:
         spec, other = problem.spec, outcome.problem.spec
@@ -516,7 +574,8 @@ def tune_layers(
     problems
         Problems of equal spec, weight and activation are tuned once.
     device
-        Kind of device: ``"cpu"``.
+        ``"cpu"``, ``"cuda"`` (torch's current GPU) or a certain GPU, as ``"cuda:1"``. On the CPU the dtype of a spec
+        does not matter, on a GPU it is part of the problem (float64 is computed in float32).
     trials
         Candidates measured for each problem, at most; those always measured (dense, each kernel's default) count,
         but are measured even if they are more.
@@ -525,9 +584,11 @@ def tune_layers(
         use it up; the candidates always measured are not cut, so it can be overrun by them.
     storage
         Path of a journal file. A run that was interrupted goes on where it stopped when it is called again, and
-        several processes can share the file. None keeps everything in memory.
+        several processes can share the file. None keeps everything in memory, or, on a GPU, in a temporary file
+        that is left, and named in the error, only if a kernel made the GPU unusable.
     threads
-        How many threads a layer may use; None takes those of torch if it is loaded, else of numbasparse.
+        How many threads a layer may use; None takes those of torch if it is loaded, else of numbasparse. Without
+        meaning on a GPU.
     progress
         Whether to show a progress bar, and a table at the end.
 
@@ -540,24 +601,55 @@ def tune_layers(
     TypeError, ValueError
         For arguments that make no sense, or a `storage` that is no journal.
     RuntimeError
-        If for a problem every kernel, dense too, computes something wrong.
+        If for a problem every kernel, dense too, computes something wrong; if there is no usable GPU.
+    DeviceLost
+        A RuntimeError: a kernel made the GPU unusable for this process. The text says how to go on.
     KeyboardInterrupt
         Passes through; what was measured is in the journal.
     """
     problems = list(problems)
-    _check_arguments(problems, device, trials, timeout)
-    count = _threads(threads)
-    groups = _grouped(problems)
-    with _quiet_optuna(), timing.torch_threads(count):
-        run = _Run(device, trials, count, None if storage is None else open_journal(storage))
+    target = target_of(device)
+    _check_arguments(problems, trials, timeout)
+    count = _threads(threads) if target.kind == "cpu" else 1
+    groups = _grouped([problem.on(target.kind) for problem in problems])
+    with _quiet_optuna(), _benches(target, count) as bench_of, _journal(storage, target.kind) as journal:
+        run = _Run(target.kind, trials, count, journal, bench_of)
         layers = _tune_all(run, groups, timeout, progress)
+        tuned = TunedModel(layers, files.this_device(count, target.kind), files.these_versions(target.kind))
     _warn_if_busy(run.done)
-    tuned = TunedModel(layers, files.this_device(count, device), files.these_versions())
     if progress:
         from autotune.report import print_report
 
         print_report(tuned)
     return tuned
+
+
+def _benches(target: Target, threads: int) -> AbstractContextManager[Callable[[LayerProblem], Bench]]:
+    """What makes the benches of a call, and sets and restores what they share."""
+    if target.kind == "cuda":
+        from autotune.gpu import benches
+
+        return benches(target.index)
+    return timing.cpu_benches(threads)
+
+
+@contextmanager
+def _journal(storage: str | os.PathLike[str] | None, kind: str) -> Iterator[Any]:
+    """The caller's journal; without one, memory, or on a GPU a temporary file that outlives only a lost device."""
+    if storage is not None or kind == "cpu":
+        yield None if storage is None else open_journal(storage)
+        return
+    folder = tempfile.mkdtemp(prefix="numbasparse-tune-")
+    path = os.path.join(folder, "journal")
+    keep = False
+    try:
+        yield open_journal(path)
+    except DeviceLost as lost:
+        keep = True
+        raise DeviceLost(f"{lost}; what was measured so far is in storage={path!r}") from None
+    finally:
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _tune_all(
@@ -609,7 +701,7 @@ def _similar_together(groups: Sequence[list[LayerProblem]]) -> list[int]:
 
     def shape(number: int) -> tuple[Any, ...]:
         spec = groups[number][0].spec
-        return spec.r, spec.s, spec.stride, spec.h, spec.w, spec.c, spec.k
+        return spec.r, spec.s, spec.stride, spec.h, spec.w, spec.c, spec.k, spec.dtype
 
     first: dict[Any, int] = {}
     for number in range(len(groups)):
@@ -630,9 +722,7 @@ def _quiet_optuna() -> Iterator[None]:
         random.setstate(random_state)
 
 
-def _check_arguments(problems: Sequence[Any], device: str, trials: int, timeout: float | None) -> None:
-    if device not in DEVICES:
-        raise ValueError(f"device must be one of {', '.join(map(repr, DEVICES))}, got {device!r}")
+def _check_arguments(problems: Sequence[Any], trials: int, timeout: float | None) -> None:
     if not problems:
         raise ValueError("there are no layers to tune: the list is empty")
     for problem in problems:

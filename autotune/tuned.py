@@ -3,9 +3,10 @@
 A file is JSON: ``format`` "numbasparse.tuned", ``version`` 1, ``device``, ``versions``, ``created``, and ``layers``
 (see `Layer`). It is read with validation and nothing of it is used before it was checked:
 
-- another format or version, another kind of device, vector width or architecture, an unknown kernel or another
-  version of a kernel: ValueError that names the file;
-- another processor, system, thread count or library version: a warning, since the choice runs but may not be best;
+- another format or version, another kind of device, vector width, architecture or compute capability, an unknown
+  kernel or another version of a kernel: ValueError that names the file;
+- another processor or GPU, system, thread count, driver or library version: a warning, since the choice runs but may
+  not be best;
 - a config is checked by its kernel at look-up, where spec and weight are known. One that does not pass is left out
   with a warning, and the look-up goes on as if the layer were not in the file.
 """
@@ -22,16 +23,17 @@ from datetime import UTC, datetime
 from hashlib import blake2b
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import msgspec
 
 import numbasparse
-from autotune.measure import default_threads
+from autotune.measure import GpuTimes, default_threads
+from autotune.space import dtype_on
 from numbasparse.files import write_whole
 from numbasparse.kernels import KERNELS
 from numbasparse.plans import Choice
-from numbasparse.runtime import cpu
+from numbasparse.runtime import cpu, cuda
 from numbasparse.spec import ConvSpec
 from numbasparse.weight import SparseWeight
 
@@ -48,25 +50,50 @@ Config = dict[str, int | str]
 T = TypeVar("T")
 
 
-class Device(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The device that was measured; `lanes` are float32 lanes of a vector."""
+class CpuDevice(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="cpu"):
+    """The CPU that was measured; `lanes` are float32 lanes of a vector."""
 
-    kind: str
     processor: str
     lanes: Count
     threads: Count
     os: str
     arch: str
 
+    kind: ClassVar[str] = "cpu"
 
-class Versions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Software that was measured; torch may not have been installed."""
+    @property
+    def label(self) -> str:
+        return f"{self.processor}, {self.threads} thread{'s' * (self.threads != 1)}"
+
+
+class CudaDevice(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="cuda"):
+    """The GPU that was measured; `capability` is the compute capability, for example "9.0"."""
+
+    name: str
+    capability: str
+    multiprocessors: Count
+
+    kind: ClassVar[str] = "cuda"
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}, compute capability {self.capability}"
+
+
+Device = CpuDevice | CudaDevice
+
+
+class Versions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Software that was measured; torch may not have been installed. The last three are of a GPU."""
 
     numbasparse: str
     numba: str
     llvmlite: str
     numpy: str
     torch: str | None
+    numba_cuda: str | None = None
+    driver: str | None = None
+    cudnn: str | None = None
 
 
 class Chosen(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -77,15 +104,16 @@ class Chosen(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     config: Config
 
 
-class Measurement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Median microseconds of a candidate."""
+class Measurement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Median microseconds of a candidate; on a GPU with what `gpu` adds."""
 
     kernel: str
     config: Config
     median_us: NonNegative
+    gpu: GpuTimes | None = None
 
 
-class Layer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Layer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """One problem, its choice and its measurements.
 
     Attributes
@@ -99,17 +127,20 @@ class Layer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     nnz, fingerprint
         Of the weight that was measured.
     median_us, spread_us
-        Of the choice: median and interquartile range.
+        Of the choice: median and interquartile range. On a GPU with a warm L2 cache, input and output in NCHW or in
+        NHWC, whichever is better for the candidate, conversions counted: what the layer costs where it stands alone.
     dense_us
         Best dense convolution of torch: any layout, channels-last without conversion included.
     dense_choice_us
-        Best dense candidate: input and output in NCHW, as for the sparse ones.
+        Best dense candidate: input and output as for the sparse ones (on the CPU: NCHW).
     ratio
         ``dense_us / median_us``. The dense figures and the ratio are None without torch.
     trials
         How many candidates were measured.
     top
-        The best of them, as re-timed.
+        The best of them, as re-timed; on a GPU also those that are best between neighbours which keep their layout.
+    gpu
+        Of the choice, on a GPU: its layouts and its other times.
     """
 
     names: list[str]
@@ -126,6 +157,7 @@ class Layer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ratio: NonNegative | None
     trials: Count
     top: list[Measurement]
+    gpu: GpuTimes | None = None
 
 
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -153,9 +185,17 @@ def steps(a: float, b: float) -> int:
 
 
 def this_device(threads: int | None = None, kind: str = "cpu") -> Device:
-    """The device of this process."""
-    return Device(
-        kind=kind,
+    """The CPU of this process, or its current GPU.
+
+    Raises
+    ------
+    RuntimeError
+        If it is a GPU that is asked for and none is usable.
+    """
+    if kind == "cuda":
+        facts = cuda.current()
+        return CudaDevice(facts.name, ".".join(map(str, facts.capability)), facts.multiprocessors)
+    return CpuDevice(
         processor=cpu.processor_name(),
         lanes=cpu.vector_lanes(),
         threads=default_threads() if threads is None else threads,
@@ -164,14 +204,24 @@ def this_device(threads: int | None = None, kind: str = "cpu") -> Device:
     )
 
 
-def these_versions() -> Versions:
-    """The software of this process."""
-    return Versions(
+def these_versions(kind: str = "cpu") -> Versions:
+    """The software of this process, as far as it matters to a kind of device."""
+    versions = Versions(
         numbasparse=numbasparse.__version__,
         numba=metadata.version("numba"),
         llvmlite=metadata.version("llvmlite"),
         numpy=metadata.version("numpy"),
         torch=_version_or_none("torch"),
+    )
+    if kind == "cpu":
+        return versions
+    from torch.backends import cudnn
+
+    return msgspec.structs.replace(
+        versions,
+        numba_cuda=_version_or_none("numba-cuda"),
+        driver=cuda.current().driver,
+        cudnn=str(cudnn.version()),
     )
 
 
@@ -208,12 +258,12 @@ class TunedModel:
         self._by_spec: dict[ConvSpec, list[Layer]] = {}
         self._by_image: dict[ConvSpec, list[tuple[int, Layer]]] = {}
         for layer in self.layers:
-            spec = _key(ConvSpec.from_dict(layer.spec))
+            spec = self._key(ConvSpec.from_dict(layer.spec))
             self._by_spec.setdefault(spec, []).append(layer)
             self._by_image.setdefault(spec.with_batch(1), []).append((spec.n, layer))
 
     def __repr__(self) -> str:
-        return f"TunedModel({len(self.layers)} layers, {self.device.processor}, threads={self.device.threads})"
+        return f"TunedModel({len(self.layers)} layers, {self.device.label})"
 
     def choice(self, spec: ConvSpec, weight: SparseWeight, name: str | None = None) -> Choice | None:
         """The choice for a problem, or None where nothing is known of it.
@@ -225,11 +275,11 @@ class TunedModel:
         3. a layer with that spec but for the batch size, of the same bucket, the nearest batch size.
 
         A layer that was tuned with this very weight goes before others that are as near. The spec's dtype does
-        not matter: kernels compute in float32.
+        not matter on the CPU, where kernels compute in float32; on a GPU only float64 is another name of float32.
         """
         bucket = bucket_of(weight.sparsity)
         for layer in self._same_spec(spec, weight, bucket, name):
-            reason = _unusable(layer, spec, weight)
+            reason = self._unusable(layer, spec, weight)
             if reason is None:
                 return Choice(layer.choice.kernel, dict(layer.choice.config))
             warnings.warn(
@@ -237,12 +287,12 @@ class TunedModel:
                 stacklevel=2,
             )
         for layer in self._other_batches(spec, bucket):
-            if _unusable(layer, spec, weight) is None:
+            if self._unusable(layer, spec, weight) is None:
                 return Choice(layer.choice.kernel, dict(layer.choice.config))
         return None
 
     def _same_spec(self, spec: ConvSpec, weight: SparseWeight, bucket: float, name: str | None) -> Iterator[Layer]:
-        near = [layer for layer in self._by_spec.get(_key(spec), ()) if steps(layer.bucket, bucket) <= 1]
+        near = [layer for layer in self._by_spec.get(self._key(spec), ()) if steps(layer.bucket, bucket) <= 1]
 
         def order(layer: Layer) -> tuple[Any, ...]:
             other_weight = layer.fingerprint != weight.fingerprint
@@ -252,10 +302,20 @@ class TunedModel:
         yield from sorted(near, key=order)
 
     def _other_batches(self, spec: ConvSpec, bucket: float) -> Iterator[Layer]:
-        found = self._by_image.get(_key(spec).with_batch(1), ())
+        found = self._by_image.get(self._key(spec).with_batch(1), ())
         others = [(n, layer) for n, layer in found if n != spec.n and layer.bucket == bucket]
         for _, layer in sorted(others, key=lambda pair: abs(math.log(pair[0] / spec.n))):
             yield layer
+
+    def _key(self, spec: ConvSpec) -> ConvSpec:
+        return replace(spec, dtype=dtype_on(self.device.kind, spec.dtype))
+
+    def _unusable(self, layer: Layer, spec: ConvSpec, weight: SparseWeight) -> str | None:
+        kernel = KERNELS.get(layer.choice.kernel)
+        if kernel is None:
+            return f"kernel {layer.choice.kernel!r} is unknown"
+        spec = self._key(spec)
+        return kernel.supports(spec, weight) or kernel.check(spec, weight, dict(layer.choice.config))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file; an older one at ``path`` is replaced only by a complete one.
@@ -277,8 +337,8 @@ class TunedModel:
         OSError
             If the file cannot be read; FileNotFoundError if there is none.
         ValueError
-            If it is truncated, corrupt, no tuned file, or made for another device, vector width or version of a
-            kernel; the text names the file.
+            If it is truncated, corrupt, no tuned file, or made for another device, vector width, compute capability
+            or version of a kernel; the text names the file.
         """
         blob = Path(path).read_bytes()
         try:
@@ -297,17 +357,6 @@ def _fingerprint(device: Device, layers: Iterable[Layer]) -> str:
     return blake2b(msgspec.json.encode([device, choices], order="deterministic"), digest_size=16).hexdigest()
 
 
-def _key(spec: ConvSpec) -> ConvSpec:
-    return spec if spec.dtype == "float32" else replace(spec, dtype="float32")
-
-
-def _unusable(layer: Layer, spec: ConvSpec, weight: SparseWeight) -> str | None:
-    kernel = KERNELS.get(layer.choice.kernel)
-    if kernel is None:
-        return f"kernel {layer.choice.kernel!r} is unknown"
-    return kernel.supports(spec, weight) or kernel.check(spec, weight, dict(layer.choice.config))
-
-
 # ---- checks of a file ---------------------------------------------------------------------------------------
 
 
@@ -321,7 +370,7 @@ def _parse(blob: bytes) -> _File:
     _check_device(file.device)
     for number, layer in enumerate(file.layers):
         try:
-            _check_layer(layer)
+            _check_layer(layer, file.device.kind)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{error} (layers[{number}], {', '.join(layer.names)})") from None
     return file
@@ -337,9 +386,11 @@ def _decode(blob: bytes, kind: type[T]) -> T:
 
 
 def _check_device(device: Device) -> None:
-    here = this_device(kind="cpu")
-    if device.kind != here.kind:
-        raise ValueError(f"it was made for a device of kind {device.kind!r}, this is {here.kind!r}: tune again here")
+    if isinstance(device, CudaDevice):
+        _check_gpu(device)
+        return
+    here = this_device()
+    assert isinstance(here, CpuDevice)
     if device.arch.lower() != here.arch.lower():
         raise ValueError(f"it was made for architecture {device.arch!r}, this is {here.arch!r}: tune again here")
     if device.lanes != here.lanes:
@@ -349,7 +400,20 @@ def _check_device(device: Device) -> None:
         )
 
 
-def _check_layer(layer: Layer) -> None:
+def _check_gpu(device: CudaDevice) -> None:
+    try:
+        here = this_device(kind="cuda")
+    except RuntimeError as error:
+        raise ValueError(f"it was made for a GPU ({device.label}), and there is none to use here: {error}") from None
+    assert isinstance(here, CudaDevice)
+    if device.capability != here.capability:
+        raise ValueError(
+            f"it was made for compute capability {device.capability} ({device.name}), this GPU has {here.capability} "
+            f"({here.name}): tune again here"
+        )
+
+
+def _check_layer(layer: Layer, kind: str) -> None:
     spec = ConvSpec.from_dict(layer.spec)
     size = spec.k * spec.c_per_group * spec.r * spec.s
     if layer.nnz > size:
@@ -360,6 +424,8 @@ def _check_layer(layer: Layer) -> None:
     kernel = KERNELS.get(layer.choice.kernel)
     if kernel is None:
         raise ValueError(f"kernel {layer.choice.kernel!r} is unknown, there are {', '.join(sorted(KERNELS))}")
+    if kernel.device != kind:
+        raise ValueError(f"kernel {kernel.name!r} runs on device {kernel.device!r}, the file is for {kind!r}")
     if layer.choice.version != kernel.version:
         raise ValueError(
             f"it was made with version {layer.choice.version} of kernel {kernel.name!r}, installed is version "
@@ -370,12 +436,15 @@ def _check_layer(layer: Layer) -> None:
 def _check_finite(layer: Layer) -> None:
     figures = [layer.median_us, layer.spread_us, layer.dense_us, layer.dense_choice_us, layer.ratio]
     figures += [measured.median_us for measured in layer.top]
+    for times in (layer.gpu, *(measured.gpu for measured in layer.top)):
+        figures += [] if times is None else [times.native_us, times.cold_us, times.native_cold_us]
     if not all(figure is None or math.isfinite(figure) for figure in figures):
         raise ValueError("a time is not finite")
 
 
 def _warn_of_differences(file: _File, path: str | os.PathLike[str]) -> None:
-    pairs = ((file.device, this_device()), (file.versions, these_versions()))
+    kind = file.device.kind
+    pairs = ((file.device, this_device(kind=kind)), (file.versions, these_versions(kind)))
     differences = [
         f"{name} {old!r} then, {new!r} now"
         for then, now in pairs
