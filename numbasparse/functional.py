@@ -6,12 +6,13 @@ import sys
 import threading
 import weakref
 from collections import OrderedDict
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from numbasparse.plans import ConfigLike, Plan, is_tensor, plan
+from numbasparse.plans import ConfigLike, Plan, device_and_dtype, is_tensor, plan
 from numbasparse.runtime import cpu
+from numbasparse.runtime.layouts import Layout
 from numbasparse.spec import ConvSpec
 from numbasparse.weight import SparseWeight
 
@@ -77,13 +78,17 @@ def conv2d(
     config: ConfigLike = None,
     out: Any = None,
     kernel_shape: tuple[int, int, int] | None = None,
+    residual: Any = None,
+    out_layout: Layout | Literal["native"] | None = None,
 ) -> Any:
     """Sparse 2-D convolution, like ``torch.nn.functional.conv2d``.
 
     Parameters
     ----------
-    x : NumPy array or torch CPU tensor, (N, C, H, W)
-        float32, or float64, float16, bfloat16 (torch), which are computed in float32 and rounded back.
+    x : NumPy array, torch tensor, or GPU array with ``__dlpack__`` or ``__cuda_array_interface__``, (N, C, H, W)
+        float32, or float64, float16, bfloat16 (torch), which are computed in float32 and rounded back.  A CUDA
+        tensor, or an array of CuPy for example, is convolved on its GPU; there float16 and bfloat16 are read and
+        written as they are, and sums are in float32.
     weight : SparseWeight, SciPy sparse matrix, or dense array or tensor (K, C/groups, R, S)
         A `SparseWeight` is packed once; the other two are converted and recognised by content at every call,
         which costs time in proportion to their size.
@@ -97,9 +102,14 @@ def conv2d(
         Which kernel to run: see `numbasparse.plans.ConfigLike`.  None takes the stated default; a tuned model
         takes what was measured best for this shape and sparsity.
     out : like ``x``, (N, K, OH, OW), optional
-        C-contiguous; must not share memory with ``x``.
+        C-contiguous on the CPU; must not share memory with ``x``.
     kernel_shape : (C/groups, R, S)
         Needed, and allowed, only where ``weight`` is a SciPy matrix of shape (K, C/groups*R*S).
+    residual : like ``x``, (N, K, OH, OW), optional
+        On a GPU: added before the activation.
+    out_layout : "NCHW", "NHWC", "CHWN" or "native", optional
+        On a GPU: layout of the result in memory; None is that of ``x``, "native" what the kernel writes without a
+        conversion.
 
     Returns
     -------
@@ -110,6 +120,8 @@ def conv2d(
     ------
     ValueError, TypeError
         For inputs that do not fit; the text says what was expected, what came, and what to do.
+    numbasparse.runtime.cuda.CudaError
+        If ``x`` is on a GPU that cannot be used.
 
     Notes
     -----
@@ -121,21 +133,48 @@ def conv2d(
     if sparse is weight and kernel_shape is not None and tuple(kernel_shape) != sparse.kernel_shape:
         raise ValueError(f"kernel_shape {kernel_shape} differs from the SparseWeight's {sparse.kernel_shape}: omit it")
     tensor = is_tensor(x)
+    if not tensor and not isinstance(x, np.ndarray):
+        options = {"activation": activation, "config": config, "out_layout": out_layout}
+        arguments = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+        return _conv2d_array(x, sparse, bias, out, residual, **arguments, **options)
+    device, dtype = ("cpu", "float32") if not tensor or x.is_cpu else device_and_dtype(x)
     threads = sys.modules["torch"].get_num_threads() if tensor else cpu.get_num_threads()
-    shape = x.shape if tensor or isinstance(x, np.ndarray) else None
-    if shape is None:
-        raise TypeError(f"x must be a NumPy array or a torch CPU tensor, got {type(x).__name__}")
-    key: tuple[Any, ...] = (shape, stride, padding, dilation, groups, activation, _config_key(config), threads)
+    shape = x.shape
+    key: tuple[Any, ...] = (
+        shape,
+        stride,
+        padding,
+        dilation,
+        groups,
+        activation,
+        _config_key(config),
+        threads,
+        device,
+        dtype,
+    )
     try:
         hash(key)
     except TypeError:  # lists, for example: ConvSpec reads them, or says what is wrong with them
         key = (shape, repr(key[1:]))
     found = _plans.get(sparse, key)
     if found is None:
-        spec = ConvSpec.create(tuple(shape), sparse.shape, stride, padding, dilation, groups)
-        found = plan(spec, sparse, config=config, activation=activation, threads=min(threads, cpu.MAX_THREADS))
+        spec = ConvSpec.create(tuple(shape), sparse.shape, stride, padding, dilation, groups, dtype)
+        count = min(threads, cpu.MAX_THREADS)
+        found = plan(spec, sparse, device=device, config=config, activation=activation, threads=count)
         _plans.put(sparse, key, found, config)
-    return found(x, bias, out)
+    return found(x, bias, out, residual, out_layout)
+
+
+def _conv2d_array(x: Any, weight: SparseWeight, bias: Any, out: Any, residual: Any, **options: Any) -> Any:
+    """The convolution of another library's array, by way of tensors on the same memory."""
+    if not hasattr(x, "__dlpack__") and not hasattr(x, "__cuda_array_interface__"):
+        raise TypeError(f"x must be a NumPy array, a torch tensor or an array with __dlpack__, got {type(x).__name__}")
+    from numbasparse.cuda_plans import from_array
+
+    tensor, back = from_array(x)
+    bias, target, residual = (None if t is None else from_array(t)[0] for t in (bias, out, residual))
+    y = conv2d(tensor, weight, bias, out=target, residual=residual, **options)
+    return back(y) if out is None else out
 
 
 def _config_key(config: ConfigLike) -> Any:

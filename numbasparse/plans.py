@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, get_args
 
 import numpy as np
 
-from numbasparse.kernels import KERNELS, Activation, Config, ConfigError, TorchRunner, kernel, kernels_for
+from numbasparse.kernels import Activation, Config, ConfigError, TorchRunner, kernel, kernels_for
 from numbasparse.runtime import cpu
+from numbasparse.runtime.layouts import Layout
 from numbasparse.spec import DTYPES, ConvSpec
 from numbasparse.weight import SparseWeight
 
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
     import torch
 
 DENSE_ABOVE = 0.4
-"""Density from which an untuned layer is run dense, where torch is there to run it (the stated default)."""
+"""Density from which an untuned layer is run dense on the CPU, where torch is there to run it (the stated default)."""
+
+DENSE_ABOVE_CUDA = {"float32": 0.15, "float64": 0.15, "float16": 0.0, "bfloat16": 0.0}
+"""The same for GPUs, by dtype: a dense convolution in 16 bits runs on tensor cores, several times as fast."""
 
 
 @dataclass(frozen=True)
@@ -40,16 +44,21 @@ ConfigLike = Choice | Mapping[str, Any] | str | Chooser | None
 """A `Choice`, ``{"kernel": name, "config": {...}}``, a kernel's name, a `Chooser`, or None for the default."""
 
 
+def dense_above(spec: ConvSpec, device: str = "cpu") -> float:
+    """Density from which an untuned layer is run dense on a kind of device."""
+    return DENSE_ABOVE_CUDA[spec.dtype] if device == "cuda" else DENSE_ABOVE
+
+
 def default_choice(spec: ConvSpec, weight: SparseWeight, threads: int, device: str = "cpu") -> Choice:
     """The stated default for a problem that nobody tuned.
 
-    Dense where more than `DENSE_ABOVE` of the weights are non-zero and torch is installed; else the first
+    Dense where more than `dense_above` of the weights are non-zero and torch is installed; else the first
     sparse kernel of the table that runs the problem, with its default config.
     """
     usable = [k for k in kernels_for(device) if k.supports(spec, weight) is None]
     dense = [k for k in usable if k.is_dense]
     sparse = [k for k in usable if not k.is_dense]
-    ordered = dense + sparse if weight.density > DENSE_ABOVE else sparse + dense
+    ordered = dense + sparse if weight.density > dense_above(spec, device) else sparse + dense
     if not ordered:
         raise ConfigError(f"no kernel for device {device!r} runs {spec.key}")
     return Choice(ordered[0].name, ordered[0].default(spec, weight, threads))
@@ -103,17 +112,26 @@ def check_activation(activation: str | None) -> Activation:
 class Plan:
     """One convolution, packed and compiled: call it with an input of the spec's shape.
 
-    Made by `plan`.  Safe to call from several threads at once.
+    Made by `plan`; this class runs on the CPU, `numbasparse.cuda_plans.CudaPlan` on a GPU.  Safe to call from
+    several threads at once.
 
     Attributes
     ----------
     spec, choice, activation, threads
         What it runs; ``threads`` is how many at most.
+    device
+        ``"cpu"``, or a GPU as in ``"cuda:0"``.
+    takes, gives
+        Layouts that its kernel reads and writes without a conversion.
     nbytes
         Bytes of the packed weight.
     workspace
         Scratch bytes of each thread, shared by all plans of the process.
     """
+
+    device: str = "cpu"
+    takes: Layout = "NCHW"
+    gives: Layout = "NCHW"
 
     def __init__(
         self, spec: ConvSpec, weight: SparseWeight, choice: Choice, activation: Activation, threads: int
@@ -138,7 +156,14 @@ class Plan:
     def workspace(self) -> int:
         return self._runner.workspace
 
-    def __call__(self, x: Any, bias: Any = None, out: Any = None) -> Any:
+    def __call__(
+        self,
+        x: Any,
+        bias: Any = None,
+        out: Any = None,
+        residual: Any = None,
+        out_layout: Layout | Literal["native"] | None = None,
+    ) -> Any:
         """Run the convolution.
 
         Parameters
@@ -148,12 +173,20 @@ class Plan:
         bias : array or tensor, (K,), optional
         out : like ``x``, (N, K, OH, OW), optional
             C-contiguous; must not share memory with ``x``.
+        residual
+            Only for plans on a GPU.
+        out_layout
+            Here always NCHW.
 
         Returns
         -------
         array or tensor, (N, K, OH, OW)
             Of the kind and dtype of ``x``; ``out`` where given.
         """
+        if residual is not None:
+            raise ValueError("a residual is added by plans on a GPU only: add it to the result")
+        if out_layout not in (None, "native", "NCHW"):
+            raise ValueError(f"on the CPU the layout of a result is NCHW, got out_layout={out_layout!r}")
         if is_tensor(x):
             return self._call_torch(x, bias, out)
         if not isinstance(x, np.ndarray):
@@ -203,7 +236,7 @@ class Plan:
         if not out.is_cpu:
             raise ValueError(f"out is on device {out.device}, this plan runs on the CPU")
         self._check_out(out, x.dtype, out.is_contiguous())
-        if _overlap(out, x):
+        if overlap(out, x):
             raise ValueError("out shares memory with x: give a separate tensor")
 
     def _check_out(self, out: Any, dtype: Any, contiguous: bool) -> None:
@@ -267,7 +300,7 @@ class Plan:
         return b
 
 
-def _overlap(out: torch.Tensor, x: torch.Tensor) -> bool:
+def overlap(out: torch.Tensor, x: torch.Tensor) -> bool:
     """Whether the contiguous ``out`` lies within the bytes that ``x`` spans."""
     size = x.element_size()
     end = x.data_ptr() + size + size * sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
@@ -299,29 +332,76 @@ def plan(
     spec
         The problem; its weight shape must be the weight's.
     device
-        Kind of device: ``"cpu"``.
+        ``"cpu"``, ``"cuda"`` (torch's current GPU) or a certain GPU, as ``"cuda:1"``, on which the weight is packed.
+        On a GPU the dtype of the spec is that of the activations in memory; sums are in float32.
     config
         Which kernel and config (see `ConfigLike`); None takes `default_choice`.
     activation
         None, ``"relu"``, ``"relu6"`` or ``"silu"``, applied to the output.
     threads
-        How many threads at most; None takes `numbasparse.runtime.cpu.get_num_threads`.
+        How many threads at most; None takes `numbasparse.runtime.cpu.get_num_threads`.  Means nothing on a GPU.
 
     Raises
     ------
     ValueError
         For shapes that do not match, an unknown device, kernel, parameter or activation.
+    numbasparse.runtime.cuda.CudaError
+        If there is no usable GPU.
     """
-    if device != "cpu":
-        raise ValueError(f"device must be 'cpu', got {device!r}")
+    kind, _ = parse_device(device)
     spec.check_weight_shape(weight.shape)
     if weight.groups != spec.groups:
         raise ValueError(f"weight has groups={weight.groups}, the spec has groups={spec.groups}")
     count = cpu.get_num_threads() if threads is None else _check_threads(threads)
-    choice = resolve(config, spec, weight, count, device)
-    if choice.kernel not in KERNELS:
-        kernel(choice.kernel)
-    return Plan(spec, weight, choice, check_activation(activation), count)
+    name = check_activation(activation)
+    if kind == "cuda":
+        from numbasparse.cuda_plans import cuda_plan
+
+        return cuda_plan(spec, weight, device, config, name)
+    choice = resolve(config, spec, weight, count, kind)
+    check_kind(choice, kind)
+    return Plan(spec, weight, choice, name, count)
+
+
+def device_and_dtype(x: torch.Tensor) -> tuple[str, str]:
+    """What a plan for a tensor outside of the host's memory is made for: device as in "cuda:0", and spec's dtype.
+
+    Raises
+    ------
+    ValueError
+        If it is on no GPU of NVIDIA's.
+    TypeError
+        If its dtype is none of `DTYPES`.
+    """
+    if not x.is_cuda:
+        raise ValueError(f"x is on device {x.device}: only the CPU and NVIDIA GPUs are supported, call x.cpu()")
+    dtype = str(x.dtype).removeprefix("torch.")
+    _check_float(dtype)
+    return f"cuda:{x.get_device()}", dtype
+
+
+def parse_device(device: str) -> tuple[str, int | None]:
+    """Kind and number of a device: ``("cpu", None)``, ``("cuda", None)`` for the current GPU, ``("cuda", 1)``.
+
+    Raises
+    ------
+    ValueError
+        If ``device`` is none.
+    """
+    kind, colon, number = str(device).partition(":")
+    if kind == "cuda" and colon and number.isdecimal():
+        return kind, int(number)
+    if colon or kind not in ("cpu", "cuda"):
+        raise ValueError(f"device must be 'cpu', 'cuda' or a certain GPU like 'cuda:1', got {device!r}")
+    return kind, None
+
+
+def check_kind(choice: Choice, kind: str) -> None:
+    """Raise unless the kernel of ``choice`` is there and runs on that kind of device."""
+    runs_on = kernel(choice.kernel).device
+    if runs_on != kind:
+        names = [k.name for k in kernels_for(kind)]
+        raise ConfigError(f"kernel {choice.kernel!r} is for device {runs_on!r}; those for {kind!r} are {names}")
 
 
 def _check_threads(threads: int) -> int:

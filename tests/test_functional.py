@@ -275,7 +275,7 @@ def test_choosers_are_not_mixed_up(prepared: list[str]) -> None:
         ({"config": {"kernel": "dense", "config": {"size": 1}}}, ValueError, "expected the parameters"),
         ({"config": 3}, TypeError, "config must be None"),
         ({"kernel_shape": (3, 4, 3)}, ValueError, "differs from the SparseWeight's"),
-        ({"x": X.tolist()}, TypeError, "x must be a NumPy array or a torch CPU tensor, got list"),
+        ({"x": X.tolist()}, TypeError, "x must be a NumPy array, a torch tensor or an array .* got list"),
         ({"x": X.astype(int)}, TypeError, "expected x of dtype .* got int64"),
         ({"x": X[0]}, ValueError, r"input must have shape \(N, C, H, W\), got 3 sizes"),
         ({"x": X[:, :3]}, ValueError, "weight has 4 input channels but input has 3"),

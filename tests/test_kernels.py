@@ -15,13 +15,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from strategies import conv_specs, random_weight, sparse_weights
 
-from numbasparse.kernels import KERNELS, ConfigError, base, cpu_direct, cpu_pointwise, kernel, kernels_for
+from numbasparse.kernels import ConfigError, base, cpu_direct, cpu_pointwise, kernel, kernels_for
 from numbasparse.kernels.cpu_rows import PackedRows
 from numbasparse.plans import Choice, Plan
+from numbasparse.quantization import CodebookQuantization, LinearQuantization
 from numbasparse.runtime import cpu
 from numbasparse.spec import ConvSpec
-from numbasparse.weight import SparseWeight
+from numbasparse.weight import Quantization, SparseWeight
 
+KERNELS = {k.name: k for k in kernels_for("cpu")}
 SPARSE = [name for name, k in KERNELS.items() if not k.is_dense]
 
 
@@ -33,12 +35,14 @@ def check(
     activation: str = "none",
     threads: int = 1,
     bias: bool = True,
+    quantization: Quantization | None = None,
 ) -> Plan:
     """Run on poisoned output, with each array once before and once after a forbidden page; compare.
 
     Parameters that `config` leaves out are those of the default config.
     """
-    weight = SparseWeight.from_dense(dense, spec.groups)
+    weight = SparseWeight.from_dense(dense, spec.groups, quantization)
+    dense = weight.to_dense()
     chosen = KERNELS[name].default(spec, weight, threads) | (config or {})
     plan = Plan(spec, weight, Choice(name, chosen), activation, threads)  # type: ignore[arg-type]
     rng = np.random.default_rng(1)
@@ -206,6 +210,121 @@ def test_pointwise_grid(lanes: int, vectors: int, pixels: int | None) -> None:
         config = {"lanes": lanes, "vectors": vectors, "block": (64, 1, 3)[i % 3], "split": min(1 + i % 3, spec.k)}
         config["prefetch"] = ("none", "next")[i % 2]
         check(spec, dense, "cpu_pointwise", config, threads=1 + i % 3, bias=i % 2 == 0)
+
+
+# --- quantized weights -----------------------------------------------------------------------------------------
+
+QUANTIZATIONS: list[Quantization] = [
+    CodebookQuantization(4),
+    LinearQuantization(8, granularity="channel"),
+    CodebookQuantization(2, "channel_group", 2),
+    LinearQuantization(3, symmetric=False, granularity="channel", range="mse"),
+    LinearQuantization(5, symmetric=False),
+    CodebookQuantization(8, "channel_group", 3),
+]
+
+
+@pytest.mark.parametrize(
+    ("shape", "lanes", "chunk", "tile", "taps"),
+    [
+        ("3x3", 8, 8, "2x2", "copied"),
+        ("3x3", 8, 8, "2x2", "shifted"),
+        ("3x3", 16, 16, "1x1", "copied"),
+        ("3x3", 4, 2, "4x1", "copied"),
+        ("3x3", 8, 8, "7x2", "shifted"),
+        ("3x3 stride 2", 16, 4, "2x1", "copied"),
+        ("3x3 stride 2,3", 8, 8, "2x2", "shifted"),
+        ("3x3 dilation 2,3", 8, 8, "1x2", "shifted"),
+        ("1-D", 8, 8, "1x5", "shifted"),
+        ("1x1", 8, 4, "1x3", "copied"),
+    ],
+)
+def test_direct_grid_of_codes(shape: str, lanes: int, chunk: int, tile: str, taps: str) -> None:
+    rng = np.random.default_rng(zlib.crc32(f"{shape} {lanes} {chunk} {tile} {taps} codes".encode()))
+    tile_h, tile_w = (int(t) for t in tile.split("x"))
+    specs = problems(SHAPES[shape], tile_h, tile_w * chunk, rng)
+    for i, spec in enumerate(itertools.islice(specs, 12)):
+        dense = next(itertools.islice(weights(spec, rng), i % 6, None))
+        config = {
+            "lanes": lanes,
+            "chunk": chunk,
+            "tile": tile,
+            "taps": taps,
+            "block_kb": (1, 4, 64)[i % 3],
+            "split": min(1 + i % 4, spec.k),
+            "prefetch": "none",
+            "entries": "wide" if i == 11 else "coded",
+        }
+        quantization = QUANTIZATIONS[i % 4 if i < 8 else i - 6]
+        check(spec, dense, "cpu_direct", config, threads=1 + i % 3, bias=i % 2 == 0, quantization=quantization)
+
+
+@pytest.mark.parametrize(("lanes", "vectors", "pixels"), [(4, 1, 4), (8, 3, None), (8, 14, None), (16, 2, 17)])
+@pytest.mark.parametrize("activation", ["none", "silu"])
+def test_pointwise_grid_of_codes(lanes: int, vectors: int, pixels: int | None, activation: str) -> None:
+    rng = np.random.default_rng(lanes * vectors)
+    for i, quantization in enumerate(QUANTIZATIONS):
+        w = vectors * lanes + int(rng.integers(40)) if pixels is None else pixels
+        groups = (1, 1, 3)[i % 3]
+        spec = ConvSpec(1 + i % 3, groups * (1, 7, 4)[i % 3], 1, w, groups * (3, 1, 5)[i // 2], 1, 1, groups=groups)
+        dense = next(itertools.islice(weights(spec, rng), i, None))
+        config = {"lanes": lanes, "vectors": vectors, "block": (64, 1, 3)[i % 3], "split": min(1 + i % 3, spec.k)}
+        config |= {"prefetch": "none", "entries": "coded"}
+        check(spec, dense, "cpu_pointwise", config, activation, 1 + i % 3, i % 2 == 0, quantization)
+
+
+@pytest.mark.parametrize("name", SPARSE)
+@pytest.mark.parametrize(
+    "special", ["one of everything", "depthwise multiplier 2", "pointwise, groups", "many channels"]
+)
+def test_special_codes(name: str, special: str) -> None:
+    spec = ConvSpec.create(*SPECIAL[special])
+    empty = SparseWeight.from_dense(np.zeros(spec.weight_shape, np.float32), spec.groups)
+    if KERNELS[name].supports(spec, empty) is not None:
+        return
+    for i, dense in enumerate(itertools.islice(weights(spec, np.random.default_rng(7)), 6)):
+        plan = check(spec, dense, name, quantization=QUANTIZATIONS[i])
+        assert plan.choice.config["entries"] == "coded"
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_codes_take_half_the_memory(name: str, without_compiling: None) -> None:
+    spec = ConvSpec.create((1, 256, 14, 14), (256, 256, 1, 1))
+    dense = random_weight(spec, 0.2, np.random.default_rng(0))
+    chosen = KERNELS[name]
+    single = SparseWeight.from_dense(dense)
+    assert "entries" not in chosen.default(spec, single, 1)
+    wide = chosen.prepare(spec, single, chosen.default(spec, single, 1)).nbytes
+    weight = single.quantized(CodebookQuantization(4))
+    coded = chosen.prepare(spec, weight, chosen.default(spec, weight, 1)).nbytes
+    assert coded < 0.6 * wide
+    configs = list(chosen.configs(spec, weight, 1))
+    assert {c["entries"] for c in configs} == {"coded", "wide"}
+    assert len(configs) == 2 * len(list(chosen.configs(spec, single, 1)))
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_reasons_against_codes(name: str, without_compiling: None) -> None:
+    spec = ConvSpec.create((1, 4, 8, 8), (4, 4, 1, 1))
+    single = SparseWeight.from_dense(random_weight(spec, 0.5, np.random.default_rng(0)))
+    chosen = KERNELS[name]
+    config = chosen.default(spec, single, 1)
+    # A config tuned for the weight in float32 says nothing of entries; it holds for the quantized one too.
+    assert chosen.check(spec, single.quantized(CodebookQuantization(2)), config) is None
+    assert chosen.check(spec, single, {**config, "entries": "wide"}) is None
+    assert "need a quantized weight" in (chosen.check(spec, single, {**config, "entries": "coded"}) or "")
+    assert "entries must be one of" in (chosen.check(spec, single, {**config, "entries": "scaled"}) or "")
+
+
+def test_codes_within_reach(without_compiling: None) -> None:
+    """24 bits of offset: 64 MiB. Far images are read with wide entries, or packed."""
+    spec = ConvSpec.create((1, 5, 2048, 2048), (2, 5, 1, 1))
+    weight = SparseWeight.from_dense(np.ones(spec.weight_shape, np.float32), quantization=CodebookQuantization(2))
+    pointwise, direct = kernel("cpu_pointwise"), kernel("cpu_direct")
+    config = pointwise.default(spec, weight, 1)
+    assert config["entries"] == "wide"
+    assert "stay below 67108864 bytes" in (pointwise.check(spec, weight, {**config, "entries": "coded"}) or "")
+    assert direct.default(spec, weight, 1)["entries"] == "coded"
 
 
 # --- special problems, each kernel with its default config -----------------------------------------------------
@@ -447,10 +566,10 @@ VALUES = st.one_of(
     st.floats(),
     st.text(max_size=6),
     st.from_regex(r"[0-9]{1,3}x[0-9]{1,3}", fullmatch=True),
-    st.sampled_from(["copied", "shifted", "nchw", "nhwc"]),
+    st.sampled_from(["copied", "shifted", "nchw", "nhwc", "coded"]),
     st.lists(st.integers(), max_size=2),
 )
-FIELDS = ["lanes", "chunk", "tile", "taps", "block_kb", "split", "vectors", "block", "layout"]
+FIELDS = ["lanes", "chunk", "tile", "taps", "block_kb", "split", "vectors", "block", "layout", "entries"]
 KEYS = st.one_of(st.sampled_from(FIELDS), st.text(max_size=3), st.integers(), st.none())
 
 

@@ -110,7 +110,7 @@ def test_attributes() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"device": "cuda"}, "device must be 'cpu'"),
+        ({"device": "abacus"}, "device must be 'cpu', 'cuda' or a certain GPU like 'cuda:1', got 'abacus'"),
         ({"activation": "gelu"}, "activation must be None, 'relu', 'relu6' or 'silu', got 'gelu'"),
         ({"threads": 0}, "threads must be from 1"),
         ({"threads": 2.0}, "threads must be from 1"),

@@ -14,6 +14,9 @@ from numbasparse.kernels.base import (
 )
 from numbasparse.kernels.cpu_direct import CpuDirect
 from numbasparse.kernels.cpu_pointwise import CpuPointwise
+from numbasparse.kernels.cuda_dense import CudaDense
+from numbasparse.kernels.cuda_direct import CudaDirect
+from numbasparse.kernels.cuda_simple import CudaSimple
 from numbasparse.kernels.dense import Dense
 
 __all__ = [
@@ -30,8 +33,9 @@ __all__ = [
     "kernels_for",
 ]
 
-# In the order of preference for problems that nobody tuned.
-KERNELS: dict[str, Kernel] = {k.name: k for k in (CpuPointwise(), CpuDirect(), Dense())}
+# For each device in the order of preference for problems that nobody tuned.
+_TABLE: tuple[Kernel, ...] = (CpuPointwise(), CpuDirect(), Dense(), CudaDirect(), CudaSimple(), CudaDense())
+KERNELS: dict[str, Kernel] = {k.name: k for k in _TABLE}
 
 
 def kernel(name: str) -> Kernel:
@@ -49,5 +53,5 @@ def kernel(name: str) -> Kernel:
 
 
 def kernels_for(device: str) -> list[Kernel]:
-    """Kernels that run on a kind of device (``"cpu"``)."""
+    """Kernels that run on a kind of device (``"cpu"`` or ``"cuda"``)."""
     return [k for k in KERNELS.values() if k.device == device]

@@ -18,7 +18,7 @@ LAYOUTS: tuple[Layout, ...] = tuple(_ORDER)
 
 def has_layout(x: torch.Tensor, layout: Layout) -> bool:
     """Whether ``x``, (N, C, H, W), lies in memory as ``layout`` says, without gaps; dimensions of size 1 fit any."""
-    return x.permute(_ORDER[layout]).is_contiguous()
+    return x.is_contiguous() if layout == "NCHW" else x.permute(_ORDER[layout]).is_contiguous()
 
 
 def layout_of(x: torch.Tensor) -> Layout | None:
@@ -31,7 +31,7 @@ def layout_of(x: torch.Tensor) -> Layout | None:
 
 def to_layout(x: torch.Tensor, layout: Layout) -> torch.Tensor:
     """``x``, (N, C, H, W), in ``layout``: itself where it is so already, else a copy."""
-    return x.permute(_ORDER[layout]).contiguous().permute(_BACK[layout])
+    return x if has_layout(x, layout) else x.permute(_ORDER[layout]).contiguous().permute(_BACK[layout])
 
 
 def empty(shape: Sequence[int], layout: Layout, *, dtype: torch.dtype, device: Any) -> torch.Tensor:
