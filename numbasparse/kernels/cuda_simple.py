@@ -25,6 +25,9 @@ from numbasparse.weight import SparseWeight
 if TYPE_CHECKING:
     import torch
 
+api: Any = None
+"""The module numba.cuda, set by `build`.  Global because the simulator exchanges it among a kernel's globals."""
+
 _DTYPES = ("float32", "float16")
 _THREADS = (32, 64, 128, 256, 512, 1024)
 _MOST_CHANNELS = 65535
@@ -68,19 +71,16 @@ ARGUMENTS = ("x", "values", "offsets", "taps", "indptr", "bias", "residual", "y"
 """Parameters of `build`'s kernel: flat arrays; ``bias`` and ``residual`` have no items where there is none."""
 
 
-def build(api: Any, spec: ConvSpec, activation: Activation) -> Callable[..., None]:
+def build(spec: ConvSpec, activation: Activation) -> Callable[..., None]:
     """The kernel for ``spec``, its sizes constants.
-
-    Parameters
-    ----------
-    api
-        The module ``numba.cuda``, or the simulator's.
 
     Returns
     -------
     function of `ARGUMENTS`
         To be launched with a block of threads for every so many of the N * OH * OW pixels in x, and K blocks in y.
     """
+    global api
+    api = cuda.numba_cuda()
     n, c, h, w, k = spec.n, spec.c, spec.h, spec.w, spec.k
     out_h, out_w = spec.out_h, spec.out_w
     (sh, sw), top, left = spec.stride, spec.padding[0][0], spec.padding[1][0]
@@ -202,7 +202,7 @@ class CudaSimple(CudaKernel):
         self.require(spec, weight, config)
         activations = f"{spec.dtype}[::1]"
         made = cuda.compile_ptx(
-            build(cuda.numba_cuda(), spec, activation),
+            build(spec, activation),
             (activations, "float32[::1]", *["int32[::1]"] * 3, "float32[::1]", activations, activations),
             f"{spec.key} {activation}",
             capability=cuda.current().capability,
