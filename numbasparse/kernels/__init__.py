@@ -15,6 +15,7 @@ from numbasparse.kernels.base import (
 from numbasparse.kernels.cpu_direct import CpuDirect
 from numbasparse.kernels.cpu_pointwise import CpuPointwise
 from numbasparse.kernels.cuda_dense import CudaDense
+from numbasparse.kernels.cuda_direct import CudaDirect
 from numbasparse.kernels.cuda_simple import CudaSimple
 from numbasparse.kernels.dense import Dense
 
@@ -33,7 +34,7 @@ __all__ = [
 ]
 
 # For each device in the order of preference for problems that nobody tuned.
-_TABLE: tuple[Kernel, ...] = (CpuPointwise(), CpuDirect(), Dense(), CudaSimple(), CudaDense())
+_TABLE: tuple[Kernel, ...] = (CpuPointwise(), CpuDirect(), Dense(), CudaDirect(), CudaSimple(), CudaDense())
 KERNELS: dict[str, Kernel] = {k.name: k for k in _TABLE}
 
 

@@ -32,6 +32,7 @@ __all__ = [
     "Device",
     "Function",
     "Ptx",
+    "TensorMap",
     "array_arguments",
     "assemble",
     "assumed",
@@ -44,6 +45,12 @@ __all__ = [
 ]
 
 Capability = tuple[int, int]
+
+SHARED_SYMBOL = "numbasparse_shared"
+"""Name under which a kernel finds its dynamic shared memory; declared in the PTX of a kernel that uses it."""
+
+MAP_PARAMETER = "numbasparse_tensor_map"
+"""Name under which a kernel finds the tensor map of its launch; declared likewise, after the other parameters."""
 
 LOWEST: Capability = (7, 5)
 """Lowest compute capability that NVVM of CUDA 13 compiles for."""
@@ -469,6 +476,12 @@ def _finished(text: str, entry: str, max_registers: int | None) -> str:
     if len(found) != 1:
         raise CudaError(f"expected PTX with one entry, got {found}")
     text = text.replace(found[0], entry)
+    if SHARED_SYMBOL in text:
+        declaration = f".extern .shared .align 128 .b8 {SHARED_SYMBOL}[];\n\n.visible .entry"
+        text = text.replace(".visible .entry", declaration, 1)
+    if MAP_PARAMETER in text:
+        # The copy engine reads the map where the launch put it (PTX ISA, "Tensor-map"): one more parameter.
+        text = re.sub(r"\n\)\n", f",\n\t.param .align 64 .b8 {MAP_PARAMETER}[128]\n)\n", text, count=1)
     # Never read: it is where numba's CPU code keeps a function's globals.
     text = re.sub(r"^\.common \.global \.align 8 \.u64 _ZN08NumbaEnv\w+;\n", "", text, flags=re.MULTILINE)
     if max_registers is not None:
@@ -583,15 +596,67 @@ def _error_text(code: Any) -> str:
     return f"{text}: {_ADVICE[name]}" if name in _ADVICE else text
 
 
+class TensorMap:
+    """What the copy engine must know of an array: where it is, its sizes, and the box that one copy takes.
+
+    Parameters
+    ----------
+    address : int
+        Of the first value; a multiple of 16.
+    dtype : str
+        ``"float32"``, ``"float16"`` or ``"bfloat16"``.
+    sizes, box : sequence of int
+        Values along each dimension, the innermost first: of the array, and of a box (at most 256).
+    strides : sequence of int
+        Bytes from one to the next along all dimensions but the innermost; multiples of 16.
+
+    Raises
+    ------
+    CudaError
+        If the driver refuses.
+
+    Notes
+    -----
+    CUDA driver API, ``cuTensorMapEncodeTiled``; capability 9.0 and up.  What a box has outside of the array is zero.
+    """
+
+    def __init__(
+        self, address: int, dtype: str, sizes: Sequence[int], strides: Sequence[int], box: Sequence[int]
+    ) -> None:
+        driver = _bindings("driver")
+        kinds = driver.CUtensorMapDataType
+        rank = len(sizes)
+        result = driver.cuTensorMapEncodeTiled(
+            kinds[f"CU_TENSOR_MAP_DATA_TYPE_{dtype.upper()}"],
+            rank,
+            address,
+            [driver.cuuint64_t(size) for size in sizes],
+            [driver.cuuint64_t(stride) for stride in strides],
+            [driver.cuuint32_t(size) for size in box],
+            [driver.cuuint32_t(1)] * rank,
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_NONE,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+        self._map = _checked(result, f"describe an array of {list(sizes)} {dtype} with boxes of {list(box)}")
+        self.pointer = int(self._map.getPtr())
+
+
 class _Parameters:
-    """Memory for the parameters of a launch: ``count`` int64 and the addresses of each."""
+    """Memory for the parameters of a launch: ``count`` int64 and the addresses of each, and of a tensor map."""
 
     def __init__(self, count: int) -> None:
         self._values = ctypes.create_string_buffer(8 * max(count, 1))
         first = ctypes.addressof(self._values)
-        self._addresses = (ctypes.c_void_p * max(count, 1))(*(first + 8 * i for i in range(count)))
+        self._addresses = (ctypes.c_void_p * (count + 1))(*(first + 8 * i for i in range(count)))
+        self._count = count
         self.address = ctypes.addressof(self._addresses)
         self.pack: Callable[..., None] = functools.partial(struct.Struct(f"{count}q").pack_into, self._values, 0)
+
+    def add_map(self, tensor_map: TensorMap) -> None:
+        """Put a tensor map after the others; a kernel that has none does not read it."""
+        self._addresses[self._count] = tensor_map.pointer
 
 
 class _ByThread(threading.local):
@@ -655,6 +720,7 @@ class Function:
         stream: int,
         arguments: Sequence[int],
         cluster: int = 1,
+        tensor_map: TensorMap | None = None,
     ) -> None:
         """Start the kernel on a stream; returns at once.
 
@@ -673,6 +739,8 @@ class Function:
             allocator sees to for tensors used on their own stream.
         cluster : int
             Blocks, in x, that share a cluster (compute capability 9.0 and up).
+        tensor_map : TensorMap, optional
+            For a kernel that uses one.
 
         Raises
         ------
@@ -684,6 +752,8 @@ class Function:
         if parameters is None:
             parameters = _parameters.by_count[count] = _Parameters(count)
         parameters.pack(*arguments)
+        if tensor_map is not None:
+            parameters.add_map(tensor_map)
         error = self._start(grid, threads, shared, stream, parameters.address, cluster)
         if error == self._driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
             # A thread that has not touched CUDA yet has no context.

@@ -1,0 +1,534 @@
+"""What GPU kernels are written with: PTX instructions as numba intrinsics, and loops over registers.
+
+Addresses in shared memory are 32-bit offsets into the shared window, addresses in global memory are 64-bit.
+Sections named in comments are those of the PTX ISA manual, version 9.0.  Importing this module loads numba-cuda,
+so kernels import it where they build their code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.cuda.extending import intrinsic
+
+from numbasparse.runtime.cuda import MAP_PARAMETER, SHARED_SYMBOL
+
+_I32, _I64, _F32, _VOID = ir.IntType(32), ir.IntType(64), ir.FloatType(), ir.VoidType()
+_LETTER = {types.int32: "r", types.uint32: "r", types.int64: "l", types.uint64: "l", types.float32: "f"}
+_LLVM = {types.int32: _I32, types.uint32: _I32, types.int64: _I64, types.uint64: _I64, types.float32: _F32}
+
+DTYPES = ("float32", "float16", "bfloat16")
+"""Storage types; arithmetic is in float32."""
+
+
+def element_bytes(dtype: str) -> int:
+    """Bytes of one stored value."""
+    return 4 if dtype == "float32" else 2
+
+
+def _asm(builder: ir.IRBuilder, result: Any, text: str, letters: str, arguments: Sequence[tuple[Any, ir.Value]]) -> Any:
+    """Emit one inline PTX text.  All are marked as having side effects: none may move over a barrier."""
+    function_type = ir.FunctionType(result, [t for t, _ in arguments])
+    return builder.call(ir.InlineAsm(function_type, text, letters, side_effect=True), [v for _, v in arguments])
+
+
+def _operation(text: str, parameters: Sequence[Any], result: Any = types.void, memory: bool = True) -> Any:
+    """An intrinsic of one PTX text; ``$0`` is the result if there is one."""
+    letters = [] if result is types.void else ["=" + _LETTER[result]]
+    constraint = ",".join(letters + [_LETTER[p] for p in parameters] + (["~{memory}"] if memory else []))
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        pairs = list(zip((_LLVM[p] for p in parameters), arguments, strict=True))
+        value = _asm(builder, _VOID if result is types.void else _LLVM[result], text, constraint, pairs)
+        return context.get_dummy_value() if result is types.void else value
+
+    return _intrinsic_of_arity(len(parameters), result(*parameters), generate)
+
+
+def _intrinsic_of_arity(arity: int, signature: Any, generate: Any) -> Any:
+    """numba reads the number of arguments off the function that it decorates, so one is needed for each number."""
+
+    @intrinsic
+    def op0(typingctx):  # type: ignore[no-untyped-def]
+        return signature, generate
+
+    @intrinsic
+    def op1(typingctx, a):  # type: ignore[no-untyped-def]
+        return signature, generate
+
+    @intrinsic
+    def op2(typingctx, a, b):  # type: ignore[no-untyped-def]
+        return signature, generate
+
+    @intrinsic
+    def op3(typingctx, a, b, c):  # type: ignore[no-untyped-def]
+        return signature, generate
+
+    @intrinsic
+    def op4(typingctx, a, b, c, d):  # type: ignore[no-untyped-def]
+        return signature, generate
+
+    @intrinsic
+    def op5(typingctx, a, b, c, d, e):  # type: ignore[no-untyped-def]
+        return signature, generate
+
+    @intrinsic
+    def op6(typingctx, a, b, c, d, e, f):  # type: ignore[no-untyped-def]
+        return signature, generate
+
+    @intrinsic
+    def op7(typingctx, a, b, c, d, e, f, g):  # type: ignore[no-untyped-def]
+        return signature, generate
+
+    @intrinsic
+    def op8(typingctx, a, b, c, d, e, f, g, h):  # type: ignore[no-untyped-def]
+        return signature, generate
+
+    return (op0, op1, op2, op3, op4, op5, op6, op7, op8)[arity]
+
+
+_S, _G = types.uint32, types.int64
+
+# Special registers (section 10).
+thread_index = _operation("mov.u32 $0, %tid.x;", (), types.int32, memory=False)
+block_x = _operation("mov.u32 $0, %ctaid.x;", (), types.int32, memory=False)
+block_y = _operation("mov.u32 $0, %ctaid.y;", (), types.int32, memory=False)
+block_z = _operation("mov.u32 $0, %ctaid.z;", (), types.int32, memory=False)
+
+barrier = _operation("barrier.sync 0;", ())
+warp_barrier = _operation("bar.warp.sync 0xffffffff;", ())
+
+# Loads and stores of single values.
+load_shared_i32 = _operation("ld.shared.s32 $0, [$1];", (_S,), types.int32)
+store_shared_i32 = _operation("st.shared.s32 [$0], $1;", (_S, types.int32))
+# .nc: the read-only path; what it loads is not written while the kernel runs (section 9.7.9.9).
+load_global_i32 = _operation("ld.global.nc.s32 $0, [$1];", (_G,), types.int32)
+load_global_f32 = _operation("ld.global.nc.f32 $0, [$1];", (_G,), types.float32)
+
+# Copies to shared memory that the thread does not wait for (section 9.7.9.25.3).  The last argument is how many
+# bytes come from global memory; the rest of the destination is filled with zeros.
+copy_async_4 = _operation("cp.async.ca.shared.global [$0], [$1], 4, $2;", (_S, _G, types.int32))
+copy_async_8 = _operation("cp.async.ca.shared.global [$0], [$1], 8, $2;", (_S, _G, types.int32))
+copy_async_16 = _operation("cp.async.cg.shared.global [$0], [$1], 16, $2;", (_S, _G, types.int32))
+copy_commit = _operation("cp.async.commit_group;", ())
+
+
+def copy_wait(groups: int) -> Any:
+    """Intrinsic that waits until at most ``groups`` of the thread's newest copy groups are under way."""
+    return _operation(f"cp.async.wait_group {groups};", ())
+
+
+def copy_plain(size: int) -> Any:
+    """Intrinsic ``(shared, global, bytes)`` that copies through registers, for GPUs before capability 8.0.
+
+    ``bytes`` is ``size`` or 0; for 0 zeros are written.
+    """
+    kind = f"b{8 * size}"
+    if size == 16:
+        body = (
+            "{ .reg .pred p; .reg .b32 a, b, c, d; setp.ne.s32 p, $2, 0; mov.b32 a, 0; mov.b32 b, 0; mov.b32 c, 0; "
+            "mov.b32 d, 0; @p ld.global.v4.b32 {a, b, c, d}, [$1]; st.shared.v4.b32 [$0], {a, b, c, d}; }"
+        )
+    else:
+        body = (
+            f"{{ .reg .pred p; .reg .{kind} a; setp.ne.s32 p, $2, 0; mov.{kind} a, 0; "
+            f"@p ld.global.{kind} a, [$1]; st.shared.{kind} [$0], a; }}"
+        )
+    return _operation(body, (_S, _G, types.int32))
+
+
+# Barriers in shared memory that count arrivals and bytes (section 9.7.13.15), capability 9.0.
+mbarrier_init = _operation("mbarrier.init.shared::cta.b64 [$0], $1;", (_S, types.int32))
+# Makes the initialised barriers visible to the copy engine.
+mbarrier_init_fence = _operation("fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta;", ())
+mbarrier_expect = _operation("mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;", (_S, types.int32))
+mbarrier_arrive = _operation("mbarrier.arrive.shared::cta.b64 _, [$0];", (_S,))
+# try_wait sleeps for a while in hardware; it returns false when the time is over.  Labels are local to the braces.
+mbarrier_wait = _operation(
+    "{ .reg .pred p; WAIT: mbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1; @p bra DONE; bra WAIT; DONE: }",
+    (_S, types.int32),
+)
+# One thread's order to the copy engine (sections 9.7.9.25.4 and .5): bytes arrive at the barrier.
+copy_bulk = _operation(
+    "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];",
+    (_S, _G, types.int32, _S),
+)
+# (shared, map, x0, x1, x2, x3, barrier): the box at those coordinates, innermost first; outside it is zeros.
+copy_box = _operation(
+    "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+    "[$0], [$1, {$2, $3, $4, $5}], [$6];",
+    (_S, _G, types.int32, types.int32, types.int32, types.int32, _S),
+)
+# The map lies in parameter space, whose generic address the copy engine takes.
+tensor_map_address = _operation(
+    f"{{ .reg .b64 a; mov.b64 a, {MAP_PARAMETER}; cvta.param.u64 $0, a; }}", (), types.int64, memory=False
+)
+
+
+def shared_base(alignment: int) -> Any:
+    """Intrinsic that gives the address of dynamic shared memory, rounded up to a power of two."""
+    return _operation(
+        f"{{ .reg .u32 a; mov.u32 a, {SHARED_SYMBOL}; add.u32 a, a, {alignment - 1}; and.b32 $0, a, {-alignment}; }}",
+        (),
+        types.uint32,
+        memory=False,
+    )
+
+
+def _load_shared_vector(builder: ir.IRBuilder, address: ir.Value, offset: int, vector: int, dtype: str) -> list[Any]:
+    """``vector`` neighbouring values at a shared address plus a constant, as float32."""
+    if dtype == "float32":
+        words, kind, letter, llvm = vector, "f32", "f", _F32
+    elif vector == 1:
+        return [_widen_single(builder, address, offset, dtype)]
+    else:
+        words, kind, letter, llvm = vector // 2, "b32", "r", _I32
+    places = ", ".join(f"${i}" for i in range(words))
+    wide = "" if words == 1 else f".v{words}"
+    targets = places if words == 1 else f"{{{places}}}"
+    text = f"ld.shared{wide}.{kind} {targets}, [${words}+{offset}];"
+    result = llvm if words == 1 else ir.LiteralStructType([llvm] * words)
+    loaded = _asm(builder, result, text, ",".join([f"={letter}"] * words + ["r"]), [(_I32, address)])
+    parts = [loaded] if words == 1 else [builder.extract_value(loaded, i) for i in range(words)]
+    return parts if dtype == "float32" else [x for part in parts for x in _widen_pair(builder, part, dtype)]
+
+
+def _widen_single(builder: ir.IRBuilder, address: ir.Value, offset: int, dtype: str) -> Any:
+    convert = "cvt.f32.f16 $0, h;" if dtype == "float16" else "mov.b32 $0, {z, h};"
+    text = f"{{ .reg .b16 h, z; mov.b16 z, 0; ld.shared.b16 h, [$1+{offset}]; {convert} }}"
+    return _asm(builder, _F32, text, "=f,r", [(_I32, address)])
+
+
+def _widen_pair(builder: ir.IRBuilder, word: ir.Value, dtype: str) -> list[Any]:
+    """Two 16-bit values of a register as float32: a bfloat16 is the upper half of one."""
+    if dtype == "bfloat16":
+        low = builder.bitcast(builder.shl(word, ir.Constant(_I32, 16)), _F32)
+        return [low, builder.bitcast(builder.and_(word, ir.Constant(_I32, 0xFFFF0000)), _F32)]
+    text = "{ .reg .b16 a, b; mov.b32 {a, b}, $2; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b; }"
+    both = _asm(builder, ir.LiteralStructType([_F32, _F32]), text, "=f,=f,r", [(_I32, word)])
+    return [builder.extract_value(both, 0), builder.extract_value(both, 1)]
+
+
+def zeros(count: int) -> Any:
+    """Intrinsic that makes ``count`` registers of float32 zero, a tuple."""
+    kind = types.UniTuple(types.float32, count)
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        return context.make_tuple(builder, kind, [ir.Constant(_F32, 0.0)] * count)
+
+    return _intrinsic_of_arity(0, kind(), generate)
+
+
+LAST, EMPTY = 1 << 31, 1 << 30
+"""Bits of an entry's offset: its list ends with it; the list has no entry, and this one only says so."""
+
+
+def gather_fma(lists: int, shared: int, displacements: Sequence[int], vector: int, dtype: str, codes: bool) -> Any:
+    """Intrinsic ``(accumulators, stream, codebook, base) -> accumulators``: the inner loop of a sparse product.
+
+    The stream, in shared memory, holds ``lists`` lists of entries, one after another.  An entry is an int32 byte
+    offset (with the bits `LAST` and `EMPTY`) and ``shared`` values; with ``codes`` it is one int32: the offset in
+    its low 18 bits, and above it (``shared`` is 1) the 12-bit number of a value in the float32 table
+    at ``codebook``.  Of list i, each entry does, for each displacement d, place v of a vector, and value g::
+
+        accumulators[((i * shared + g) * len(displacements) + d) * vector + v]
+            += value[g] * memory[base + offset + displacements[d]][v]
+
+    A list without entries is one entry with both bits, which does nothing.  The entry after the current one is
+    fetched before the current one is used, over the end of a list too, so as many bytes as an entry has are read
+    after the stream, and ignored.
+
+    Parameters
+    ----------
+    lists, shared
+        Numbers of lists, and of values that use one loaded vector.
+    displacements
+        Bytes; constants of the load instructions.
+    vector
+        Neighbouring values of one load: 1, 2 or 4 float32; 1, 2, 4 or 8 of 16 bits.
+    dtype
+        Type of the values in memory, one of `DTYPES`.
+    """
+    width = len(displacements) * vector
+    kind = types.UniTuple(types.float32, lists * shared * width)
+    signature = kind(kind, types.uint32, types.uint32, types.uint32)
+    step = 4 if codes else 4 * (1 + shared)
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        packed, stream, codebook, base = arguments
+        accumulators = [builder.extract_value(packed, i) for i in range(lists * shared * width)]
+        entry = _load_entry(builder, stream, 0, shared, codes)
+        where = stream
+        for number in range(lists):
+            own = slice(number * shared * width, (number + 1) * shared * width)
+            before, state = builder.block, [where, *entry, *accumulators[own]]
+            loop, skip, after = (builder.append_basic_block(f"{name}{number}") for name in ("list", "skip", "after"))
+            flag = builder.and_(entry[0], ir.Constant(_I32, EMPTY))
+            builder.cbranch(builder.icmp_signed("!=", flag, ir.Constant(_I32, 0)), skip, loop)
+            builder.position_at_end(skip)
+            skipped = [
+                builder.add(where, ir.Constant(_I32, step)),
+                *_load_entry(builder, where, step, shared, codes),
+                *accumulators[own],
+            ]
+            builder.branch(after)
+            builder.position_at_end(loop)
+            phis = [builder.phi(v.type) for v in state]
+            here, current, sums = phis[0], phis[1 : 1 + len(entry)], phis[1 + len(entry) :]
+            following = _load_entry(builder, here, step, shared, codes)
+            address, values = _open_entry(builder, current, codebook, base, codes)
+            loaded = [_load_shared_vector(builder, address, d, vector, dtype) for d in displacements]
+            new = [
+                builder.fma(values[g], loaded[d][v], sums[(g * len(displacements) + d) * vector + v])
+                for g in range(shared)
+                for d in range(len(displacements))
+                for v in range(vector)
+            ]
+            looped = [builder.add(here, ir.Constant(_I32, step)), *following, *new]
+            done = builder.icmp_signed("<", current[0], ir.Constant(_I32, 0))
+            for phi, start, again in zip(phis, state, looped, strict=True):
+                phi.add_incoming(start, before)
+                phi.add_incoming(again, loop)
+            builder.cbranch(done, after, loop)
+            builder.position_at_end(after)
+            merged = [builder.phi(v.type) for v in state]
+            for phi, a, b in zip(merged, skipped, looped, strict=True):
+                phi.add_incoming(a, skip)
+                phi.add_incoming(b, loop)
+            where, entry = merged[0], merged[1 : 1 + len(entry)]
+            accumulators[own] = merged[1 + len(entry) :]
+        return context.make_tuple(builder, kind, accumulators)
+
+    return _intrinsic_of_arity(4, signature, generate)
+
+
+def _load_entry(builder: ir.IRBuilder, address: ir.Value, offset: int, shared: int, codes: bool) -> list[Any]:
+    """An entry as int32 offset and float32 values, or as one int32 if coded.  All lanes read the same: a broadcast."""
+    if codes or shared > 1:
+        first = _asm(builder, _I32, f"ld.shared.s32 $0, [$1+{offset}];", "=r,r", [(_I32, address)])
+        if codes:
+            return [first]
+        values = [
+            _asm(builder, _F32, f"ld.shared.f32 $0, [$1+{offset + 4 + 4 * g}];", "=f,r", [(_I32, address)])
+            for g in range(shared)
+        ]
+        return [first, *values]
+    pair = ir.LiteralStructType([_I32, _F32])
+    text = f"{{ .reg .b32 v; ld.shared.v2.b32 {{$0, v}}, [$2+{offset}]; mov.b32 $1, v; }}"
+    both = _asm(builder, pair, text, "=r,=f,r", [(_I32, address)])
+    return [builder.extract_value(both, 0), builder.extract_value(both, 1)]
+
+
+def _open_entry(
+    builder: ir.IRBuilder, entry: Sequence[Any], codebook: ir.Value, base: ir.Value, codes: bool
+) -> tuple[Any, list[Any]]:
+    """Address of an entry's vector for this lane, and its values."""
+    if not codes:
+        offset = builder.and_(entry[0], ir.Constant(_I32, 0x3FFFFFFF))
+        return builder.add(base, offset), list(entry[1:])
+    offset = builder.and_(entry[0], ir.Constant(_I32, 0x3FFFF))
+    # Bits 18 to 29 are the place in the table: shifted by 16 and masked, they are its byte offset.
+    place = builder.and_(builder.lshr(entry[0], ir.Constant(_I32, 16)), ir.Constant(_I32, 0x3FFC))
+    value = _asm(builder, _F32, "ld.shared.f32 $0, [$1];", "=f,r", [(_I32, builder.add(codebook, place))])
+    return builder.add(base, offset), [value]
+
+
+@dataclass(frozen=True)
+class Finish:
+    """What is done to a finished sum.
+
+    Attributes
+    ----------
+    bias, scaled, residual
+        Whether there is a float32 per row to add, a float32 per row to multiply with first, a value per element
+        to add.
+    activation
+        ``"none"``, ``"relu"``, ``"relu6"`` or ``"silu"``.
+    """
+
+    bias: bool
+    scaled: bool
+    residual: bool
+    activation: str
+
+    def load(self, builder: ir.IRBuilder, bias: ir.Value, scale: ir.Value, row: ir.Value) -> tuple[Any, Any]:
+        """Bias and factor of a row, or None."""
+        shift = builder.mul(row, ir.Constant(_I64, 4))
+        return tuple(
+            _load_global(builder, builder.add(base, shift), 1, "float32")[0] if there else None
+            for base, there in ((bias, self.bias), (scale, self.scaled))
+        )  # type: ignore[return-value]
+
+    def apply(self, builder: ir.IRBuilder, value: Any, factor: Any, shift: Any, added: Any) -> Any:
+        """The value to store."""
+        value = value if factor is None else builder.fmul(value, factor)
+        value = value if shift is None else builder.fadd(value, shift)
+        value = value if added is None else builder.fadd(value, added)
+        return _activated(builder, value, self.activation)
+
+
+def store_rows(
+    rows: int,
+    displacements: Sequence[tuple[int, int]],
+    vector: int,
+    dtype: str,
+    finish: Finish,
+    strides: tuple[int, int, int],
+    limits: tuple[int, int],
+) -> Any:
+    """Intrinsic ``(accumulators, y, residual, bias, scale, table, oy, ox) -> void``: finish and store a tile.
+
+    The int32 at ``table + 4 * i`` is the number k of row i, negative for a row that is not there.  Row i and
+    displacement (dy, dx) is the vector at ``y + k * strides[0] + dy * strides[1] + dx * strides[2]`` (bytes),
+    written if ``oy + dy < limits[0]`` and ``ox + dx < limits[1]``.  What is written is
+    ``activation(accumulator * scale[k] + bias[k] + residual)``, of which `Finish` says what is there.
+
+    Parameters
+    ----------
+    rows, displacements, vector
+        Order of the accumulators: rows, then displacements, then places of a vector.
+    dtype
+        Type of ``y`` and of the residual (addressed like ``y``); a vector is stored at once and must be aligned.
+    """
+    width = len(displacements) * vector
+    kind = types.UniTuple(types.float32, rows * width)
+    signature = types.void(kind, _G, _G, _G, _G, _G, types.int32, types.int32)
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        packed, y, extra, bias, scale, table, oy, ox = arguments
+        inside = [
+            builder.and_(
+                builder.icmp_signed("<", builder.add(oy, ir.Constant(_I32, dy)), ir.Constant(_I32, limits[0])),
+                builder.icmp_signed("<", builder.add(ox, ir.Constant(_I32, dx)), ir.Constant(_I32, limits[1])),
+            )
+            for dy, dx in displacements
+        ]
+        for row in range(rows):
+            place = builder.add(table, ir.Constant(_I64, 4 * row))
+            number = _asm(builder, _I32, "ld.global.nc.s32 $0, [$1];", "=r,l", [(_I64, place)])
+            with builder.if_then(builder.icmp_signed(">=", number, ir.Constant(_I32, 0))):
+                k = builder.zext(number, _I64)
+                shift, factor = finish.load(builder, bias, scale, k)
+                start = builder.mul(k, ir.Constant(_I64, strides[0]))
+                for d, (dy, dx) in enumerate(displacements):
+                    with builder.if_then(inside[d]):
+                        at = builder.add(start, ir.Constant(_I64, dy * strides[1] + dx * strides[2]))
+                        added = [None] * vector
+                        if finish.residual:
+                            added = _load_global(builder, builder.add(extra, at), vector, dtype)
+                        values = [
+                            finish.apply(
+                                builder, builder.extract_value(packed, row * width + d * vector + v), factor, shift, add
+                            )
+                            for v, add in enumerate(added)
+                        ]
+                        _store_global(builder, builder.add(y, at), values, dtype)
+        return context.get_dummy_value()
+
+    return _intrinsic_of_arity(8, signature, generate)
+
+
+def _load_global(builder: ir.IRBuilder, address: ir.Value, vector: int, dtype: str) -> list[Any]:
+    """``vector`` values in global memory as float32."""
+    if dtype == "float32":
+        words, kind, letter, llvm = vector, "f32", "f", _F32
+    elif vector == 1:
+        convert = "cvt.f32.f16 $0, h;" if dtype == "float16" else "mov.b32 $0, {z, h};"
+        text = f"{{ .reg .b16 h, z; mov.b16 z, 0; ld.global.b16 h, [$1]; {convert} }}"
+        return [_asm(builder, _F32, text, "=f,l", [(_I64, address)])]
+    else:
+        words, kind, letter, llvm = vector // 2, "b32", "r", _I32
+    places = ", ".join(f"${i}" for i in range(words))
+    wide, targets = ("", places) if words == 1 else (f".v{words}", f"{{{places}}}")
+    result = llvm if words == 1 else ir.LiteralStructType([llvm] * words)
+    loaded = _asm(
+        builder,
+        result,
+        f"ld.global{wide}.{kind} {targets}, [${words}];",
+        ",".join([f"={letter}"] * words + ["l"]),
+        [(_I64, address)],
+    )
+    parts = [loaded] if words == 1 else [builder.extract_value(loaded, i) for i in range(words)]
+    return parts if dtype == "float32" else [x for part in parts for x in _widen_pair(builder, part, dtype)]
+
+
+def _store_global(builder: ir.IRBuilder, address: ir.Value, values: Sequence[Any], dtype: str) -> None:
+    """Round float32 values to ``dtype`` and store them at once."""
+    if dtype == "float32":
+        words, kind, letter, llvm = list(values), "f32", "f", _F32
+    elif len(values) == 1:
+        text = "{ .reg .b16 h; cvt.rn.f16.f32 h, $1; st.global.b16 [$0], h; }"
+        if dtype == "bfloat16":
+            text = (
+                "{ .reg .b16 h, l; .reg .b32 w; cvt.rn.bf16x2.f32 w, $1, $1; mov.b32 {l, h}, w; "
+                "st.global.b16 [$0], l; }"
+            )
+        _asm(builder, _VOID, text, "l,f,~{memory}", [(_I64, address), (_F32, values[0])])
+        return
+    else:
+        # cvt...x2 puts its first source into the upper half (section 9.7.9.21); bfloat16 needs capability 8.0.
+        text = "{ .reg .b16 a, b; cvt.rn.f16.f32 a, $1; cvt.rn.f16.f32 b, $2; mov.b32 $0, {a, b}; }"
+        if dtype == "bfloat16":
+            text = "cvt.rn.bf16x2.f32 $0, $2, $1;"
+        words = [
+            _asm(builder, _I32, text, "=r,f,f", [(_F32, values[i]), (_F32, values[i + 1])])
+            for i in range(0, len(values), 2)
+        ]
+        kind, letter, llvm = "b32", "r", _I32
+    places = ", ".join(f"${i + 1}" for i in range(len(words)))
+    wide, sources = ("", places) if len(words) == 1 else (f".v{len(words)}", f"{{{places}}}")
+    _asm(
+        builder,
+        _VOID,
+        f"st.global{wide}.{kind} [$0], {sources};",
+        ",".join(["l"] + [letter] * len(words) + ["~{memory}"]),
+        [(_I64, address), *((llvm, w) for w in words)],
+    )
+
+
+def _activated(builder: ir.IRBuilder, value: Any, activation: str) -> Any:
+    """Apply an activation to a float32; ``max`` with .NaN keeps a NaN as torch does (section 9.7.3.12)."""
+    zero = ir.Constant(_F32, 0.0)
+    if activation == "none":
+        return value
+    if activation == "silu":
+        text = (
+            "{ .reg .f32 e; mul.f32 e, $1, 0fBFB8AA3B; ex2.approx.f32 e, e; add.f32 e, e, 0f3F800000; "
+            "rcp.approx.f32 e, e; mul.f32 $0, $1, e; }"
+        )
+        return _asm(builder, _F32, text, "=f,f", [(_F32, value)])
+    below = builder.fcmp_ordered("<", value, zero)
+    value = builder.select(below, zero, value)
+    if activation == "relu6":
+        six = ir.Constant(_F32, 6.0)
+        value = builder.select(builder.fcmp_ordered(">", value, six), six, value)
+    return value
+
+
+def load_global(dtype: str) -> Any:
+    """Intrinsic that loads one value of ``dtype`` as float32."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        return _load_global(builder, arguments[0], 1, dtype)[0]
+
+    return _intrinsic_of_arity(1, types.float32(_G), generate)
+
+
+def store_finished(dtype: str, finish: Finish) -> Any:
+    """Intrinsic ``(address, value, residual, bias, scale, k)`` that finishes a sum of row k and stores it.
+
+    ``residual`` is the address of one value, ``bias`` and ``scale`` those of row 0.
+    """
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        address, value, residual, bias, scale, k = arguments
+        shift, factor = finish.load(builder, bias, scale, k)
+        added = _load_global(builder, residual, 1, dtype)[0] if finish.residual else None
+        _store_global(builder, address, [finish.apply(builder, value, factor, shift, added)], dtype)
+        return context.get_dummy_value()
+
+    return _intrinsic_of_arity(6, types.void(_G, types.float32, _G, _G, _G, _G), generate)

@@ -1,0 +1,1109 @@
+"""Direct sparse convolution on CUDA cores: input tiles in shared memory, output tiles in registers.
+
+A block computes a tile of output pixels, of some images, for some output channels.  It walks over the input
+channels that have any non-zero for it, a few at a time: the input tile of those channels (with its halo) and the
+non-zeros go to shared memory, in a ring of stages, while the stages before are worked on.  Each warp holds the
+sums of some output channels for the whole tile in registers.  A non-zero is an offset into the tile and a value,
+the same for all lanes: every lane loads the vectors at ``offset + displacement`` and adds them to its sums, so
+that a load of 4 bytes of shared memory feeds one multiply-add, or ``share`` of them.
+
+Bound: shared memory gives 128 bytes per clock and multiprocessor, that is 32 float32 multiply-adds (times
+``share``) of the 128 that the arithmetic could do.
+
+Search space
+------------
+``batch``
+    Images of a block.  1: lanes are pixels, of activations in NCHW.  More: lanes are images, and then pixels, of
+    activations in CHWN, in which the images of a pixel are neighbours.
+``vector``
+    Values of one load.
+``tile``
+    Output pixels of a block, as text: rows x columns.
+``warps``
+    Warps with different output channels.
+``parts``
+    Warps that share output channels, each with its own rows of the tile.
+``rows``
+    Output channels of a warp.
+``share``
+    Output channels whose non-zeros are merged into one list, with zeros where one has none, so that a loaded value
+    serves all of them: for low sparsity and for masks pruned in vectors.
+``channels``, ``stages``
+    Input channels of a stage, and stages of the ring.
+``copy``
+    ``"box"``: the copy engine brings the tile of a channel, its zeros too, at one thread's order (capability 9.0).
+    ``"async"``: every thread copies pieces that it does not wait for (8.0).  ``"plain"``: through registers.
+``split``
+    Blocks that share the input channels of one tile; a second kernel adds up their sums.
+``entries``
+    ``"wide"``: float32 values.  ``"coded"``, for quantized weights: the place of the value in a table in shared
+    memory beside the offset, together 4 bytes; a channel's scale comes at the end.
+
+The idea is that of Escoin (Chen, arXiv 1802.10280) and of Pietron and Zurek (arXiv 2112.15445).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import gcd
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from numbasparse.kernels.base import Activation, Config, ConfigError, CudaKernel, CudaRunner, Space, check_fields
+from numbasparse.kernels.cpu_rows import coordinates
+from numbasparse.runtime import cuda, layouts
+from numbasparse.spec import ConvSpec
+from numbasparse.weight import SparseWeight
+
+if TYPE_CHECKING:
+    import torch
+
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_LAST, _EMPTY = 1 << 31, 1 << 30
+_CODED_OFFSETS = 1 << 18
+_CODED_PLACES = 1 << 12
+_BARRIER_BYTES = 128
+_SPARE_REGISTERS = 26
+"""Registers beside sums and loaded values: addresses, the entry in work and the next, loop counters."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a block's tile lies in shared memory, and who computes what.  Offsets in bytes.
+
+    Attributes
+    ----------
+    size
+        Bytes of a value.
+    pixels_y, pixels_x
+        Lanes of a warp along the rows and columns of the tile.
+    lanes_n
+        Lanes along the batch.
+    patch_h, patch_w
+        Pixels of an input tile; a row may be wider than needed, as the copy engine asks.
+    tile_h, tile_w, part_h
+        Output pixels of a block, and rows of a part.
+    displacements
+        Input offset of each vector of a lane, from its first.
+    out
+        (rows, columns) of each vector of a lane, from its first.
+    """
+
+    size: int
+    pixels_y: int
+    pixels_x: int
+    lanes_n: int
+    patch_h: int
+    patch_w: int
+    tile_h: int
+    tile_w: int
+    part_h: int
+    pixel_bytes: int
+    displacements: tuple[int, ...]
+    out: tuple[tuple[int, int], ...]
+
+    @property
+    def channel_bytes(self) -> int:
+        """Bytes of one channel of the input tile, a multiple of 128 for the copy engine."""
+        return -(-self.patch_h * self.patch_w * self.pixel_bytes // 128) * 128
+
+
+def geometry_of(spec: ConvSpec, config: Config) -> Geometry | str:
+    """The geometry, or the reason why there is none."""
+    box = config["copy"] == "box"
+    return _geometry(spec, int(config["batch"]), int(config["vector"]), int(config["parts"]), config["tile"], box)
+
+
+@functools.lru_cache(4096)
+def _geometry(spec: ConvSpec, batch: int, vector: int, parts: int, tile: int | str, box: bool) -> Geometry | str:
+    tile_h, tile_w = parse_tile(tile)
+    size = _BYTES[spec.dtype]
+    if batch % vector or 32 % (batch // vector):
+        return f"batch / vector must divide the 32 lanes, got {batch} / {vector}"
+    lanes_n = batch // vector
+    pixels = 32 // lanes_n
+    pixels_x = gcd(pixels, tile_w)
+    pixels_y = pixels // pixels_x
+    if tile_h % (pixels_y * parts):
+        return f"{parts} parts of {pixels_y} x {pixels_x} lanes do not divide a tile of {tile_h} x {tile_w}"
+    (sh, sw), (dh, dw) = spec.stride, spec.dilation
+    patch_w = (tile_w - 1) * sw + (spec.s - 1) * dw + 1
+    pixel = batch * size
+    if box and pixel % 16:
+        patch_w = -(-patch_w * pixel // 16) * 16 // pixel
+    part_h = tile_h // parts
+    out = tuple((y, x) for y in range(0, part_h, pixels_y) for x in range(0, tile_w, pixels_x))
+    return Geometry(
+        size=size,
+        pixels_y=pixels_y,
+        pixels_x=pixels_x,
+        lanes_n=lanes_n,
+        patch_h=(tile_h - 1) * sh + (spec.r - 1) * dh + 1,
+        patch_w=patch_w,
+        tile_h=tile_h,
+        tile_w=tile_w,
+        part_h=part_h,
+        pixel_bytes=pixel,
+        displacements=tuple((y * sh * patch_w + x * sw) * pixel for y, x in out),
+        out=out,
+    )
+
+
+def parse_tile(text: int | str) -> tuple[int, int]:
+    """Rows and columns of "4x8"; (0, 0) for any other text."""
+    rows, _, columns = str(text).partition("x")
+    good = rows.isdecimal() and columns.isdecimal() and len(rows) < 4 and len(columns) < 4
+    return (int(rows), int(columns)) if good else (0, 0)
+
+
+# ---- packing ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight cut for the blocks of a config.
+
+    A *chunk* is what one block reads in one step: for each warp the offset of its stream within the chunk (int32,
+    padded to 16 bytes), then the streams.
+
+    Attributes
+    ----------
+    streams : uint8
+        All chunks, each a multiple of 16 bytes.
+    chunks : int32, (blocks, steps, 2)
+        Offset of each chunk in units of 16 bytes, and its bytes.
+    channels : int32, (blocks, steps, channels)
+        Input channels of each step, negative where there is none.
+    rows : int32, (blocks, warps * rows)
+        Output channel of each row of sums, negative where there is none.
+    steps
+        Steps of the block that has the most.
+    chunk_bytes
+        Bytes of the largest chunk.
+    """
+
+    streams: np.ndarray
+    chunks: np.ndarray
+    channels: np.ndarray
+    rows: np.ndarray
+    steps: int
+    chunk_bytes: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(a.nbytes for a in (self.streams, self.chunks, self.channels, self.rows))
+
+
+def pack(spec: ConvSpec, weight: SparseWeight, config: Config, geometry: Geometry) -> Packed:
+    """Cut a weight into blocks of output channels and steps of input channels, and write their streams."""
+    warps, rows, share, per_step = (int(config[f]) for f in ("warps", "rows", "share", "channels"))
+    order = _row_order(weight, warps, rows, share)
+    blocks = order.shape[0]
+    k, c, r, s = coordinates(weight)
+    place = np.empty(weight.k, np.int64)
+    place[order[order >= 0]] = np.flatnonzero(order.ravel() >= 0)
+    block, row = np.divmod(place[k], warps * rows)
+
+    used, index = np.unique(block * spec.c + c, return_inverse=True)
+    used_block, used_channel = np.divmod(used, spec.c)
+    first = np.searchsorted(used_block, np.arange(blocks))
+    slot = np.arange(len(used)) - first[used_block]
+    steps = max(1, -(-int(slot.max() + 1) // per_step)) if len(used) else 1
+    channels = np.full((blocks, steps, per_step), -1, np.int32)
+    channels[used_block, slot // per_step, slot % per_step] = used_channel
+
+    step, within = np.divmod(slot[index], per_step)
+    (dh, dw) = spec.dilation
+    offset = within * geometry.channel_bytes + (r * dh * geometry.patch_w + s * dw) * geometry.pixel_bytes
+    lists = rows // share
+    which = ((block * steps + step) * warps + row // rows) * lists + row % rows // share
+    count = blocks * steps * warps * lists
+    entries, values, starts = _merge(which, offset, row % share, weight.data, count, share)
+    if config["entries"] == "coded":
+        _, places, _ = _merge(which, offset, row % share, _places(weight, k).astype(np.float32), count, share)
+        words = entries.astype(np.uint32)[:, None] | places.astype(np.uint32) << np.uint32(18)
+    else:
+        words = np.concatenate([entries.astype(np.uint32)[:, None], values.view(np.uint32)], axis=1)
+    streams, chunks = _chunks(words, starts, blocks * steps, warps, lists)
+    return Packed(
+        streams=streams,
+        chunks=chunks.reshape(blocks, steps, 2),
+        channels=channels,
+        rows=order.astype(np.int32),
+        steps=steps,
+        chunk_bytes=int(chunks[:, 1].max()),
+    )
+
+
+def _row_order(weight: SparseWeight, warps: int, rows: int, share: int) -> np.ndarray:
+    """Output channels of each block, (blocks, warps * rows), -1 where there is none.
+
+    Neighbours stay in one block, since a block reads the union of their input channels.  Within a block, groups
+    of ``share`` rows are dealt to the warps by length, the longest first and back and forth, so that no warp
+    waits long for another.
+    """
+    per_block = warps * rows
+    blocks = -(-weight.k // per_block)
+    order = np.full((blocks, per_block), -1)
+    order.ravel()[: weight.k] = np.arange(weight.k)
+    length = np.zeros(blocks * per_block, np.int64)
+    length[: weight.k] = np.diff(weight.indptr)
+    units = order.reshape(blocks, per_block // share, share)
+    longest = np.argsort(-length.reshape(blocks, -1, share).sum(axis=2), axis=1, kind="stable")
+    dealt = np.take_along_axis(units, longest[:, :, None], axis=1).reshape(blocks, rows // share, warps, share)
+    dealt[:, 1::2] = dealt[:, 1::2, ::-1].copy()
+    return dealt.transpose(0, 2, 1, 3).reshape(blocks, per_block)
+
+
+def _merge(
+    which: np.ndarray, offset: np.ndarray, place: np.ndarray, data: np.ndarray, count: int, share: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Entries of ``count`` lists: their offsets with marks, values (entries, share), and where each list starts.
+
+    Entries of equal list and offset are one, with a value for each of ``share`` rows.
+    """
+    span = int(offset.max()) + 1 if len(offset) else 1
+    keys, inverse = np.unique(which * span + offset, return_inverse=True)
+    list_of = keys // span
+    empty = np.setdiff1d(np.arange(count), list_of, assume_unique=False)
+    all_lists = np.concatenate([list_of, empty])
+    entries = np.concatenate([keys % span, np.full(len(empty), _EMPTY)])
+    values = np.zeros((len(all_lists), share), np.float32)
+    values[inverse, place] = data
+    order = np.argsort(all_lists, kind="stable")
+    entries, values = entries[order], values[order]
+    starts = np.searchsorted(all_lists[order], np.arange(count + 1))
+    entries[starts[1:] - 1] |= _LAST
+    return entries, values, starts
+
+
+def _chunks(words: np.ndarray, starts: np.ndarray, count: int, warps: int, lists: int) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes of all chunks, and (offset / 16, bytes) of each."""
+    words = np.ascontiguousarray(words, np.uint32).reshape(len(words), -1)
+    entry = words.shape[1]
+    head = -(-warps // 4) * 4
+    first = starts[:-1].reshape(count, warps * lists)[:, ::lists]
+    begin, end = starts[: -1 : warps * lists], starts[warps * lists :: warps * lists]
+    size = head + (end - begin) * entry
+    size = -(-size // 4) * 4
+    at = np.concatenate([[0], np.cumsum(size)])
+    out = np.zeros(at[-1], np.uint32)
+    for number in range(count):
+        base = at[number]
+        out[base : base + warps] = 4 * (head + (first[number] - begin[number]) * entry)
+        body = words[begin[number] : end[number]].ravel()
+        out[base + head : base + head + len(body)] = body
+    return out.view(np.uint8), np.stack([at[:-1] // 4, size * 4], axis=1).astype(np.int32)
+
+
+def _places(weight: SparseWeight, k: np.ndarray) -> np.ndarray:
+    """Place in the table of each value of a quantized weight, whose output channels are ``k``."""
+    assert weight.levels is not None
+    assert weight.codes is not None
+    _, first = weight.levels.tables()
+    return weight.codes + (first if len(first) == 1 else first[k])
+
+
+# ---- code ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """All constants of the kernel's code: what the compiled code depends on, and nothing else."""
+
+    spec: ConvSpec
+    geometry: Geometry
+    batch: int
+    vector: int
+    warps: int
+    parts: int
+    rows: int
+    share: int
+    channels: int
+    stages: int
+    copy: str
+    split: int
+    table_values: int
+    blocks: int
+    stream_bytes: int
+    activation: str
+    scaled: bool
+    residual: bool
+
+    @property
+    def coded(self) -> bool:
+        return self.table_values > 0
+
+    @property
+    def stage_bytes(self) -> int:
+        return self.channels * self.geometry.channel_bytes + self.stream_bytes
+
+    @property
+    def table_bytes(self) -> int:
+        """Table of values, and for copies by threads the place of every piece of a channel."""
+        pieces = 0 if self.copy == "box" else 4 * self.pieces
+        return -(-(4 * self.table_values + pieces) // 128) * 128
+
+    @property
+    def shared_bytes(self) -> int:
+        return 128 + _BARRIER_BYTES + self.table_bytes + self.stages * self.stage_bytes
+
+    @property
+    def piece_bytes(self) -> int:
+        """Bytes that a thread copies at once: as much as is aligned in memory and in a pixel."""
+        if self.batch == 1:
+            return self.geometry.size
+        return gcd(gcd(16, self.batch * self.geometry.size), self.spec.n * self.geometry.size)
+
+    @property
+    def pieces(self) -> int:
+        g = self.geometry
+        return g.patch_h * g.patch_w * g.pixel_bytes // self.piece_bytes
+
+    @property
+    def consumers(self) -> int:
+        return self.warps * self.parts
+
+    @property
+    def threads(self) -> int:
+        return 32 * (self.consumers + (self.copy == "box"))
+
+    @property
+    def tiles(self) -> tuple[int, int]:
+        return -(-self.spec.out_h // self.geometry.tile_h), -(-self.spec.out_w // self.geometry.tile_w)
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        across, down = self.tiles
+        # Blocks of the same pixels are neighbours in time: the second cache serves their tiles.
+        return self.blocks * across * down * -(-self.spec.n // self.batch), self.split, 1
+
+    @property
+    def sums(self) -> int:
+        return self.rows * len(self.geometry.out) * self.vector
+
+
+def _ring_code(shape: _Shape) -> Callable[..., None]:
+    """The kernel for ``copy="box"``: one warp orders the copies, the others compute."""
+    from numba import types
+
+    from numbasparse.codegen import ptx
+
+    i32, u32, i64 = types.int32, types.uint32, types.int64
+    locate, finish = _locate(shape), _finish(shape)
+    shared_base = ptx.shared_base(128)
+    gather = _gather(shape)
+    zeros = ptx.zeros(shape.sums)
+    stages, consumers, warps = shape.stages, shape.consumers, shape.warps
+    stage_bytes, channel_bytes = shape.stage_bytes, shape.geometry.channel_bytes
+    box_bytes = shape.geometry.patch_h * shape.geometry.patch_w * shape.geometry.pixel_bytes
+    per_step, chw, by_batch, table_values = shape.channels, _chw(shape), shape.batch > 1, shape.table_values
+    first_stage = _BARRIER_BYTES + shape.table_bytes
+
+    def cuda_direct(y, residual, bias, scale, table, codebook, streams, chunks, channels, steps):  # type: ignore[no-untyped-def]
+        base = shared_base()
+        thread = ptx.thread_index()
+        warp = thread >> 5
+        lane = thread & 31
+        block, image, top, left, first, count = locate(steps)
+        # Barriers: full[stage], then empty[stage], 8 bytes each.
+        if thread == 0:
+            for i in range(stages):
+                ptx.mbarrier_init(u32(base + 8 * i), i32(1))
+                ptx.mbarrier_init(u32(base + 8 * (stages + i)), i32(consumers))
+            ptx.mbarrier_init_fence()
+        for i in range(thread, table_values, 32 * (consumers + 1)):
+            ptx.store_shared_i32(u32(base + _BARRIER_BYTES + 4 * i), ptx.load_global_i32(i64(codebook + 4 * i)))
+        ptx.barrier()
+        if warp == consumers:
+            if lane == 0:
+                origin = ptx.tensor_map_address()
+                for i in range(count):
+                    slot = i % stages
+                    if i >= stages:
+                        ptx.mbarrier_wait(u32(base + 8 * (stages + slot)), i32((i // stages - 1) & 1))
+                    at = (block * steps + first + i) * i64(8)
+                    start = ptx.load_global_i32(i64(chunks + at))
+                    size = ptx.load_global_i32(i64(chunks + at + 4))
+                    listed = channels + (block * steps + first + i) * i64(4 * per_step)
+                    live = 0
+                    for j in range(per_step):
+                        if ptx.load_global_i32(i64(listed + 4 * j)) >= 0:
+                            live += 1
+                    full = u32(base + 8 * slot)
+                    stage = u32(base + first_stage + slot * stage_bytes)
+                    ptx.mbarrier_expect(full, i32(live * box_bytes + size))
+                    ptx.copy_bulk(u32(stage + per_step * channel_bytes), i64(streams + i64(start) * 16), size, full)
+                    for j in range(live):
+                        c = ptx.load_global_i32(i64(listed + 4 * j))
+                        to = u32(stage + j * channel_bytes)
+                        if by_batch:
+                            ptx.copy_box(to, origin, i32(image), i32(left), i32(top), c, full)
+                        else:
+                            ptx.copy_box(to, origin, i32(left), i32(top), c, i32(image), full)
+        else:
+            sums = zeros()
+            own = chw(warp // warps, lane)
+            for i in range(count):
+                slot = i % stages
+                ptx.mbarrier_wait(u32(base + 8 * slot), i32((i // stages) & 1))
+                stage = u32(base + first_stage + slot * stage_bytes)
+                chunk = u32(stage + per_step * channel_bytes)
+                stream = u32(chunk + ptx.load_shared_i32(u32(chunk + 4 * (warp % warps))))
+                sums = gather(sums, stream, u32(base + _BARRIER_BYTES), u32(stage + own))
+                # Every lane has read the stage when the first one says so.
+                ptx.warp_barrier()
+                if lane == 0:
+                    ptx.mbarrier_arrive(u32(base + 8 * (stages + slot)))
+            finish(sums, y, residual, bias, scale, table, block, image, top, left, warp, lane)
+
+    return cuda_direct
+
+
+def _threads_code(shape: _Shape) -> Callable[..., None]:
+    """The kernel whose threads copy the tiles themselves: ``copy="async"`` and ``"plain"``."""
+    from numba import types
+
+    from numbasparse.codegen import ptx
+
+    i32, u32, i64 = types.int32, types.uint32, types.int64
+    locate, finish = _locate(shape), _finish(shape)
+    shared_base = ptx.shared_base(128)
+    gather = _gather(shape)
+    zeros = ptx.zeros(shape.sums)
+    warps, stages, threads, table_values = shape.warps, shape.stages, shape.threads, shape.table_values
+    stage_bytes, channel_bytes = shape.stage_bytes, shape.geometry.channel_bytes
+    per_step, chw, pieces, piece_bytes = shape.channels, _chw(shape), shape.pieces, shape.piece_bytes
+    pieces_at = _BARRIER_BYTES + 4 * table_values
+    first_stage = _BARRIER_BYTES + shape.table_bytes
+    source, plane = _source(shape), _plane_bytes(shape)
+    asynchronous = shape.copy == "async"
+    if asynchronous:
+        copy = {2: ptx.copy_plain(2), 4: ptx.copy_async_4, 8: ptx.copy_async_8, 16: ptx.copy_async_16}[piece_bytes]
+        copy_chunk = ptx.copy_async_16
+    else:
+        copy, copy_chunk = ptx.copy_plain(piece_bytes), ptx.copy_plain(16)
+    wait = ptx.copy_wait(stages - 1)
+
+    def fill(x, streams, chunks, channels, base, block, number, slot, steps, thread):  # type: ignore[no-untyped-def]
+        """Start the copies of a step into a stage."""
+        step = block * steps + number
+        stage = base + first_stage + slot * stage_bytes
+        start = i64(ptx.load_global_i32(i64(chunks + step * i64(8)))) * 16
+        size = ptx.load_global_i32(i64(chunks + step * i64(8) + 4))
+        for v in range(thread, size >> 4, threads):
+            copy_chunk(u32(stage + per_step * channel_bytes + 16 * v), i64(streams + start + 16 * v), i32(16))
+        for v in range(thread, pieces, threads):
+            # -1: the piece lies outside of the image, and is filled with zeros.
+            place = ptx.load_shared_i32(u32(base + pieces_at + 4 * v))
+            for j in range(per_step):
+                c = ptx.load_global_i32(i64(channels + (step * per_step + j) * i64(4)))
+                if c >= 0:
+                    inside = i32(piece_bytes) if place >= 0 else i32(0)
+                    where = x + i64(c) * plane + (i64(place) if place >= 0 else i64(0))
+                    copy(u32(stage + j * channel_bytes + piece_bytes * v), i64(where), inside)
+
+    from numbasparse.runtime.cuda import numba_cuda
+
+    fill = numba_cuda().jit(device=True, inline=True)(fill)
+
+    def cuda_direct(x, y, residual, bias, scale, table, codebook, streams, chunks, channels, steps):  # type: ignore[no-untyped-def]
+        base = i64(shared_base())
+        thread = ptx.thread_index()
+        warp = thread >> 5
+        lane = thread & 31
+        block, image, top, left, first, count = locate(steps)
+        for v in range(thread, pieces, threads):
+            ptx.store_shared_i32(u32(base + pieces_at + 4 * v), i32(source(v, image, top, left)))
+        for i in range(thread, table_values, threads):
+            ptx.store_shared_i32(u32(base + _BARRIER_BYTES + 4 * i), ptx.load_global_i32(i64(codebook + 4 * i)))
+        ptx.barrier()
+        for i in range(stages - 1):
+            if i < count:
+                fill(x, streams, chunks, channels, base, block, first + i, i, steps, thread)
+            if asynchronous:
+                ptx.copy_commit()
+        sums = zeros()
+        own = chw(warp // warps, lane)
+        for i in range(count):
+            ahead = i + stages - 1
+            if ahead < count:
+                fill(x, streams, chunks, channels, base, block, first + ahead, ahead % stages, steps, thread)
+            if asynchronous:
+                # An empty group too: the number of groups tells which stage is there.
+                ptx.copy_commit()
+                wait()
+            ptx.barrier()
+            stage = base + first_stage + (i % stages) * stage_bytes
+            chunk = stage + per_step * channel_bytes
+            stream = chunk + ptx.load_shared_i32(u32(chunk + 4 * (warp % warps)))
+            sums = gather(sums, u32(stream), u32(base + _BARRIER_BYTES), u32(stage + own))
+            ptx.barrier()
+        finish(sums, y, residual, bias, scale, table, block, image, top, left, warp, lane)
+
+    return cuda_direct
+
+
+def _device_function(function: Callable[..., Any]) -> Any:
+    return cuda.numba_cuda().jit(device=True, inline=True)(function)
+
+
+def _gather(shape: _Shape) -> Any:
+    from numbasparse.codegen import ptx
+
+    lists = shape.rows // shape.share
+    return ptx.gather_fma(lists, shape.share, shape.geometry.displacements, shape.vector, shape.spec.dtype, shape.coded)
+
+
+def _locate(shape: _Shape) -> Any:
+    """Device function: block of output channels, first image, first input row and column, range of steps."""
+    from numbasparse.codegen import ptx
+
+    g, spec = shape.geometry, shape.spec
+    down, across = shape.tiles
+    blocks, batch, split = shape.blocks, shape.batch, shape.split
+    step_y, step_x = g.tile_h * spec.stride[0], g.tile_w * spec.stride[1]
+    pad_y, pad_x = spec.padding[0][0], spec.padding[1][0]
+
+    def locate(steps):  # type: ignore[no-untyped-def]
+        index = ptx.block_x()
+        block = index % blocks
+        tile = index // blocks % (across * down)
+        image = index // (blocks * across * down) * batch
+        each = (steps + split - 1) // split
+        first = ptx.block_y() * each
+        count = max(0, min(each, steps - first))
+        return block, image, tile // across * step_y - pad_y, tile % across * step_x - pad_x, first, count
+
+    return _device_function(locate)
+
+
+def _chw(shape: _Shape) -> Any:
+    """Device function: offset of a lane's first vector in a channel of the input tile."""
+    g, spec = shape.geometry, shape.spec
+    lanes_n, pixels_x, part_h, patch_w, pixel = g.lanes_n, g.pixels_x, g.part_h, g.patch_w, g.pixel_bytes
+    vector_bytes = shape.vector * g.size
+    sh, sw = spec.stride
+
+    def chw(part, lane):  # type: ignore[no-untyped-def]
+        n, p = lane % lanes_n, lane // lanes_n
+        y = part * part_h + p // pixels_x
+        return (y * sh * patch_w + p % pixels_x * sw) * pixel + n * vector_bytes
+
+    return _device_function(chw)
+
+
+def _plane_bytes(shape: _Shape) -> int:
+    """Bytes from an input channel to the next."""
+    spec = shape.spec
+    return spec.h * spec.w * shape.geometry.size * (spec.n if shape.batch > 1 else 1)
+
+
+def _source(shape: _Shape) -> Any:
+    """Device function: where piece v of an input tile lies in its channel, in bytes, or -1 if outside."""
+    g, spec = shape.geometry, shape.spec
+    piece, pixel, patch_w = shape.piece_bytes, g.pixel_bytes, g.patch_w
+    n, c, h, w, size, batch = spec.n, spec.c, spec.h, spec.w, g.size, shape.batch
+
+    def source(v, image, top, left):  # type: ignore[no-untyped-def]
+        at = v * piece
+        row, rest = at // (patch_w * pixel), at % (patch_w * pixel)
+        y, x = top + row, left + rest // pixel
+        within = image * size + rest % pixel
+        if y < 0 or y >= h or x < 0 or x >= w or within >= n * size:
+            return -1
+        if batch > 1:
+            return (y * w + x) * n * size + within
+        return image * c * h * w * size + (y * w + x) * size
+
+    return _device_function(source)
+
+
+def _finish(shape: _Shape) -> Any:
+    """Device function that stores a warp's sums, or adds nothing to them and stores them for `_reduce_code`."""
+    from numba import types
+
+    from numbasparse.codegen import ptx
+
+    g, spec = shape.geometry, shape.spec
+    split, warps, rows, vector, batch = shape.split, shape.warps, shape.rows, shape.vector, shape.batch
+    dtype = "float32" if split > 1 else spec.dtype
+    size = ptx.element_bytes(dtype)
+    n, k, out_h, out_w = spec.n, spec.k, spec.out_h, spec.out_w
+    pixel = n * size if batch > 1 else size
+    strides = (out_h * out_w * pixel, out_w * pixel, pixel)
+    last = ptx.Finish(bias=True, scaled=shape.scaled, residual=shape.residual, activation=shape.activation)
+    nothing = ptx.Finish(bias=False, scaled=False, residual=False, activation="none")
+    store = ptx.store_rows(rows, g.out, vector, dtype, nothing if split > 1 else last, strides, (out_h, out_w))
+    lanes_n, pixels_x, part_h = g.lanes_n, g.pixels_x, g.part_h
+    (sh, sw), pad_y, pad_x = spec.stride, spec.padding[0][0], spec.padding[1][0]
+    image_bytes, total = k * out_h * out_w * size, n * k * out_h * out_w * size
+    i32, i64 = types.int32, types.int64
+
+    def finish(sums, y, residual, bias, scale, table, block, image, top, left, warp, lane):  # type: ignore[no-untyped-def]
+        inner, p = lane % lanes_n * vector, lane // lanes_n
+        oy = (top + pad_y) // sh + warp // warps * part_h + p // pixels_x
+        ox = (left + pad_x) // sw + p % pixels_x
+        at = i64(oy) * strides[1] + i64(ox) * strides[2]
+        if batch > 1:
+            at += (image + inner) * i64(size)
+            if image + inner >= n:
+                oy = i64(out_h)
+        else:
+            at += image * i64(image_bytes)
+        if split > 1:
+            at += ptx.block_y() * i64(total)
+        own = table + (block * warps + warp % warps) * i64(4 * rows)
+        store(sums, y + at, residual + at, bias, scale, own, i32(oy), i32(ox))
+
+    return _device_function(finish)
+
+
+_REDUCE_THREADS = 256
+
+
+def _reduce_code(shape: _Shape) -> Callable[..., None]:
+    """The second kernel of a split: add up the parts of each output and finish it.  One output per thread."""
+    from numba import types
+
+    from numbasparse.codegen import ptx
+
+    spec, size, split = shape.spec, shape.geometry.size, shape.split
+    total = spec.n * spec.k * spec.out_h * spec.out_w
+    run = spec.out_h * spec.out_w * (spec.n if shape.batch > 1 else 1)
+    k = spec.k
+    finish = ptx.Finish(bias=True, scaled=shape.scaled, residual=shape.residual, activation=shape.activation)
+    store, load = ptx.store_finished(spec.dtype, finish), ptx.load_global("float32")
+    i64, f32 = types.int64, types.float32
+
+    def cuda_direct_reduce(y, residual, bias, scale, parts):  # type: ignore[no-untyped-def]
+        i = ptx.block_x() * i64(_REDUCE_THREADS) + ptx.thread_index()
+        if i < total:
+            value = f32(0)
+            for part in range(split):
+                value += load(i64(parts + (part * i64(total) + i) * 4))
+            store(i64(y + i * size), value, i64(residual + i * size), bias, scale, i64(i // run % k))
+
+    return cuda_direct_reduce
+
+
+@functools.cache
+def _compile(shape: _Shape, capability: tuple[int, int]) -> tuple[cuda.Ptx, cuda.Ptx | None]:
+    """PTX of the kernel, and of the second one of a split."""
+    box = shape.copy == "box"
+    code = (_ring_code if box else _threads_code)(shape)
+    main = cuda.compile_ptx(
+        code,
+        10 if box else 11,
+        repr(shape),
+        capability=capability,
+        threads=shape.threads,
+        max_registers=_register_cap(shape.threads),
+        fastmath=False,
+    )
+    if shape.split == 1:
+        return main, None
+    reduce = cuda.compile_ptx(
+        _reduce_code(shape),
+        5,
+        repr(shape),
+        capability=capability,
+        threads=_REDUCE_THREADS,
+        fastmath=False,
+    )
+    return main, reduce
+
+
+def _stream_bytes(chunk_bytes: int, share: int) -> int:
+    """Bytes of a stage for a chunk and the entry that is read after it.
+
+    Rounded up so that masks of similar sparsity share their code.
+    """
+    return -(-(chunk_bytes + 4 * (1 + share)) // 1024) * 1024
+
+
+def _shape(
+    spec: ConvSpec,
+    weight: SparseWeight,
+    config: Config,
+    geometry: Geometry,
+    chunk_bytes: int,
+    activation: str = "none",
+    residual: bool = False,
+) -> _Shape:
+    coded = config["entries"] == "coded"
+    warps, rows, share = int(config["warps"]), int(config["rows"]), int(config["share"])
+    return _Shape(
+        spec=spec,
+        geometry=geometry,
+        batch=int(config["batch"]),
+        vector=int(config["vector"]),
+        warps=warps,
+        parts=int(config["parts"]),
+        rows=rows,
+        share=share,
+        channels=int(config["channels"]),
+        stages=int(config["stages"]),
+        copy=str(config["copy"]),
+        split=int(config["split"]),
+        table_values=len(_table(weight)) if coded else 0,
+        blocks=-(-spec.k // (warps * rows)),
+        stream_bytes=_stream_bytes(chunk_bytes, share),
+        activation=activation,
+        scaled=coded and weight.levels is not None and bool((weight.levels.scale != 1).any()),
+        residual=residual,
+    )
+
+
+def _register_cap(threads: int) -> int:
+    """Registers of a thread so that one block fits; a warp gets them in units of 8 per thread."""
+    return min(255, 65536 // threads // 8 * 8)
+
+
+# ---- the kernel ---------------------------------------------------------------------------------------------
+
+
+def _packed_shape(
+    spec: ConvSpec, weight: SparseWeight, config: Config, activation: Activation
+) -> tuple[Packed, Callable[..., _Shape]]:
+    """The packed weight, and what makes the constants of its code with or without a residual."""
+    geometry = geometry_of(spec, config)
+    assert isinstance(geometry, Geometry)
+    packed = pack(spec, weight, config, geometry)
+    make = functools.partial(_shape, spec, weight, config, geometry, packed.chunk_bytes, activation)
+    needed, device = make().shared_bytes, cuda.current()
+    if needed > device.shared_per_block:
+        raise ConfigError(
+            f"kernel 'cuda_direct' cannot run config {config} for {spec.key}: it needs {needed} bytes of shared "
+            f"memory, a block has {device.shared_per_block}"
+        )
+    return packed, make
+
+
+class _Runner(CudaRunner):
+    def __init__(self, spec: ConvSpec, weight: SparseWeight, config: Config, activation: Activation) -> None:
+        import torch
+
+        packed, self._make = _packed_shape(spec, weight, config, activation)
+        device = cuda.current()
+        self._spec, self._steps, self._capability = spec, packed.steps, device.capability
+        self._dtype = getattr(torch, spec.dtype)
+        self.takes = self.gives = "CHWN" if int(config["batch"]) > 1 else "NCHW"
+        out = spec.n * spec.k * spec.out_h * spec.out_w
+        self.workspace = 4 * int(config["split"]) * out if int(config["split"]) > 1 else 0
+        where = torch.device("cuda", device.index)
+        scale = np.ones(1) if weight.levels is None else np.broadcast_to(weight.levels.scale, spec.k)
+        arrays = (packed.streams, packed.chunks, packed.channels, packed.rows, _table(weight), scale.astype(np.float32))
+        self._arrays = [torch.from_numpy(np.ascontiguousarray(a)).to(where) for a in arrays]
+        self._zero_bias = torch.zeros(spec.k, dtype=torch.float32, device=where)
+        self.nbytes = sum(a.nbytes for a in (*self._arrays, self._zero_bias))
+        self._functions: dict[bool, tuple[_Shape, cuda.Function, cuda.Function | None]] = {}
+        self._maps: dict[int, cuda.TensorMap] = {}
+        self.functions = tuple(f for f in self._load(False)[1:] if f is not None)
+
+    def _load(self, residual: bool) -> tuple[_Shape, cuda.Function, cuda.Function | None]:
+        found = self._functions.get(residual)
+        if found is None:
+            shape = self._make(residual=residual)
+            main, reduce = _compile(shape, self._capability)
+            found = shape, cuda.load(main), None if reduce is None else cuda.load(reduce)
+            self._functions[residual] = found
+        return found
+
+    def apply(
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        residual: torch.Tensor | None = None,
+        out_layout: layouts.Layout | None = None,
+    ) -> torch.Tensor:
+        import torch
+
+        shape, main, reduce = self._load(residual is not None)
+        spec = self._spec
+        x = layouts.to_layout(x, self.takes)
+        if x.data_ptr() % 16:
+            x = x.clone(memory_format=torch.preserve_format)
+        y = layouts.empty(spec.out_shape, self.gives, dtype=self._dtype, device=x.device)
+        added = None if residual is None else layouts.to_layout(residual, self.gives)
+        streams, chunks, channels, rows, table, scale = (a.data_ptr() for a in self._arrays)
+        stream = cuda.current_stream()
+        bias_at = (self._zero_bias if bias is None else bias).data_ptr()
+        finish = (0 if added is None else added.data_ptr(), bias_at, scale)
+        target = y.data_ptr()
+        if reduce is not None:
+            parts = torch.empty(self.workspace // 4, dtype=torch.float32, device=x.device)
+            target = parts.data_ptr()
+        box = shape.copy == "box"
+        arguments = (target, *finish, rows, table, streams, chunks, channels, self._steps)
+        main.launch(
+            shape.grid,
+            shape.threads,
+            shape.shared_bytes,
+            stream,
+            arguments if box else (x.data_ptr(), *arguments),
+            tensor_map=self._map(shape, x.data_ptr()) if box else None,
+        )
+        if reduce is not None:
+            total = spec.n * spec.k * spec.out_h * spec.out_w
+            grid = (-(-total // _REDUCE_THREADS), 1, 1)
+            reduce.launch(grid, _REDUCE_THREADS, 0, stream, (y.data_ptr(), *finish, target))
+        return y if out_layout is None else layouts.to_layout(y, out_layout)
+
+    def _map(self, shape: _Shape, address: int) -> cuda.TensorMap:
+        """The map of an input: kept, since torch's allocator gives the same few addresses again and again."""
+        found = self._maps.get(address)
+        if found is None:
+            if len(self._maps) >= _MAPS:
+                self._maps.clear()
+            found = self._maps[address] = _tensor_map(shape, address)
+        return found
+
+
+_MAPS = 256
+
+
+def _tensor_map(shape: _Shape, address: int) -> cuda.TensorMap:
+    spec, g = shape.spec, shape.geometry
+    if shape.batch > 1:
+        sizes: tuple[int, ...] = (spec.n, spec.w, spec.h, spec.c)
+        box: tuple[int, ...] = (shape.batch, g.patch_w, g.patch_h, 1)
+    else:
+        sizes, box = (spec.w, spec.h, spec.c, spec.n), (g.patch_w, g.patch_h, 1, 1)
+    strides = [g.size * int(np.prod(sizes[:i], dtype=np.int64)) for i in (1, 2, 3)]
+    return cuda.TensorMap(address, spec.dtype, sizes, strides, box)
+
+
+def _table(weight: SparseWeight) -> np.ndarray:
+    """The values that a quantized weight's codes stand for, before the scale; one zero for any other weight."""
+    return np.zeros(1, np.float32) if weight.levels is None else np.asarray(weight.levels.tables()[0], np.float32)
+
+
+class CudaDirect(CudaKernel):
+    """Direct sparse convolution on CUDA cores; see the module's text."""
+
+    name = "cuda_direct"
+    version = 1
+
+    def supports(self, spec: ConvSpec, weight: SparseWeight) -> str | None:
+        if spec.dtype not in _BYTES:
+            return f"activations must be of {', '.join(_BYTES)}, got {spec.dtype}"
+        if spec.dtype == "bfloat16" and cuda.current().capability < (8, 0):
+            return "bfloat16 needs compute capability 8.0"
+        if spec.n * spec.h * spec.w * _BYTES[spec.dtype] >= 2**31:
+            return "a channel of the input (all images) has 2 GiB or more"
+        return None
+
+    def space(self, spec: ConvSpec, weight: SparseWeight, threads: int) -> Space:
+        batches = [b for b in (32, 16, 8) if spec.n >= b][:2]
+        if spec.n < 32:
+            batches.append(1)
+        return {
+            "batch": tuple(batches),
+            "vector": (1, 4),
+            "tile": _tiles(spec),
+            "warps": (4, 8, 16),
+            "parts": (1,),
+            "rows": (1, 2, 4, 8),
+            "share": (1, 2, 4) if weight.density > 0.07 else (1,),
+            "channels": (4, 8, 16),
+            "stages": (2, 3),
+            "copy": _copies(spec, batches),
+            "split": (1, 2, 4, 8),
+            "entries": ("wide",) if weight.levels is None else ("wide", "coded"),
+        }
+
+    def check(self, spec: ConvSpec, weight: SparseWeight, config: Config) -> str | None:
+        reason = check_fields(config, _FIELDS)
+        if reason is not None:
+            return reason
+        return _reason_shape(spec, config) or _reason_entries(weight, config) or _reason_resources(spec, weight, config)
+
+    def default(self, spec: ConvSpec, weight: SparseWeight, threads: int) -> Config:
+        return self.suggest(spec, weight, threads, 1)[0]
+
+    def suggest(self, spec: ConvSpec, weight: SparseWeight, threads: int, count: int) -> list[Config]:
+        device = cuda.current()
+        ranked = sorted(
+            (_estimate(spec, weight, config, device), number, config)
+            for number, config in enumerate(self.configs(spec, weight, threads))
+        )
+        if not ranked:
+            return [dict(_FALLBACK)]
+        return [config for _, _, config in ranked[:count]]
+
+    def ptx(
+        self, spec: ConvSpec, weight: SparseWeight, config: Config, activation: Activation = "none"
+    ) -> tuple[cuda.Ptx, ...]:
+        self.require(spec, weight, config)
+        _, make = _packed_shape(spec, weight, config, activation)
+        return tuple(p for p in _compile(make(), cuda.current().capability) if p is not None)
+
+    def prepare(
+        self, spec: ConvSpec, weight: SparseWeight, config: Config, activation: Activation = "none"
+    ) -> CudaRunner:
+        self.require(spec, weight, config)
+        return _Runner(spec, weight, config, activation)
+
+
+_FIELDS: dict[str, Any] = {
+    "batch": (1, 128),
+    "vector": (1, 8),
+    "tile": (),
+    "warps": (1, 31),
+    "parts": (1, 8),
+    "rows": (1, 32),
+    "share": (1, 8),
+    "channels": (1, 64),
+    "stages": (1, 8),
+    "copy": ("box", "async", "plain"),
+    "split": (1, 64),
+    "entries": ("wide", "coded"),
+}
+
+_FALLBACK: Config = {
+    "batch": 1,
+    "vector": 1,
+    "tile": "4x8",
+    "warps": 4,
+    "parts": 1,
+    "rows": 4,
+    "share": 1,
+    "channels": 1,
+    "stages": 2,
+    "copy": "plain",
+    "split": 1,
+    "entries": "wide",
+}
+"""Small enough for any problem and GPU."""
+
+
+def _reason_shape(spec: ConvSpec, config: Config) -> str | None:
+    """Reason why lanes, tile and copies do not fit the problem."""
+    tile_h, tile_w = parse_tile(config["tile"])
+    batch, vector, copy = int(config["batch"]), int(config["vector"]), config["copy"]
+    size = _BYTES[spec.dtype]
+    if not 1 <= tile_h <= 256 or not 1 <= tile_w <= 256:
+        return f"tile must be a text like '4x8', got {config['tile']!r}"
+    if batch & (batch - 1) or vector & (vector - 1) or vector * size > 16:
+        return f"batch and vector must be powers of two and a vector at most 16 bytes, got {batch} and {vector}"
+    if vector > 1 and spec.n % vector:
+        return f"vectors of {vector} images need a batch that is a multiple, got {spec.n}"
+    geometry = geometry_of(spec, config)
+    if isinstance(geometry, str):
+        return geometry
+    if int(config["rows"]) % int(config["share"]):
+        return f"share must divide rows, got {config['share']} and {config['rows']}"
+    capability = cuda.current().capability
+    if (copy == "async" and capability < (8, 0)) or (copy == "box" and capability < (9, 0)):
+        return f"copy {copy!r} needs a newer GPU than compute capability {capability[0]}.{capability[1]}"
+    row = spec.n * size if batch > 1 else spec.w * size
+    if copy == "box":
+        if row % 16:
+            return f"the copy engine needs rows of a multiple of 16 bytes, got {row}: use copy 'async'"
+        if max(geometry.patch_h, geometry.patch_w, batch) > 256:
+            return "a box has at most 256 values along a dimension"
+    return None
+
+
+def _reason_entries(weight: SparseWeight, config: Config) -> str | None:
+    if config["entries"] == "coded":
+        if weight.levels is None:
+            return "coded entries need a quantized weight"
+        if len(_table(weight)) > _CODED_PLACES:
+            return f"the weight's codes stand for {len(_table(weight))} values, coded entries know {_CODED_PLACES}"
+        if config["share"] != 1:
+            return "coded entries have one value: share must be 1"
+    return None
+
+
+def _reason_resources(spec: ConvSpec, weight: SparseWeight, config: Config) -> str | None:
+    """Reason why a block does not fit a multiprocessor.  The exact size of the streams is known when packed."""
+    geometry = geometry_of(spec, config)
+    assert isinstance(geometry, Geometry)
+    share, rows, per_step = (int(config[f]) for f in ("share", "rows", "channels"))
+    block_rows = int(config["warps"]) * rows
+    expected = block_rows // share * (_kept(weight, share) * min(per_step, spec.c_per_group) * spec.r * spec.s + 1)
+    chunk = int(1.2 * expected) * (4 if config["entries"] == "coded" else 4 * (1 + share)) + 256
+    shape = _shape(spec, weight, config, geometry, chunk)
+    device = cuda.current()
+    loaded = len(geometry.out) * shape.vector
+    needed = shape.sums + min(loaded, 16) + _SPARE_REGISTERS
+    if shape.threads > 1024:
+        return f"a block has at most 1024 threads, got {shape.threads}"
+    if needed > _register_cap(shape.threads):
+        return f"{needed} registers of {shape.threads} threads exceed a multiprocessor's"
+    if shape.shared_bytes > device.shared_per_block:
+        return f"{shape.shared_bytes} bytes of shared memory exceed a block's {device.shared_per_block}"
+    if shape.coded and shape.channels * geometry.channel_bytes >= _CODED_OFFSETS:
+        return "the tile of a step is too large for coded offsets"
+    if shape.split > max(1, -(-spec.c_per_group // per_step)):
+        return f"{shape.split} splits exceed the steps of {per_step} of {spec.c_per_group} channels"
+    if shape.grid[0] >= 2**31:
+        return "the grid is too large"
+    return None
+
+
+def _copies(spec: ConvSpec, batches: list[int]) -> tuple[str, ...]:
+    """The best way to copy that the GPU has, and the next best where the copy engine cannot take every layout."""
+    capability = cuda.current().capability
+    if capability < (9, 0):
+        return ("async",) if capability >= (8, 0) else ("plain",)
+    rows = [spec.n if batch > 1 else spec.w for batch in batches]
+    return ("box",) if all(row * _BYTES[spec.dtype] % 16 == 0 for row in rows) else ("box", "async")
+
+
+def _kept(weight: SparseWeight, share: int) -> float:
+    """Share of columns that any of ``share`` rows needs, as if their places were independent."""
+    return 1.0 - (1.0 - weight.density) ** share
+
+
+def _tiles(spec: ConvSpec) -> tuple[str, ...]:
+    """Tiles worth trying: of 4 to 128 pixels, that fit the output with little left over, the best first."""
+    found = []
+    for h in (1, 2, 4, 7, 8, 14, 16):
+        for w in (1, 2, 4, 7, 8, 14, 16, 28, 32):
+            pixels = -(-spec.out_h // h) * h * -(-spec.out_w // w) * w
+            waste = pixels / (spec.out_h * spec.out_w)
+            needed = -(-spec.out_h // 4) * 4 * -(-spec.out_w // 8) * 8 / (spec.out_h * spec.out_w)
+            if 4 <= h * w <= 128 and waste <= max(1.34, needed) and max(h, w) <= 8 * min(h, w):
+                halo = (h * spec.stride[0] + spec.r) * (w * spec.stride[1] + spec.s) / (h * w)
+                found.append((waste * halo, f"{h}x{w}"))
+    return tuple(name for _, name in sorted(found)[:8]) or ("4x8",)
+
+
+_L2_BYTES_PER_CLOCK = 28.0
+"""What a multiprocessor gets from the second cache while all ask (measured with cp.async on an H100: 24)."""
+_STEP_CLOCKS, _START_CLOCKS = 250.0, 3000.0
+
+
+def _estimate(spec: ConvSpec, weight: SparseWeight, config: Config, device: cuda.Device) -> float:
+    """Clocks that a config may take: the slower of shared memory and the second cache, in whole waves of blocks."""
+    geometry = geometry_of(spec, config)
+    assert isinstance(geometry, Geometry)
+    shape = _shape(spec, weight, config, geometry, 4096)
+    share, split = shape.share, shape.split
+    entries = weight.nnz / shape.blocks / share * _kept(weight, share) / max(weight.density, 1e-9) / split
+    wavefronts = max(1.0, len(geometry.out) * shape.vector * geometry.size / 4) + (1.0 if share == 1 else 2.0)
+    arithmetic = len(geometry.out) * shape.vector * share / 4 * (1.0 if geometry.size == 4 else 2.0)
+    work = entries * shape.parts * max(wavefronts, arithmetic)
+    channels = min(spec.c, spec.c_per_group * -(-spec.groups // shape.blocks)) / split
+    loading = channels * geometry.channel_bytes / _L2_BYTES_PER_CLOCK
+    steps = channels / shape.channels
+    by_shared = device.shared_per_multiprocessor // (shape.shared_bytes + 1024)
+    registers = -(-(shape.sums + 16 + _SPARE_REGISTERS) // 8) * 8
+    by_registers = device.registers_per_multiprocessor // (registers * shape.threads)
+    resident = max(1, min(by_shared, by_registers, device.threads_per_multiprocessor // shape.threads))
+    warps = min(resident, -(-shape.grid[0] * split // device.multiprocessors)) * shape.consumers
+    # Too few warps cannot keep shared memory busy: a warp has a load under way for about 40 clocks.
+    hidden = max(1.0, 24.0 / warps * (8.0 / max(4.0, wavefronts)))
+    each = max(work * hidden, loading) + steps * _STEP_CLOCKS / resident / (shape.stages - 0.5)
+    blocks = shape.grid[0] * split
+    waves = -(-blocks // (device.multiprocessors * resident)) * resident
+    waves = min(waves, -(-blocks // device.multiprocessors))
+    extra = 0.0 if split == 1 else 3000.0 + split * spec.n * spec.k * spec.out_h * spec.out_w * 8 / 132 / 20
+    return _START_CLOCKS + waves * each + extra
