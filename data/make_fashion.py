@@ -45,12 +45,13 @@ from torch.nn import functional as F
 from numbasparse.pruning import (
     CubicSchedule,
     EpochRecord,
+    FitConfig,
     MagnitudePruning,
     Pruner,
     PruningReport,
     SGDConfig,
+    fit,
     report,
-    retrain,
 )
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -179,26 +180,30 @@ def accuracy(model: nn.Module, data: Set, batch: int = 1000) -> float:
 
 
 def train(
-    model: nn.Module, batches: Augmented, test: Set, epochs: int, args: argparse.Namespace, **options: Any
+    model: nn.Module,
+    batches: Augmented,
+    test: Set,
+    args: argparse.Namespace,
+    *,
+    epochs: int,
+    optimizer: SGDConfig,
+    pruner: Pruner | None = None,
 ) -> Any:
-    """Run ``retrain`` with the settings common to both trainings."""
+    """Run ``fit`` with the settings common to both trainings."""
 
     def after_epoch(epoch: int, model: nn.Module) -> Mapping[str, float]:
         value = accuracy(model, test)
         print(f"epoch {epoch + 1}/{epochs}  test accuracy {value:.4f}", flush=True)
         return {"test_accuracy": value}
 
-    return retrain(
-        model,
-        batches,
+    config = FitConfig(
         epochs=epochs,
+        optimizer=optimizer,
         label_smoothing=args.label_smoothing,
-        device=args.device,
         autocast=torch.bfloat16 if args.device.startswith("cuda") else None,
-        after_epoch=after_epoch,
         progress=False,
-        **options,
     )
+    return fit(model, batches, config, pruner=pruner, device=args.device, after_epoch=after_epoch)
 
 
 def prune(model: nn.Module, batches: Augmented, test: Set, args: argparse.Namespace) -> list[EpochRecord]:
@@ -207,7 +212,7 @@ def prune(model: nn.Module, batches: Augmented, test: Set, args: argparse.Namesp
     schedule = CubicSchedule(0, max(1, steps // 2), every=min(20, max(1, steps // 10)))
     pruner = Pruner(model, MagnitudePruning(args.sparsity, scope="global"), schedule=schedule)
     sgd = SGDConfig(lr=args.prune_lr, weight_decay=args.weight_decay)
-    return train(model, batches, test, args.prune_epochs, args, pruner=pruner, optimizer=sgd)
+    return train(model, batches, test, args, epochs=args.prune_epochs, optimizer=sgd, pruner=pruner)
 
 
 def write_model(model: nn.Module, name: str, out: Path) -> None:
@@ -277,7 +282,7 @@ def make(args: argparse.Namespace) -> dict[str, Any]:
     # Assigned, not passed on: channels_last changes the parameters in place.
     model = fashion_resnet().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     sgd = SGDConfig(lr=args.lr, weight_decay=args.weight_decay)
-    dense = train(model, batches, test, args.epochs, args, optimizer=sgd)
+    dense = train(model, batches, test, args, epochs=args.epochs, optimizer=sgd)
     write_model(model, "dense", args.out)
     pruned = prune(model, batches, test, args)
     write_model(model, "pruned", args.out)

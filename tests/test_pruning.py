@@ -9,7 +9,7 @@ import math
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,13 +26,11 @@ from numbasparse.pruning import (
     CubicSchedule,
     MagnitudePruning,
     Pruner,
-    SGDConfig,
     default_filter,
     fold_masks,
     print_report,
     prune_,
     report,
-    retrain,
 )
 
 State = dict[str, Tensor]
@@ -458,92 +456,6 @@ def test_nan_during_training_is_reported() -> None:
     put_nan(model)
     with pytest.raises(ValueError, match="layer '6' has 1 NaN"):
         pruner.step()
-
-
-# The ready loop
-
-
-def test_retrain_learns_and_prunes() -> None:
-    model = small_model()
-    model.eval()
-    keys = list(model.state_dict())
-    pruner = Pruner(model, MagnitudePruning(0.8), CubicSchedule(0, 16, every=2))
-    history = retrain(
-        model,
-        batches(),
-        pruner=pruner,
-        epochs=12,
-        optimizer=SGDConfig(lr=0.05),
-        after_epoch=lambda epoch, model: {"training": float(model.training)},
-        progress=False,
-    )
-    assert [record.epoch for record in history] == list(range(12))
-    assert history[-1].loss < history[0].loss
-    assert history[0].lr > history[-1].lr > 0
-    assert history[-1].sparsity == 0.8
-    assert history[0].metrics == {"training": 0.0}
-    assert not model.training
-    assert not pruner.active
-    assert list(model.state_dict()) == keys
-    assert sum(zeros(model)) == round(0.8 * sum(SIZES))
-
-
-def test_retrain_leaves_a_pruner_that_the_caller_began() -> None:
-    model = small_model()
-    pruner = Pruner(model, MagnitudePruning(0.8))
-    pruner.begin()
-    retrain(model, batches(), pruner=pruner, epochs=1, progress=False)
-    assert pruner.active
-    assert pruner.finish().sparsity == pytest.approx(0.8, abs=1e-3)
-
-
-def test_retrain_with_progress_bar_and_stream(capsys: pytest.CaptureFixture[str]) -> None:
-    class Stream:
-        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-            return iter(batches(2))
-
-    assert len(retrain(small_model(), Stream(), epochs=2, label_smoothing=0.1)) == 2
-    assert "epoch 2/2" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("data", "epochs", "text"),
-    [
-        (iter(batches()), 2, "used up after one of 2 epochs"),
-        ([], 1, "no batches"),
-        (batches(), 0, "epochs must be an int of 1 or more"),
-        (batches(), 2, "schedule ends at step 100, but 2 epochs of 4 batches end at step 8"),
-    ],
-)
-def test_retrain_errors_leave_the_model_as_it_was(data: Any, epochs: int, text: str) -> None:
-    model = small_model()
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=text):
-        retrain(
-            model,
-            data,
-            pruner=Pruner(model, MagnitudePruning(0.8), CubicSchedule(0, 100)),
-            epochs=epochs,
-            progress=False,
-        )
-    assert_same(model, before)
-
-
-def test_retrain_refuses_another_models_pruner() -> None:
-    with pytest.raises(ValueError, match="another model"):
-        retrain(small_model(), batches(), pruner=Pruner(small_model(), MagnitudePruning(0.5)), epochs=1)
-
-
-def test_retrain_reports_divergence() -> None:
-    data = [(x * math.nan, y) for x, y in batches()]
-    with pytest.raises(RuntimeError, match="loss became nan in epoch 1"):
-        retrain(small_model(), data, epochs=1, progress=False)
-
-
-@pytest.mark.parametrize("bad", [{"lr": math.nan}, {"lr": -1.0}, {"momentum": 0.0}, {"weight_decay": math.inf}])
-def test_sgd_config_errors(bad: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"must be finite|needs momentum"):
-        SGDConfig(**bad)
 
 
 # Reports

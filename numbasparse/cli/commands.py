@@ -145,15 +145,38 @@ def report(tuned: Path, plot: Path | None) -> None:
         click.echo(f"wrote {plot}")
 
 
-@main.command(help=f"Prune MODEL by magnitude, at once or gradually with retraining.\n\n{MODEL_HELP}")
+@main.command(help=f"Prune MODEL: at once by magnitude, with calibration data, or with retraining.\n\n{MODEL_HELP}")
 @click.argument("model")
 @click.option("--sparsity", type=float, required=True, help="Share of zeros, for example 0.9.")
-@click.option("--scope", type=click.Choice(["global", "layer"]), default="global", show_default=True)
+@click.option(
+    "--scope",
+    type=click.Choice(["global", "layer", "uniform+", "erk", "lamp"]),
+    help="How the weights kept are spread over layers; global, or layer with --calibrate, if not given.",
+)
+@click.option(
+    "--vector",
+    type=click.Choice(["1", "2", "4", "8", "16"]),
+    default="1",
+    show_default=True,
+    help="Output channels that share a column's fate.",
+)
 @click.option("--weights", type=click.Path(path_type=Path), help="safetensors file with the model's state_dict.")
 @click.option(
     "--train",
     help='Retrain on these batches: "module:name" or "file.py:name" of an iterable of (x, y), or of a function '
-    "that returns one.  Sparsity then rises gradually over the first half.",
+    "that returns one.",
+)
+@click.option(
+    "--schedule",
+    type=click.Choice(["cubic", "acdc"]),
+    default="cubic",
+    show_default=True,
+    help="With --train: sparsity rises over the first half, or compressed and dense phases alternate.",
+)
+@click.option("--checkpoint", type=click.Path(), help="With --train: file to write, and to resume from after a kill.")
+@click.option(
+    "--calibrate",
+    help="Prune at once by second-order information from these batches (named as for --train), without retraining.",
 )
 @click.option("--epochs", type=click.IntRange(1), default=10, show_default=True, help="Epochs of retraining.")
 @click.option("--lr", type=float, default=0.05, show_default=True, help="Learning rate of retraining.")
@@ -163,23 +186,34 @@ def report(tuned: Path, plot: Path | None) -> None:
 def prune(
     model: str,
     sparsity: float,
-    scope: str,
+    scope: str | None,
+    vector: str,
     weights: Path | None,
     train: str | None,
+    schedule: str,
+    checkpoint: str | None,
+    calibrate: str | None,
     epochs: int,
     lr: float,
     device: str,
     out: Path,
 ) -> None:
     from numbasparse.cli.models import check_device, check_out, load_model, load_object, save_state
-    from numbasparse.cli.prune import prune_at_once, prune_gradually
+    from numbasparse.cli.prune import Retraining, prune_at_once, prune_with_calibration, prune_with_retraining
+    from numbasparse.pruning import MagnitudePruning, OBSPruning
 
+    if train is not None and calibrate is not None:
+        raise ValueError("--train and --calibrate exclude each other: prune with retraining, or at once with data")
     check_out(out)
     check_device(device)
+    data: Any = {"sparsity": sparsity, "vector": int(vector)} | ({} if scope is None else {"scope": scope})
     module = load_model(model, weights, trainable=train is not None)
-    if train is None:
-        prune_at_once(module, sparsity, scope)
+    if calibrate is not None:
+        prune_with_calibration(module, load_object(calibrate), OBSPruning(**data))
+    elif train is not None:
+        options = Retraining(schedule, epochs, lr, device, checkpoint)
+        prune_with_retraining(module, load_object(train), MagnitudePruning(**data), options)
     else:
-        prune_gradually(module, load_object(train), sparsity, scope, epochs=epochs, lr=lr, device=device)
+        prune_at_once(module, MagnitudePruning(**data))
     save_state(module, out)
     click.echo(f"wrote {out}")

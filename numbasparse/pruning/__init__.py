@@ -5,15 +5,17 @@ One call prunes at once, from the weights alone or with calibration data::
     report = prune_(model, MagnitudePruning(sparsity=0.9, scope="global"))
     report = prune_with_data_(model, batches, OBSPruning(sparsity=0.8))
 
-Three calls prune in a training loop of one's own: ``Pruner.begin``, ``step`` and ``finish``. ``retrain`` is a
+Three calls prune in a training loop of one's own: ``Pruner.begin``, ``step`` and ``finish``. ``fit`` is a
 ready loop around them.
 """
 
 from numbasparse.pruning.allocation import Allocation
 from numbasparse.pruning.criteria import Criterion, LayerwisePruning, MagnitudePruning, PruningConfig, magnitude
+from numbasparse.pruning.distillation import Distillation
 from numbasparse.pruning.first_order import FirstOrderPruning
+from numbasparse.pruning.fit_config import AdamWConfig, FitConfig, SGDConfig
 from numbasparse.pruning.layers import LayerFilter, default_filter
-from numbasparse.pruning.loop import EpochRecord, SGDConfig, retrain
+from numbasparse.pruning.loop import Callback, EpochRecord, fit
 from numbasparse.pruning.masks import fold_masks
 from numbasparse.pruning.obs import OBSPruning, recalibrate_batch_norm_
 from numbasparse.pruning.one_shot import prune_, prune_with_data_
@@ -23,11 +25,15 @@ from numbasparse.pruning.summary import LayerSparsity, PruningReport, print_repo
 
 __all__ = [
     "ACDCSchedule",
+    "AdamWConfig",
     "Allocation",
+    "Callback",
     "Criterion",
     "CubicSchedule",
+    "Distillation",
     "EpochRecord",
     "FirstOrderPruning",
+    "FitConfig",
     "LayerFilter",
     "LayerSparsity",
     "LayerwisePruning",
@@ -38,6 +44,7 @@ __all__ = [
     "PruningReport",
     "SGDConfig",
     "default_filter",
+    "fit",
     "fold_masks",
     "magnitude",
     "print_report",
@@ -45,5 +52,4 @@ __all__ = [
     "prune_with_data_",
     "recalibrate_batch_norm_",
     "report",
-    "retrain",
 ]

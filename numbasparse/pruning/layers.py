@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from numbasparse.pruning.vectors import VectorGrid
 
+MASK = "weight_mask"
+"""Name of the buffer that holds a layer's mask."""
+
 LayerFilter = Callable[[nn.Module, str], bool]
 """``(module, qualified_name) -> bool``: true for the layers to prune."""
 

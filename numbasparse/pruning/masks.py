@@ -12,12 +12,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from numbasparse.pruning import ranks
 from numbasparse.pruning.allocation import LayerScores, top_mask
 from numbasparse.pruning.criteria import Placement, PruningConfig
-from numbasparse.pruning.layers import Layer, Layers
-
-MASK = "weight_mask"
-"""Name of the buffer that holds a layer's mask."""
+from numbasparse.pruning.layers import MASK, Layer, Layers
 
 
 def check_config(config: PruningConfig) -> None:
@@ -148,7 +146,8 @@ class MaskSet:
                 mask = torch.empty_like(layer.weight, dtype=torch.bool, requires_grad=False)
                 layer.module.register_buffer(MASK, mask)
             mask.copy_(masks[name])
-        self._broadcast()
+        for mask in self.get().values():
+            ranks.broadcast(mask)
         set_masked({name: x.weight for name, x in self.layers.items()}, self.get())
         self.refresh()
 
@@ -167,15 +166,6 @@ class MaskSet:
                 f"the mask of layer {lost[0]!r} is gone since begin(): leave the buffers '{MASK}' alone until finish()"
             )
         return masks  # type: ignore[return-value]
-
-    def _broadcast(self) -> None:
-        from torch import distributed
-
-        if distributed.is_available() and distributed.is_initialized():
-            for mask in self.get().values():
-                whole = mask.contiguous().view(torch.uint8)
-                distributed.broadcast(whole, 0)
-                mask.copy_(whole.view(torch.bool))
 
     def refresh(self) -> None:
         """Take over masks and weights that were changed or moved from outside, as by ``load_state_dict`` or ``to``."""

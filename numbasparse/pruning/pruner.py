@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from numbasparse.pruning.criteria import PruningConfig
-from numbasparse.pruning.layers import LayerFilter, select_layers, weights_of
-from numbasparse.pruning.masks import MaskSet, check_config, compute_masks, fold_masks
+from numbasparse.pruning.layers import MASK, LayerFilter, select_layers, weights_of
+from numbasparse.pruning.masks import MaskSet, check_config, compute_masks, fold_masks, mask_of
 from numbasparse.pruning.schedules import Schedule
 from numbasparse.pruning.summary import PruningReport, count
 
@@ -116,11 +116,20 @@ class Pruner:
         """
         if self.active:
             raise RuntimeError("pruning has already begun: call finish() before begin() again")
-        # The final sparsity is tried now, so that an impossible one fails here and not hours into training.
-        compute_masks(self.layers, self.config, self.config.sparsity)
+        self.check()
         target = self._target(step)
         self._masks.put(compute_masks(self.layers, self.config, target))
         self.active, self.steps, self.sparsity = True, step, target
+
+    def check(self) -> None:
+        """Try the final sparsity, so that an impossible one fails now and not hours into training.
+
+        Raises
+        ------
+        ValueError
+            If a weight is NaN or infinite, or the sparsity would empty a layer.
+        """
+        compute_masks(self.layers, self.config, self.config.sparsity)
 
     def step(self, *, apply: bool = True) -> None:
         """Follow the schedule and set pruned weights to zero again; call it after ``optimizer.step()``.
@@ -174,8 +183,19 @@ class Pruner:
                 f"{self.sparsity:.4g}, not {self.config.sparsity:g}",
                 stacklevel=2,
             )
-        self._fold()
+        for layer in self.layers.values():
+            fold_masks(layer.module)
+        self._masks.forget()
+        self.active = False
         return count(weights_of(self.layers))
+
+    def cancel(self) -> None:
+        """Remove the masks without a word, as after a failure; weights stay as they are."""
+        for layer in self.layers.values():
+            if mask_of(layer.module) is not None:
+                delattr(layer.module, MASK)
+        self._masks.forget()
+        self.active, self.steps, self.sparsity = False, 0, 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """Return the progress; the masks are in the model's own ``state_dict``."""
@@ -204,12 +224,6 @@ class Pruner:
             for value in self.optimizer.state.get(weight, {}).values():
                 if isinstance(value, Tensor) and value.shape == mask.shape:
                     value.masked_fill_(~mask, 0.0)
-
-    def _fold(self) -> None:
-        for layer in self.layers.values():
-            fold_masks(layer.module)
-        self._masks.forget()
-        self.active = False
 
     def _target(self, step: int) -> float:
         final = self.config.sparsity
