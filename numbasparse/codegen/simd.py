@@ -18,8 +18,22 @@ from llvmlite import ir
 from numba import extending, types
 from numba.core import cgutils
 
-ENTRY_BYTES = 8
-"""One non-zero of a packed weight: int32 byte offset into the packed input, then the float32 value."""
+Entries = Literal["wide", "coded", "scaled"]
+"""Form of the entries of a packed weight, one for each non-zero.
+
+``"wide"``
+    8 bytes: int32 byte offset into the packed input, then the float32 value.
+``"coded"``
+    A word of 32 bits: the offset, divided by 4, in the low 24, the code of the value in the high 8. A table of
+    float32 holds the value of each code.
+``"scaled"``
+    The same word. Each output channel has a table, which several may share, and a factor for its sums.
+"""
+
+ENTRY_BYTES: dict[Entries, int] = {"wide": 8, "coded": 4, "scaled": 4}
+
+OFFSET_BITS = 24
+"""Bits of a word for its offset, which counts in units of 4 bytes."""
 
 ENTRIES_AFTER = 16
 """Readable entries that must follow the last one of a packed weight: the inner loop reads ahead."""
@@ -151,6 +165,8 @@ class RowKernel:
         ``"store"`` applies the activation and writes the output, ``"spill"`` keeps partial sums.
     out_displacements
         Byte distance of each vector of a row from the row's output address, if not simply one after another.
+    entries
+        Form of the non-zeros.
     """
 
     lanes: int
@@ -165,19 +181,27 @@ class RowKernel:
     start: Literal["bias", "resume"]
     finish: Literal["store", "spill"]
     out_displacements: tuple[int, ...] = ()
+    entries: Entries = "wide"
 
 
-ROWS_SIGNATURE = "void(" + ", ".join(["int64"] * 13) + ")"
+ROWS_ARGUMENTS = 14
+"""Number of arguments of `rows_function`."""
+
+ROWS_SIGNATURE = "void(" + ", ".join(["int64"] * ROWS_ARGUMENTS) + ")"
 """C signature of `rows_function`."""
 
 
 def rows_function(kernels: Sequence[RowKernel]) -> Callable[..., None]:
-    """Function ``(role, input, low, high, entries, rows, starts, partials, base, bias, outs, plane, pitch)``.
+    """Function ``(role, input, low, high, entries, decoder, rows, starts, partials, base, bias, outs, plane, pitch)``.
 
     Runs ``kernels[role]`` over the pieces of rows ``low`` .. ``high`` (see `kernels.cpu_rows.PackedRows`): for
     each, ``acc[t] += value * input[offset + displacements[t]]`` over its entries.  ``partials`` holds partial
     sums of output channels from ``base``; ``bias`` is the bias' address, ``outs`` a table of
     ``lanes // chunk`` output addresses, ``plane`` and ``pitch`` the bytes of an output channel and row.
+
+    ``decoder`` depends on the form of the entries. ``"wide"``: not used. ``"coded"``: the table, float32 (256,) or
+    as many codes as there are. ``"scaled"``: for each output channel 8 bytes, int32 byte offset of its table from
+    ``decoder`` and float32 factor.
     """
     first, second, third, fourth = (_rows_intrinsic(k) for k in kernels)
 
@@ -187,6 +211,7 @@ def rows_function(kernels: Sequence[RowKernel]) -> Callable[..., None]:
         low: int,
         high: int,
         entries: int,
+        decoder: int,
         rows: int,
         starts: int,
         partials: int,
@@ -197,20 +222,38 @@ def rows_function(kernels: Sequence[RowKernel]) -> Callable[..., None]:
         pitch: int,
     ) -> None:
         if role == 0:
-            first(source, low, high, entries, rows, starts, partials, base, bias, outs, plane, pitch)
+            first(source, low, high, entries, decoder, rows, starts, partials, base, bias, outs, plane, pitch)
         elif role == 1:
-            second(source, low, high, entries, rows, starts, partials, base, bias, outs, plane, pitch)
+            second(source, low, high, entries, decoder, rows, starts, partials, base, bias, outs, plane, pitch)
         elif role == 2:
-            third(source, low, high, entries, rows, starts, partials, base, bias, outs, plane, pitch)
+            third(source, low, high, entries, decoder, rows, starts, partials, base, bias, outs, plane, pitch)
         else:
-            fourth(source, low, high, entries, rows, starts, partials, base, bias, outs, plane, pitch)
+            fourth(source, low, high, entries, decoder, rows, starts, partials, base, bias, outs, plane, pitch)
 
     return run_rows
 
 
+@dataclass(frozen=True)
+class _Row:
+    """Addresses and distances of one piece of a row, as LLVM values."""
+
+    source: Any
+    entry: Any
+    end: Any
+    partial: Any
+    bias: Any
+    table: Any
+    """Table of the values by code, if there is one."""
+    scale: Any
+    """Address of the factor, if there is one."""
+    outs: Any
+    out_offset: Any
+    pitch: Any
+
+
 def _rows_intrinsic(k: RowKernel) -> Callable[..., None]:
     """The loop over pieces of rows.  It is emitted whole: numba's front end takes longer than LLVM otherwise."""
-    partial_bytes = 4 * k.lanes * k.rows * k.columns
+    partial_bytes, entry_bytes = 4 * k.lanes * k.rows * k.columns, ENTRY_BYTES[k.entries]
 
     @intrinsic
     def sparse_rows(
@@ -219,6 +262,7 @@ def _rows_intrinsic(k: RowKernel) -> Callable[..., None]:
         low: Any,
         high: Any,
         entries: Any,
+        decoder: Any,
         rows: Any,
         starts: Any,
         partials: Any,
@@ -229,90 +273,117 @@ def _rows_intrinsic(k: RowKernel) -> Callable[..., None]:
         pitch: Any,
     ) -> Any:
         def codegen(ctx: Any, bd: Any, sig: Any, args: Any) -> Any:
-            source, low, high, entries, rows, starts, partials, base, bias, outs, plane, pitch = args
+            source, low, high, entries, decoder, rows, starts, partials, base, bias, outs, plane, pitch = args
             with cgutils.for_range_slice(bd, low, high, _const(1)) as (piece, _):
                 four = bd.mul(piece, _const(4))
                 channel = bd.sext(_load(bd, _I32, bd.add(rows, four), 4), _I64)
                 bounds = bd.add(starts, four)
                 start, end = (bd.sext(_load(bd, _I32, _plus(bd, bounds, d), 4), _I64) for d in (0, 4))
-                entry = bd.add(entries, bd.mul(start, _const(ENTRY_BYTES)))
-                stop = bd.add(entries, bd.mul(end, _const(ENTRY_BYTES)))
-                partial = bd.add(partials, bd.mul(bd.sub(channel, base), _const(partial_bytes)))
-                bias_at = bd.add(bias, bd.mul(channel, _const(4)))
-                _sparse_row(bd, k, source, entry, stop, partial, bias_at, outs, bd.mul(channel, plane), pitch)
+                table, scale = _decoding(bd, k, decoder, channel)
+                row = _Row(
+                    source=source,
+                    entry=bd.add(entries, bd.mul(start, _const(entry_bytes))),
+                    end=bd.add(entries, bd.mul(end, _const(entry_bytes))),
+                    partial=bd.add(partials, bd.mul(bd.sub(channel, base), _const(partial_bytes))),
+                    bias=bd.add(bias, bd.mul(channel, _const(4))),
+                    table=table,
+                    scale=scale,
+                    outs=outs,
+                    out_offset=bd.mul(channel, plane),
+                    pitch=pitch,
+                )
+                _sparse_row(bd, k, row)
             return ctx.get_dummy_value()
 
-        return types.void(*[types.intp] * 12), codegen
+        return types.void(*[types.intp] * (ROWS_ARGUMENTS - 1)), codegen
 
     return sparse_rows
 
 
-def _sparse_row(
-    bd: Any,
-    k: RowKernel,
-    source: Any,
-    entry: Any,
-    end: Any,
-    partial: Any,
-    bias: Any,
-    outs: Any,
-    out_offset: Any,
-    pitch: Any,
-) -> None:
-    count, size = k.rows * k.columns, 4 * k.lanes
-    vector = _vector(k.lanes)
+def _decoding(bd: Any, k: RowKernel, decoder: Any, channel: Any) -> tuple[Any, Any]:
+    """Addresses of an output channel's table and of its factor, where there are such."""
+    if k.entries != "scaled":
+        return decoder, None
+    header = bd.add(decoder, bd.mul(channel, _const(8)))
+    table = bd.add(decoder, bd.sext(_load(bd, _I32, header, 4), _I64))
+    return table, _plus(bd, header, 4)
 
-    def offset_at(entry: Any) -> Any:
-        return bd.sext(_load(bd, _I32, entry, 4), _I64)
+
+def _sparse_row(bd: Any, k: RowKernel, row: _Row) -> None:
+    count, size, entry_bytes = k.rows * k.columns, 4 * k.lanes, ENTRY_BYTES[k.entries]
+    vector, wide = _vector(k.lanes), k.entries == "wide"
+
+    def word_at(entry: Any) -> Any:
+        """An entry's offset; or the word that holds offset and code."""
+        word = _load(bd, _I32, entry, 4)
+        return bd.sext(word, _I64) if wide else bd.zext(word, _I64)
 
     def address_of(offset: Any) -> Any:
         # An empty asm hides how the address was made.  Otherwise LLVM folds base + offset into the operand of
         # every FMA; an indexed operand is split into two operations on Intel (2-6 % slower, measured).
-        return bd.call(ir.InlineAsm(ir.FunctionType(_I64, [_I64]), "", "=r,0"), [bd.add(source, offset)])
+        return bd.call(ir.InlineAsm(ir.FunctionType(_I64, [_I64]), "", "=r,0"), [bd.add(row.source, offset)])
 
-    def step(address: Any, entry: Any, accs: list[Any]) -> list[Any]:
-        value = _splat(bd, _load(bd, _F32, _plus(bd, entry, 4), 4), k.lanes)
+    def places(word: Any) -> list[Any]:
+        """Address of an entry's input; and of its value, if that is in a table."""
+        if wide:
+            return [address_of(word)]
+        offset = bd.shl(bd.and_(word, _const((1 << OFFSET_BITS) - 1)), _const(2))
+        code = bd.lshr(word, _const(OFFSET_BITS))
+        return [address_of(offset), bd.add(row.table, bd.shl(code, _const(2)))]
+
+    def step(entry: Any, place: list[Any], accs: list[Any]) -> list[Any]:
+        value = _splat(bd, _load(bd, _F32, _plus(bd, entry, 4) if wide else place[1], 4), k.lanes)
         align = size if k.aligned else 4
-        loads = [_load(bd, vector, _plus(bd, address, d), align) for d in k.displacements]
+        loads = [_load(bd, vector, _plus(bd, place[0], d), align) for d in k.displacements]
         return [_fma(bd, value, x, acc) for x, acc in zip(loads, accs, strict=True)]
 
     def take(entries: int, start: Any, limit: Any, accs: list[Any]) -> tuple[Any, list[Any]]:
         """Loop over ``entries`` at a time; with several, each has its own set of accumulators.
 
-        Offsets are loaded two turns ahead and made addresses one turn ahead: FMAs that wait for an offset to
-        arrive run at little more than half speed on Zen 3.  So the last turns read offsets after the end.
+        Words are loaded two turns ahead and made addresses one turn ahead: FMAs that wait for an offset to
+        arrive run at little more than half speed on Zen 3.  So the last turns read words after the end, whose
+        places are computed and never read.
         """
+        each = 1 if wide else 2
 
-        def offsets(entry: Any, turns: int) -> list[Any]:
-            return [offset_at(_plus(bd, entry, ENTRY_BYTES * (turns * entries + u))) for u in range(entries)]
+        def words(entry: Any, turns: int) -> list[Any]:
+            return [word_at(_plus(bd, entry, entry_bytes * (turns * entries + u))) for u in range(entries)]
 
         def turn(entry: Any, carried: list[Any]) -> list[Any]:
-            addresses, ahead, accs = carried[:entries], carried[entries : 2 * entries], carried[2 * entries :]
-            later = offsets(entry, 2)
+            here, ahead = carried[: each * entries], carried[each * entries : (each + 1) * entries]
+            accs = carried[(each + 1) * entries :]
+            later = words(entry, 2)
             for u in range(entries):
                 part = slice(u * count, (u + 1) * count)
-                accs[part] = step(addresses[u], _plus(bd, entry, ENTRY_BYTES * u), accs[part])
-            return [address_of(offset) for offset in ahead] + later + accs
+                place = here[each * u : each * (u + 1)]
+                accs[part] = step(_plus(bd, entry, entry_bytes * u), place, accs[part])
+            return [place for word in ahead for place in places(word)] + later + accs
 
-        first = [address_of(offset) for offset in offsets(start, 0)]
-        end, carried = _loop(bd, start, limit, ENTRY_BYTES * entries, first + offsets(start, 1) + accs, turn)
-        return end, carried[2 * entries :]
+        first = [place for word in words(start, 0) for place in places(word)]
+        end, carried = _loop(bd, start, limit, entry_bytes * entries, first + words(start, 1) + accs, turn)
+        return end, carried[(each + 1) * entries :]
 
-    if k.start == "bias":
-        accs = [_splat(bd, _load(bd, _F32, bias, 4), k.lanes)] * count
-    else:
-        accs = [_load(bd, vector, _plus(bd, partial, size * t), size) for t in range(count)]
+    if k.start == "resume":
+        accs = [_load(bd, vector, _plus(bd, row.partial, size * t), size) for t in range(count)]
+    elif row.scale is None:
+        accs = [_splat(bd, _load(bd, _F32, row.bias, 4), k.lanes)] * count
+    else:  # the bias is added after the factor
+        accs = [_constants(k.lanes, 0.0)] * count
     accs += [_constants(k.lanes, 0.0)] * (count * (k.sets - 1))
+    entry = row.entry
     if k.sets > 1:
-        entry, accs = take(k.sets, entry, bd.sub(end, _const(ENTRY_BYTES * (k.sets - 1))), accs)
-    _, sums = take(1, entry, end, accs[:count])
+        entry, accs = take(k.sets, entry, bd.sub(row.end, _const(entry_bytes * (k.sets - 1))), accs)
+    _, sums = take(1, entry, row.end, accs[:count])
     for u in range(1, k.sets):
         sums = [bd.fadd(x, y) for x, y in zip(sums, accs[u * count : (u + 1) * count], strict=True)]
     if k.finish == "spill":
         for t in range(count):
-            _store(bd, sums[t], _plus(bd, partial, size * t), size)
-    else:
-        _write_tile(bd, k, sums, outs, out_offset, pitch)
+            _store(bd, sums[t], _plus(bd, row.partial, size * t), size)
+        return
+    if row.scale is not None:
+        scale, bias = (_splat(bd, _load(bd, _F32, at, 4), k.lanes) for at in (row.scale, row.bias))
+        sums = [_fma(bd, x, scale, bias) for x in sums]
+    _write_tile(bd, k, sums, row.outs, row.out_offset, row.pitch)
 
 
 def _loop(bd: Any, start: Any, limit: Any, stride: int, values: list[Any], body: Any) -> tuple[Any, list[Any]]:

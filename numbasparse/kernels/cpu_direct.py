@@ -27,6 +27,9 @@ Search space
 ``prefetch``
     ``"next"`` fetches the next tile's input into the second cache while this tile's is packed: rows of a tile
     are too short for the hardware to see a stream.
+``entries``
+    For quantized weights: ``"coded"`` reads codes and looks their values up, ``"wide"`` reads decoded values:
+    twice the memory, an instruction or two less for each non-zero.
 
 The idea of lanes as separate tiles with aligned taps and of a register tile over the non-zero list follows the
 direct sparse convolution of SkimCaffe (Park et al., arXiv 1608.01409).
@@ -44,6 +47,8 @@ import numpy as np
 from numbasparse.codegen.jit import Code, compile_c
 from numbasparse.codegen.simd import (
     PACK_SIGNATURE,
+    ROWS_ARGUMENTS,
+    Entries,
     call_address,
     load_i32,
     load_i64,
@@ -55,11 +60,15 @@ from numbasparse.kernels.base import Activation, Config, Kernel, Runner, Space, 
 from numbasparse.kernels.cpu_rows import (
     PackedRows,
     compile_rows,
+    entries_of,
+    entry_choices,
     most_accumulators,
     pack_rows,
     prefetch_choices,
     reason_cut_too_much,
+    reason_not_coded,
     reason_unsupported,
+    with_entries,
 )
 from numbasparse.runtime import cpu
 from numbasparse.spec import ConvSpec
@@ -69,10 +78,10 @@ from numbasparse.weight import SparseWeight
 (
     _UNITS, _SPLITS, _RUNS, _BLOCKS, _BLOCK, _CHANNELS, _K, _H,
     _IN_PLANE, _OUT_PLANE, _OUT_PITCH, _PATCH_ROWS, _ROW_STEP, _ROW_STEP_BYTES, _CHANNEL_BYTES,
-    _ENTRIES, _ROWS, _STARTS, _SEGMENTS, _CHANNEL_LIST, _RUN_TABLE, _MASKS, _ZERO_MASK,
+    _ENTRIES, _DECODER, _ROWS, _STARTS, _SEGMENTS, _CHANNEL_LIST, _RUN_TABLE, _MASKS, _ZERO_MASK,
     _PACK_CODE, _ROWS_CODE, _RUNS_PER_VECTOR,
     _OUTS_AT, _PACKED_AT, _PARTIAL_AT, _WORDS,
-) = range(30)  # fmt: skip
+) = range(31)  # fmt: skip
 
 _MAX_WORKSPACE = 64 << 20
 
@@ -241,7 +250,7 @@ class _Runner(Runner):
         tiling = Tiling.of(spec, geometry)
         runs_per_vector = geometry.lanes // geometry.chunk
         zero_mask = np.zeros(len(geometry.line_x) * mask_length(geometry.chunk, spec.stride[1]), np.int32)
-        rows_code = _rows_code(geometry, tiling.valid, activation)
+        rows_code = _rows_code(geometry, tiling.valid, activation, packed.form)
         displacements = tuple(4 * x for x in geometry.line_x)
         pack_code = _pack_code(geometry.lanes, geometry.chunk, spec.stride[1], displacements, geometry.ahead)
         self._code = _entry_code()
@@ -258,7 +267,7 @@ class _Runner(Runner):
         words[_PATCH_ROWS], words[_ROW_STEP] = geometry.patch_rows, geometry.row_step
         words[_ROW_STEP_BYTES] = 4 * geometry.row_step * spec.w
         words[_CHANNEL_BYTES] = geometry.channel_bytes
-        arrays = (packed.entries, packed.rows, packed.starts, packed.segments, packed.channels)
+        arrays = (packed.entries, packed.decoder, packed.rows, packed.starts, packed.segments, packed.channels)
         for i, array in enumerate((*arrays, tiling.table, tiling.masks, zero_mask)):
             words[_ENTRIES + i] = array.ctypes.data
         words[_PACK_CODE], words[_ROWS_CODE] = pack_code.address, rows_code.address
@@ -275,7 +284,7 @@ class _Runner(Runner):
         cpu.run(self._code.address, self._address, x, y, bias, threads, self.workspace)
 
 
-def _rows_code(geometry: Geometry, valid: int, activation: Activation) -> Code:
+def _rows_code(geometry: Geometry, valid: int, activation: Activation, entries: Entries) -> Code:
     g = geometry
     return compile_rows(
         lanes=g.lanes,
@@ -286,6 +295,7 @@ def _rows_code(geometry: Geometry, valid: int, activation: Activation) -> Code:
         valid=valid,
         aligned=g.aligned,
         activation=activation,
+        entries=entries,
     )
 
 
@@ -300,7 +310,7 @@ def _entry_code() -> Code:
     return compile_c(_entry, cpu.ENTRY_SIGNATURE, "")
 
 
-_call_pack, _call_rows = call_address(8), call_address(13)
+_call_pack, _call_rows = call_address(8), call_address(ROWS_ARGUMENTS)
 
 
 def _entry(params: int, x: int, y: int, bias: int, arena: int, counters: int, thread: int, threads: int) -> None:
@@ -313,7 +323,8 @@ def _entry(params: int, x: int, y: int, bias: int, arena: int, counters: int, th
     pitch, runs_per_vector = load_i64(params + 8 * _OUT_PITCH), load_i64(params + 8 * _RUNS_PER_VECTOR)
     patch_rows, row_step = load_i64(params + 8 * _PATCH_ROWS), load_i64(params + 8 * _ROW_STEP)
     row_step_bytes, channel_bytes = load_i64(params + 8 * _ROW_STEP_BYTES), load_i64(params + 8 * _CHANNEL_BYTES)
-    entries, rows = load_i64(params + 8 * _ENTRIES), load_i64(params + 8 * _ROWS)
+    entries, decoder = load_i64(params + 8 * _ENTRIES), load_i64(params + 8 * _DECODER)
+    rows = load_i64(params + 8 * _ROWS)
     starts, segments = load_i64(params + 8 * _STARTS), load_i64(params + 8 * _SEGMENTS)
     channel_list, table = load_i64(params + 8 * _CHANNEL_LIST), load_i64(params + 8 * _RUN_TABLE)
     masks, zero_mask = load_i64(params + 8 * _MASKS), load_i64(params + 8 * _ZERO_MASK)
@@ -346,8 +357,8 @@ def _entry(params: int, x: int, y: int, bias: int, arena: int, counters: int, th
             for role in range(4):
                 low, high = load_i32(segment + 4 * role), load_i32(segment + 4 * role + 4)
                 if low < high:
-                    where = (packed, low, high, entries, rows, starts, partials, base, bias, outs, out_plane, pitch)
-                    _call_rows(rows_code, (role, *where))
+                    where = (packed, low, high, entries, decoder, rows, starts, partials)
+                    _call_rows(rows_code, (role, *where, base, bias, outs, out_plane, pitch))
 
 
 class CpuDirect(Kernel):
@@ -361,6 +372,7 @@ class CpuDirect(Kernel):
         return reason_unsupported(spec, weight)
 
     def check(self, spec: ConvSpec, weight: SparseWeight, config: Config) -> str | None:
+        config = with_entries(config)
         reason = check_fields(
             config,
             {
@@ -371,6 +383,7 @@ class CpuDirect(Kernel):
                 "block_kb": (1, _MAX_WORKSPACE >> 10),
                 "split": (1, 256),
                 "prefetch": ("none", "next"),
+                "entries": ("wide", "coded"),
             },
         )
         return reason or _check_values(flat(spec), weight, config)
@@ -387,6 +400,7 @@ class CpuDirect(Kernel):
             "block_kb": _block_sizes(weight.density),
             "split": tuple(p for p in (1, threads) if p <= spec.k) if _few_units(spec, lanes, threads) else (1,),
             "prefetch": prefetch_choices(spec),
+            **_entries(weight),
         }
 
     def default(self, spec: ConvSpec, weight: SparseWeight, threads: int) -> Config:
@@ -404,6 +418,7 @@ class CpuDirect(Kernel):
             "block_kb": sizes[1],
             "split": min(threads, spec.k) if _few_units(spec, lanes, threads) else 1,
             "prefetch": prefetch_choices(spec)[-1],
+            **{name: choices[0] for name, choices in _entries(weight).items()},
         }
         # Small blocks cut many short rows: then larger ones, up to all channels at once.
         for size in (*sizes[1:], _MAX_WORKSPACE >> 10):
@@ -422,8 +437,8 @@ class CpuDirect(Kernel):
         self.require(spec, weight, config)
         spec = flat(spec)
         geometry = Geometry.of(spec, config)
-        block = _block_channels(geometry, config)
-        packed = pack_rows(weight, geometry.channel_bytes, geometry.tap_bytes, block, int(config["split"]))
+        block, entries = _block_channels(geometry, config), entries_of(config)
+        packed = pack_rows(weight, geometry.channel_bytes, geometry.tap_bytes, block, int(config["split"]), entries)
         return _Runner(spec, geometry, packed, activation)
 
 
@@ -456,7 +471,15 @@ def _check_values(spec: ConvSpec, weight: SparseWeight, config: Config) -> str |
     workspace = _block_channels(geometry, config) * geometry.channel_bytes
     if workspace > _MAX_WORKSPACE or geometry.channel_bytes > _MAX_WORKSPACE:
         return f"a block takes {workspace} bytes, the limit is {_MAX_WORKSPACE}"
-    return reason_cut_too_much(weight, _block_channels(geometry, config), split)
+    entries = entries_of(config)
+    if entries == "coded" and (reason := reason_not_coded(weight, workspace)) is not None:
+        return reason
+    return reason_cut_too_much(weight, _block_channels(geometry, config), split, entries)
+
+
+def _entries(weight: SparseWeight) -> dict[str, tuple[Entries, ...]]:
+    """The parameter ``entries``, where there is a choice."""
+    return {} if weight.levels is None else {"entries": entry_choices(weight, _MAX_WORKSPACE)}
 
 
 def _block_channels(geometry: Geometry, config: Config) -> int:

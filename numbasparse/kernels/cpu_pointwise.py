@@ -18,6 +18,8 @@ Search space
 ``prefetch``
     ``"next"`` fetches the next tile's input into the second cache first: a tile's part of a channel is too
     short for the hardware to see a stream.
+``entries``
+    For quantized weights: ``"coded"`` reads codes and looks their values up, ``"wide"`` reads decoded values.
 """
 
 from __future__ import annotations
@@ -28,17 +30,29 @@ from typing import Any
 import numpy as np
 
 from numbasparse.codegen.jit import Code, compile_c
-from numbasparse.codegen.simd import call_address, load_i32, load_i64, prefetch, store_i64
+from numbasparse.codegen.simd import (
+    ROWS_ARGUMENTS,
+    Entries,
+    call_address,
+    load_i32,
+    load_i64,
+    prefetch,
+    store_i64,
+)
 from numbasparse.kernels.base import Activation, Config, Kernel, Runner, Space, check_fields
 from numbasparse.kernels.cpu_rows import (
     PackedRows,
     balanced_block,
     compile_rows,
+    entries_of,
+    entry_choices,
     most_accumulators,
     pack_rows,
     prefetch_choices,
     reason_cut_too_much,
+    reason_not_coded,
     reason_unsupported,
+    with_entries,
 )
 from numbasparse.runtime import cpu
 from numbasparse.spec import ConvSpec
@@ -47,8 +61,8 @@ from numbasparse.weight import SparseWeight
 # Words of the parameter block (int64 each).
 (
     _UNITS, _SPLITS, _TILES, _BLOCKS, _BLOCK, _K, _PIXELS, _IN_IMAGE, _OUT_IMAGE,
-    _ENTRIES, _ROWS, _STARTS, _SEGMENTS, _BASES, _CHANNELS, _CHANNEL_LIST, _ROWS_CODE, _TILE_PIXELS, _WORDS,
-) = range(19)  # fmt: skip
+    _ENTRIES, _DECODER, _ROWS, _STARTS, _SEGMENTS, _BASES, _CHANNELS, _CHANNEL_LIST, _ROWS_CODE, _TILE_PIXELS, _WORDS,
+) = range(20)  # fmt: skip
 
 
 class _Runner(Runner):
@@ -60,14 +74,15 @@ class _Runner(Runner):
         first = packed.channels[:: packed.block].astype(np.int64) if len(packed.channels) else np.zeros(1, np.int64)
         bases = first * 4 * pixels
         self._code = _entry_code()
-        rows_code = _rows_code(lanes, vectors, min(pixels, vectors * lanes), activation)
+        rows_code = _rows_code(lanes, vectors, min(pixels, vectors * lanes), activation, packed.form)
         self._keep = (packed, bases, rows_code)
         self.nbytes = packed.nbytes
         words = self._words = np.zeros(_WORDS, np.int64)
         words[_UNITS], words[_SPLITS], words[_TILES] = spec.n * tiles * packed.splits, packed.splits, tiles
         words[_BLOCKS], words[_BLOCK], words[_K] = packed.blocks, packed.block, spec.k
         words[_PIXELS], words[_IN_IMAGE], words[_OUT_IMAGE] = pixels, 4 * spec.c * pixels, 4 * spec.k * pixels
-        for i, array in enumerate((packed.entries, packed.rows, packed.starts, packed.segments, bases)):
+        arrays = (packed.entries, packed.decoder, packed.rows, packed.starts, packed.segments, bases)
+        for i, array in enumerate(arrays):
             words[_ENTRIES + i] = array.ctypes.data
         words[_CHANNELS] = len(packed.channels) if config["prefetch"] == "next" else 0
         words[_CHANNEL_LIST], words[_ROWS_CODE] = packed.channels.ctypes.data, rows_code.address
@@ -80,7 +95,7 @@ class _Runner(Runner):
         cpu.run(self._code.address, self._address, x, y, bias, threads, self.workspace)
 
 
-def _rows_code(lanes: int, vectors: int, pixels: int, activation: Activation) -> Code:
+def _rows_code(lanes: int, vectors: int, pixels: int, activation: Activation, entries: Entries) -> Code:
     """The inner loop for a tile of ``vectors``, in images of ``pixels``."""
     # In a small image the last vector overlaps the one before: nothing outside is read or written.
     last_start = min((vectors - 1) * lanes, pixels - lanes)
@@ -94,6 +109,7 @@ def _rows_code(lanes: int, vectors: int, pixels: int, activation: Activation) ->
         valid=vectors * lanes,
         aligned=False,
         activation=activation,
+        entries=entries,
         out_displacements=displacements,
     )
 
@@ -103,7 +119,7 @@ def _entry_code() -> Code:
     return compile_c(_entry, cpu.ENTRY_SIGNATURE, "")
 
 
-_call_rows = call_address(13)
+_call_rows = call_address(ROWS_ARGUMENTS)
 
 
 def _entry(params: int, x: int, y: int, bias: int, arena: int, counters: int, thread: int, threads: int) -> None:
@@ -112,7 +128,8 @@ def _entry(params: int, x: int, y: int, bias: int, arena: int, counters: int, th
     tiles, blocks = load_i64(params + 8 * _TILES), load_i64(params + 8 * _BLOCKS)
     out_channels, image = load_i64(params + 8 * _K), load_i64(params + 8 * _PIXELS)
     in_image, out_image = load_i64(params + 8 * _IN_IMAGE), load_i64(params + 8 * _OUT_IMAGE)
-    entries, rows = load_i64(params + 8 * _ENTRIES), load_i64(params + 8 * _ROWS)
+    entries, decoder = load_i64(params + 8 * _ENTRIES), load_i64(params + 8 * _DECODER)
+    rows = load_i64(params + 8 * _ROWS)
     starts, segments = load_i64(params + 8 * _STARTS), load_i64(params + 8 * _SEGMENTS)
     bases, rows_code = load_i64(params + 8 * _BASES), load_i64(params + 8 * _ROWS_CODE)
     channels, channel_list = load_i64(params + 8 * _CHANNELS), load_i64(params + 8 * _CHANNEL_LIST)
@@ -139,8 +156,8 @@ def _entry(params: int, x: int, y: int, bias: int, arena: int, counters: int, th
             for role in range(4):
                 low, high = load_i32(segment + 4 * role), load_i32(segment + 4 * role + 4)
                 if low < high:
-                    where = (inputs, low, high, entries, rows, starts, partials, base, bias, arena, plane, 0)
-                    _call_rows(rows_code, (role, *where))
+                    where = (inputs, low, high, entries, decoder, rows, starts, partials)
+                    _call_rows(rows_code, (role, *where, base, bias, arena, plane, 0))
 
 
 class CpuPointwise(Kernel):
@@ -161,7 +178,8 @@ class CpuPointwise(Kernel):
 
     def check(self, spec: ConvSpec, weight: SparseWeight, config: Config) -> str | None:
         ranges: dict[str, Any] = {"lanes": (4, 16), "vectors": (1, 28), "block": (1, 1 << 20), "split": (1, 256)}
-        fields = ranges | {"prefetch": ("none", "next")}
+        fields = ranges | {"prefetch": ("none", "next"), "entries": ("wide", "coded")}
+        config = with_entries(config)
         reason = check_fields(config, fields)
         if reason is not None:
             return reason
@@ -172,7 +190,10 @@ class CpuPointwise(Kernel):
             return f"{vectors} vectors exceed the image's {pixels} pixels"
         if int(config["split"]) > spec.k:
             return f"split {config['split']} exceeds the {spec.k} output channels"
-        return reason_cut_too_much(weight, int(config["block"]), int(config["split"]))
+        entries = entries_of(config)
+        if entries == "coded" and (reason := reason_not_coded(weight, _reach(spec))) is not None:
+            return reason
+        return reason_cut_too_much(weight, int(config["block"]), int(config["split"]), entries)
 
     def space(self, spec: ConvSpec, weight: SparseWeight, threads: int) -> Space:
         lanes = self._lanes(spec)
@@ -186,20 +207,23 @@ class CpuPointwise(Kernel):
             "block": tuple(sorted(blocks | {spec.c})),
             "split": tuple(p for p in (1, threads) if p <= spec.k) if few and threads > 1 else (1,),
             "prefetch": prefetch_choices(spec),
+            **_entries(spec, weight),
         }
 
     def default(self, spec: ConvSpec, weight: SparseWeight, threads: int) -> Config:
         space = self.space(spec, weight, threads)
+        entries: Entries = _entries(spec, weight).get("entries", ("wide",))[0]
         return {
             "lanes": self._lanes(spec),
             "vectors": _tiles(spec, self._lanes(spec))[0],
             "block": next(
                 block
                 for block in (space["block"] if weight.density > 0.12 else space["block"][-1:])
-                if reason_cut_too_much(weight, int(block), int(space["split"][-1])) is None
+                if reason_cut_too_much(weight, int(block), int(space["split"][-1]), entries) is None
             ),
             "split": space["split"][-1],
             "prefetch": space["prefetch"][-1],
+            **({"entries": entries} if "entries" in space else {}),
         }
 
     def prepare(
@@ -211,7 +235,8 @@ class CpuPointwise(Kernel):
     ) -> Runner:
         self.require(spec, weight, config)
         plane = 4 * spec.h * spec.w
-        packed = pack_rows(weight, plane, np.zeros((1, 1), np.int64), int(config["block"]), int(config["split"]), True)
+        block, split, entries = int(config["block"]), int(config["split"]), entries_of(config)
+        packed = pack_rows(weight, plane, np.zeros((1, 1), np.int64), block, split, entries, in_place=True)
         return _Runner(spec, config, packed, activation)
 
     @staticmethod
@@ -220,6 +245,16 @@ class CpuPointwise(Kernel):
         while lanes > spec.h * spec.w:
             lanes //= 2
         return lanes
+
+
+def _entries(spec: ConvSpec, weight: SparseWeight) -> dict[str, tuple[Entries, ...]]:
+    """The parameter ``entries``, where there is a choice."""
+    return {} if weight.levels is None else {"entries": entry_choices(weight, _reach(spec))}
+
+
+def _reach(spec: ConvSpec) -> int:
+    """Bytes below which offsets stay: a block's used channels may lie anywhere in the image."""
+    return 4 * spec.c * spec.h * spec.w
 
 
 def _tiles(spec: ConvSpec, lanes: int) -> list[int]:

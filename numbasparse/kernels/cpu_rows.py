@@ -1,6 +1,8 @@
 """What the CPU kernels share: their packed weight form, limits, and rules of the register tile.
 
-The packed form holds the non-zeros of each output channel, by blocks of input channels.
+The packed form holds the non-zeros of each output channel, by blocks of input channels. Of a quantized weight it
+holds the codes: the kernels look their values up, and no other form of the weight is kept. The config's parameter
+``entries`` says so: ``"coded"``, or ``"wide"`` for decoded values, which every weight has.
 """
 
 from __future__ import annotations
@@ -8,11 +10,22 @@ from __future__ import annotations
 import functools
 import weakref
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
 from numbasparse.codegen.jit import Code, compile_c
-from numbasparse.codegen.simd import ENTRIES_AFTER, ROWS_SIGNATURE, Activation, RowKernel, rows_function
+from numbasparse.codegen.simd import (
+    ENTRIES_AFTER,
+    ENTRY_BYTES,
+    OFFSET_BITS,
+    ROWS_SIGNATURE,
+    Activation,
+    Entries,
+    RowKernel,
+    rows_function,
+)
+from numbasparse.kernels.base import Config
 from numbasparse.runtime import cpu
 from numbasparse.spec import ConvSpec
 from numbasparse.weight import SparseWeight
@@ -27,8 +40,14 @@ class PackedRows:
 
     Attributes
     ----------
-    entries : int64, (nnz + ENTRIES_AFTER,)
-        Byte offset of the input vector in the low half, bits of the float32 value in the high half.
+    form
+        Form of the entries.
+    entries : int64 or uint32, (nnz + ENTRIES_AFTER,)
+        ``"wide"``: byte offset of the input vector in the low half, bits of the float32 value in the high half.
+        Otherwise a quarter of that offset in the low 24 bits, the code in the high 8.
+    decoder : float32
+        What codes stand for, as `codegen.simd.rows_function` has it: nothing, a table, or the channels' headers
+        and then their tables.
     rows, starts : int32, (pieces,) and (pieces + 1,)
         Output channel of each piece of a row, and where its entries begin.
     segments : int32, (blocks * splits * 4 + 1,)
@@ -39,7 +58,9 @@ class PackedRows:
         Channels of a block, number of blocks, number of ranges that the output channels are cut into.
     """
 
+    form: Entries
     entries: np.ndarray
+    decoder: np.ndarray
     rows: np.ndarray
     starts: np.ndarray
     segments: np.ndarray
@@ -51,7 +72,7 @@ class PackedRows:
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
-        arrays = (self.entries, self.rows, self.starts, self.segments, self.channels)
+        arrays = (self.entries, self.decoder, self.rows, self.starts, self.segments, self.channels)
         return sum(a.nbytes for a in arrays)
 
 
@@ -71,6 +92,7 @@ def compile_rows(
     valid: int,
     aligned: bool,
     activation: Activation,
+    entries: Entries,
     out_displacements: tuple[int, ...] = (),
 ) -> Code:
     """The inner loop in its four roles (`ONLY` ...) as one function of `rows_function`'s arguments."""
@@ -88,6 +110,7 @@ def compile_rows(
             start="bias" if role in (ONLY, FIRST) else "resume",
             finish="store" if role in (ONLY, LAST) else "spill",
             out_displacements=out_displacements,
+            entries=entries,
         )
         for role in range(4)
     ]
@@ -132,24 +155,50 @@ _cuts: weakref.WeakKeyDictionary[SparseWeight, dict[int, tuple[int, int]]] = wea
 _SMALL = 4096
 
 
-def reason_cut_too_much(weight: SparseWeight, block: int, splits: int) -> str | None:
+def entry_choices(weight: SparseWeight, reach: int) -> tuple[Entries, ...]:
+    """Forms of entries for a weight, the default first, where offsets stay below ``reach`` bytes."""
+    return ("coded", "wide") if reason_not_coded(weight, reach) is None else ("wide",)
+
+
+def reason_not_coded(weight: SparseWeight, reach: int) -> str | None:
+    """Reason why entries cannot hold codes, or None; offsets stay below ``reach`` bytes."""
+    if weight.levels is None:
+        return "coded entries need a quantized weight, see SparseWeight.quantized"
+    limit = 4 << OFFSET_BITS
+    if reach > limit:
+        return f"offsets of coded entries stay below {limit} bytes, these reach {reach}"
+    return None
+
+
+def with_entries(config: Config) -> Config:
+    """The config with its ``entries``, which may be left out for wide ones."""
+    return {"entries": "wide", **config}
+
+
+def entries_of(config: Config) -> Entries:
+    """The ``entries`` of a config that has been checked."""
+    return cast(Entries, with_entries(config)["entries"])
+
+
+def reason_cut_too_much(weight: SparseWeight, block: int, splits: int, entries: Entries) -> str | None:
     """Reason why blocks of ``block`` channels take too much memory, or None.
 
     Every piece of a row has a number and a start, and every block and split its segments.  With several blocks,
     the packed form may take at most 1.3 times its entries and row pointers (and 4 KiB).  One block is always
-    allowed.
+    allowed.  What codes stand for does not count.
     """
+    entry_bytes = ENTRY_BYTES[entries]
     known = _cuts.setdefault(weight, {})
     if block not in known:
         known[block] = _count_pieces(weight, block)
     blocks, pieces = known[block]
     size = (
-        8 * (weight.nnz + ENTRIES_AFTER)
+        entry_bytes * (weight.nnz + ENTRIES_AFTER)
         + 8 * pieces
         + 16 * blocks * splits
         + 4 * weight.kernel_shape[0] * weight.groups
     )
-    most = 1.3 * (8 * weight.nnz + 4 * (weight.k + 1)) + _SMALL
+    most = 1.3 * (entry_bytes * weight.nnz + 4 * (weight.k + 1)) + _SMALL
     if blocks == 1 or size <= most:
         return None
     return f"{blocks} blocks of {block} channels cut the rows into {pieces} pieces: {size} bytes, limit {most:.0f}"
@@ -171,6 +220,7 @@ def pack_rows(
     tap_bytes: np.ndarray,
     block: int,
     splits: int,
+    entries: Entries,
     in_place: bool = False,
 ) -> PackedRows:
     """Cut the rows of ``weight`` at blocks of input channels and sort the pieces for the inner loop.
@@ -185,6 +235,8 @@ def pack_rows(
         Input channels of a block, at most; blocks are made equal.
     splits
         Ranges of output channels that different threads may take.
+    entries
+        ``"wide"`` or ``"coded"``.
     in_place
         Channels lie where the caller has them, not packed: offsets count from a block's first used channel.
     """
@@ -211,10 +263,12 @@ def pack_rows(
     else:
         channel = position % block
     offsets = (channel * channel_bytes + tap_bytes[r, s])[place]
-    bits = weight.data[place].view(np.uint32).astype(np.uint64)
+    form, decoder = _decoder(weight) if entries == "coded" else (entries, np.zeros(0, np.float32))
     bucket = ((piece_block * splits + split) * 4 + role)[order]
     return PackedRows(
-        entries=np.pad((offsets.astype(np.uint64) | bits << np.uint64(32)).view(np.int64), (0, ENTRIES_AFTER)),
+        form=form,
+        entries=np.pad(_wide(weight, place, offsets) if form == "wide" else _coded(weight, place, offsets), _AFTER),
+        decoder=decoder,
         rows=piece_row[order].astype(np.int32),
         starts=np.concatenate(([0], np.cumsum(length[order]))).astype(np.int32),
         segments=np.searchsorted(bucket, np.arange(blocks * splits * 4 + 1)).astype(np.int32),
@@ -223,6 +277,34 @@ def pack_rows(
         blocks=blocks,
         splits=splits,
     )
+
+
+_AFTER = (0, ENTRIES_AFTER)
+
+
+def _wide(weight: SparseWeight, place: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    bits = weight.data[place].view(np.uint32).astype(np.uint64)
+    return (offsets.astype(np.uint64) | bits << np.uint64(32)).view(np.int64)
+
+
+def _coded(weight: SparseWeight, place: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    assert weight.codes is not None
+    codes = weight.codes[place].astype(np.uint32)
+    return (offsets // 4).astype(np.uint32) | codes << np.uint32(OFFSET_BITS)
+
+
+def _decoder(weight: SparseWeight) -> tuple[Entries, np.ndarray]:
+    """Form of the entries, and what their codes stand for, as `PackedRows.decoder`."""
+    levels = weight.levels
+    assert levels is not None
+    table, first = levels.tables()
+    if len(levels.scale) == len(first) == 1:
+        return "coded", levels.codebook(weight.k)[0]
+    channels = np.arange(weight.k)
+    headers = np.empty((weight.k, 2), np.int32)
+    headers[:, 0] = headers.nbytes + 4 * (first if len(first) == 1 else first[channels])
+    headers[:, 1] = levels.scale.view(np.int32)
+    return "scaled", np.concatenate((headers.view(np.float32).ravel(), table))
 
 
 def _roles(present: np.ndarray) -> np.ndarray:
