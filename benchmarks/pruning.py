@@ -1,0 +1,172 @@
+"""Evidence for pruning and quantization: accuracy on Fashion-MNIST, and Real-ESRGAN without labels.
+
+    python benchmarks/pruning.py calibrate            # recipes compared on held-back training images
+    python benchmarks/pruning.py core methods         # what README's tables are made of
+    python benchmarks/pruning.py realesrgan search
+    python benchmarks/pruning.py core methods search realesrgan --tiny   # every path in a few steps, also on a CPU
+
+Groups of jobs run in the order given, several at a time on every GPU, until all have ended or ``--seconds`` are over.
+Every result is in ``OUT/pruning.json`` as soon as it is known, and jobs that are done there (or in the committed
+results) are not done again: after an interruption start the same command anew. ``core`` trains both networks dense and
+90, 95 and 98 % sparse over the same number of epochs, with several seeds, then each a little longer: as it is, and
+quantized in six ways. ``methods`` compares pruning methods on one network. Fashion-MNIST is read from ``--data``
+(``data/make_fashion.py --download`` gets it), the rest with ``data/fetch_realesrgan.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
+
+import torch
+from common import RESULTS, environment
+from pruning_fashion import core, retrain_after, single
+from pruning_pool import Job, Pool, Results
+from pruning_realesrgan import realesrgan
+from pruning_train import Recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+FILE = "pruning.json"
+
+SPARSITIES = (0.9, 0.95, 0.98)
+QUANTIZATIONS = [(kind, bits) for bits in (4, 8, 3) for kind in ("codebook", "linear")]
+
+# method, scope, vector, function; gradual with global scope and V = 1 is in ``core``
+METHODS = [
+    ("gradual", "layer", 1, single),
+    ("gradual", "erk", 1, single),
+    ("gradual", "lamp", 1, single),
+    ("gradual", "global", 4, single),
+    ("gradual", "global", 16, single),
+    ("acdc", "global", 1, single),
+    ("dense, one-shot, retrained", "global", 1, retrain_after),
+    ("gradual", "uniform+", 1, single),
+]
+
+
+def common_parameters(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what every job on Fashion-MNIST has."""
+    return {
+        "folder": str(args.data),
+        "limit": 64 if args.tiny else None,
+        "epochs": args.epochs,
+        "fine_epochs": args.fine_epochs,
+        "fine_lr": args.fine_lr,
+        "recipe": asdict(Recipe(lr=args.lr, weight_decay=args.weight_decay, batch=16 if args.tiny else 480)),
+        "method": "gradual",
+        "scope": args.scope,
+        "vector": 1,
+    }
+
+
+def calibrate_jobs(args: argparse.Namespace) -> Iterator[Job]:
+    """Recipes for the dense networks, and scopes at the highest sparsity."""
+    for variant in ({}, {"lr": 0.1}, {"lr": 0.4}, {"weight_decay": 1e-3}):
+        for network in ("resnet18", "vgg16"):
+            p = common_parameters(args) | {"group": "calibrate", "network": network, "seed": 0, "sparsity": 0.0}
+            p |= {"validation": True, "recipe": p["recipe"] | variant}
+            yield Job(f"calibrate {network} {variant or 'default'} {args.epochs} epochs", single, p)
+    for scope in ("global", "lamp", "erk"):
+        p = common_parameters(args) | {"group": "calibrate", "network": "resnet18", "seed": 0, "sparsity": 0.98}
+        yield Job(f"calibrate 98% {scope} {args.epochs} epochs", single, p | {"validation": True, "scope": scope})
+
+
+def core_jobs(args: argparse.Namespace) -> Iterator[Job]:
+    """Dense and pruned networks, each quantized; the first dense one is also pruned at once."""
+    for network in ("resnet18", "vgg16"):
+        for seed in range(args.seeds):
+            for sparsity in (0.0, *(SPARSITIES[:1] if args.tiny else SPARSITIES)):
+                p = common_parameters(args) | {"group": "core", "network": network, "seed": seed, "sparsity": sparsity}
+                p["quantizations"] = QUANTIZATIONS[:2] if args.tiny else QUANTIZATIONS
+                first = network == "resnet18" and seed == 0 and sparsity == 0.0
+                p["one_shot"] = ((0.9,) if args.tiny else (0.5, 0.7, 0.8, *SPARSITIES)) if first else ()
+                yield Job(f"core {network} {sparsity:.0%} seed {seed} {args.epochs} epochs", core, p)
+
+
+def methods_jobs(args: argparse.Namespace) -> Iterator[Job]:
+    """One network, pruned by each method."""
+    for seed in range(args.method_seeds):
+        for sparsity in SPARSITIES[:1] if args.tiny else SPARSITIES:
+            for method, scope, vector, function in METHODS:
+                p = common_parameters(args) | {"group": "methods", "network": "resnet18", "seed": seed}
+                p |= {"sparsity": sparsity, "method": method, "scope": scope, "vector": vector}
+                name = f"methods {method} {scope} V={vector} {sparsity:.0%} seed {seed} {args.epochs} epochs"
+                yield Job(name, function, p)
+
+
+def realesrgan_jobs(args: argparse.Namespace) -> Iterator[Job]:
+    """Both sparsities of Real-ESRGAN's network."""
+    size = {"steps": 3, "batch": 1, "size": 16, "calibration": 2, "limit": 2} if args.tiny else {}
+    full = {"steps": args.steps, "batch": 16, "size": 64, "calibration": 32, "limit": None}
+    for sparsity in (0.9, 0.8):
+        p = {"sparsity": sparsity, "scope": "global", "seed": 0, "lr": 5e-4, "pictures": str(args.out), **full, **size}
+        yield Job(f"realesrgan {sparsity:.0%} {p['steps']} steps", realesrgan, p)
+
+
+GROUPS = {
+    "calibrate": calibrate_jobs,
+    "core": core_jobs,
+    "methods": methods_jobs,
+    "realesrgan": realesrgan_jobs,
+}
+
+
+def devices(workers: int) -> list[str]:
+    """Return a device for each worker: all GPUs in turns, or one CPU."""
+    if not torch.cuda.is_available():
+        return ["cpu"]
+    return [f"cuda:{index}" for _ in range(workers) for index in range(torch.cuda.device_count())]
+
+
+def describe(args: argparse.Namespace, workers: list[str]) -> dict[str, Any]:
+    """Return what a run was made with."""
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    private = ("data", "out")
+    kept = {name: value for name, value in settings.items() if name not in private}
+    return {**environment(), "gpus": gpus, "cuda": torch.version.cuda, "workers": workers, "settings": kept}
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description="Evidence for pruning and quantization.")
+    parser.add_argument("groups", nargs="+", choices=GROUPS, help="what to run, the most important first")
+    parser.add_argument("--seconds", type=float, default=420.0, help="stop when so many are over")
+    parser.add_argument("--workers", type=int, default=4, help="processes on each GPU")
+    parser.add_argument("--epochs", type=int, default=40, help="of each training")
+    parser.add_argument("--fine-epochs", type=int, default=2, help="of retraining quantized")
+    parser.add_argument("--lr", type=float, default=Recipe.lr)
+    parser.add_argument("--fine-lr", type=float, default=0.02)
+    parser.add_argument("--weight-decay", type=float, default=Recipe.weight_decay)
+    parser.add_argument("--scope", default="global", help="of the pruned networks of core")
+    parser.add_argument("--seeds", type=int, default=3, help="of core")
+    parser.add_argument("--method-seeds", type=int, default=2, help="of methods")
+    parser.add_argument("--steps", type=int, default=1500, help="of Real-ESRGAN's distillation")
+    parser.add_argument("--data", type=Path, default=ROOT / ".data" / "fashion-mnist", help="Fashion-MNIST's folder")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where to write")
+    parser.add_argument("--tiny", action="store_true", help="try every path on a few images; results mean nothing")
+    args = parser.parse_args()
+    if args.tiny:
+        args.epochs, args.fine_epochs, args.seeds, args.method_seeds = 2, 2, 1, 1
+        if args.out == RESULTS:
+            parser.error("--tiny needs --out FOLDER: its results must not stand among the others")
+    return args
+
+
+def main() -> int:
+    """Run the script; the exit code says whether a job failed or was left."""
+    args = parse()
+    jobs = [job for group in args.groups for job in GROUPS[group](args)]
+    workers = devices(args.workers)
+    results = Results(args.out / FILE, describe(args, workers), None if args.tiny else RESULTS / FILE)
+    return 1 if Pool(workers, results, args.seconds).run(jobs) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+"""The experiments on Fashion-MNIST: training dense and pruned networks, and quantizing each of them with retraining.
+
+Every function here is a job of `pruning_pool`. Networks are judged by the test images once, at the end of each
+training: nothing is chosen by them. Recipes are compared (``calibrate``) on the last 5,000 training images, left out
+of the training.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from fashion_large import build
+from pruning_pool import Emit, Job, Row
+from pruning_train import Images, Recipe, accuracy, train
+from torch import nn
+
+from numbasparse.pruning import (
+    ACDCSchedule,
+    CubicSchedule,
+    MagnitudePruning,
+    OBSPruning,
+    Pruner,
+    prune_,
+    prune_with_data_,
+    recalibrate_batch_norm_,
+    report,
+)
+from numbasparse.quantization import CodebookQuantization, LinearQuantization, Quantizer
+from numbasparse.quantization.layers import QuantizationConfig
+
+VALIDATION = 5000
+
+
+@cache
+def data_sets(folder: str, device: torch.device, limit: int | None, validation: bool) -> tuple[Images, Images]:
+    """Return the images to train on and those to judge by; read once in each process."""
+    training = Images.read(Path(folder), "train", device, limit)
+    if validation:
+        return training.split(min(VALIDATION, len(training) // 4))
+    return training, Images.read(Path(folder), "t10k", device, limit)
+
+
+class Experiment:
+    """What all jobs on Fashion-MNIST share: data, recipe, a seeded network, and emitting its accuracy."""
+
+    def __init__(self, job: Job, device: torch.device, emit: Emit) -> None:
+        p = self.p = job.parameters
+        self.device = device
+        self.emit = emit
+        self.recipe = Recipe(**p["recipe"])
+        self.fine = Recipe(**{**p["recipe"], "lr": p["fine_lr"], "warm_up": 0.0})
+        self.data, self.test = data_sets(p["folder"], device, p["limit"], p.get("validation", False))
+        self.start = time.perf_counter()
+
+    def network(self) -> nn.Module:
+        torch.manual_seed(self.p["seed"])
+        return build(self.p["network"]).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def row(self, model: nn.Module, **more: Any) -> None:
+        """Emit the accuracy of a network, and the seconds since the last row."""
+        value = accuracy(model, self.test)
+        now = time.perf_counter()
+        common: Row = {"group": self.p["group"], "network": self.p["network"], "seed": self.p["seed"]}
+        common |= {"sparsity": self.p["sparsity"], "epochs": self.p["epochs"], "judged_by": self.judged_by}
+        reached = round(report(model).sparsity, 5)
+        self.emit({**common, "accuracy": value, "reached": reached, "seconds": round(now - self.start, 2), **more})
+        self.start = time.perf_counter()
+
+    @property
+    def judged_by(self) -> str:
+        return "validation" if self.p.get("validation") else "test"
+
+
+def method_config(p: dict[str, Any]) -> MagnitudePruning:
+    """Return the pruning config of a job."""
+    return MagnitudePruning(p["sparsity"], scope=p["scope"], vector=p["vector"])
+
+
+def method_pruner(model: nn.Module, p: dict[str, Any], steps: int) -> Pruner | None:
+    """Return the pruner of a job's method for a training of so many steps.
+
+    Gradual: cubic from 5 to 60 % of the steps. AC/DC: dense for a tenth, then in turns compressed and dense for an
+    eighth each, compressed from 85 % on, as its paper has it.
+    """
+    if not p["sparsity"]:
+        return None
+    if p["method"] == "gradual":
+        begin = round(0.05 * steps)
+        schedule = CubicSchedule(begin, max(begin + 1, round(0.6 * steps)), every=max(1, steps // 200))
+        return Pruner(model, method_config(p), schedule)
+    if p["method"] == "acdc":
+        phase = max(1, steps // 8)
+        begin = round(0.1 * steps)
+        acdc = ACDCSchedule(begin, max(begin + 1, round(0.85 * steps)), phase, phase)
+        return Pruner(model, method_config(p), acdc)
+    raise ValueError(f"method must be 'gradual' or 'acdc', got {p['method']!r}")
+
+
+def train_once(e: Experiment) -> nn.Module:
+    """Train a job's network from scratch, pruning it on the way."""
+    p = e.p
+    model = e.network()
+    steps = len(e.data) // e.recipe.batch * p["epochs"]
+    loss = train_pruned(model, e, e.recipe, p["epochs"], method_pruner(model, p, steps))
+    method = {name: p[name] for name in ("method", "scope", "vector")} if p["sparsity"] else {"method": "dense"}
+    e.row(model, **method, loss=round(loss, 4), recipe=asdict(e.recipe), by_layer=by_layer(model))
+    return model
+
+
+def train_pruned(model: nn.Module, e: Experiment, recipe: Recipe, epochs: int, pruner: Pruner | None) -> float:
+    """Train, with a pruner from its beginning to its end; return the last epoch's mean loss."""
+    if pruner is None:
+        return train(model, e.data, epochs=epochs, recipe=recipe)
+    pruner.begin()
+    loss = train(model, e.data, epochs=epochs, recipe=recipe, pruner=pruner)
+    pruner.finish()
+    return loss
+
+
+def by_layer(model: nn.Module) -> list[float]:
+    """Return the sparsity of each prunable layer."""
+    return [round(layer.sparsity, 4) for layer in report(model).layers]
+
+
+def single(job: Job, device: torch.device, emit: Emit) -> None:
+    """Train once: a row of the table of methods, or of the comparison of recipes."""
+    train_once(Experiment(job, device, emit))
+
+
+def core(job: Job, device: torch.device, emit: Emit) -> None:
+    """Train once; then, each from there, train a little longer as it is and quantized in every way."""
+    e = Experiment(job, device, emit)
+    model = train_once(e)
+    p = e.p
+    longer = copy.deepcopy(model)
+    train_pruned(longer, e, e.fine, p["fine_epochs"], Pruner(longer, method_config(p)) if p["sparsity"] else None)
+    e.row(longer, method="longer", fine_epochs=p["fine_epochs"], fine_lr=p["fine_lr"])
+    del longer
+    for kind, bits in p["quantizations"]:
+        quantized(e, model, kind, bits)
+    if p["one_shot"]:
+        one_shot(e, model)
+
+
+def quantized(e: Experiment, model: nn.Module, kind: str, bits: int) -> None:
+    """Quantize a copy of a trained network, retrain it so, and emit the accuracy before and after retraining.
+
+    ``kind`` is ``"codebook"`` (exact k-means, one codebook a layer) or ``"linear"`` (symmetric, a scale for each output
+    channel, of least squared error). Zeros stay zero, so the masks stay too.
+    """
+    config: QuantizationConfig = (
+        CodebookQuantization(bits)
+        if kind == "codebook"
+        else LinearQuantization(bits, granularity="channel", range="mse")
+    )
+    p = e.p
+    model = copy.deepcopy(model)
+    quantizer = Quantizer(model, config)
+    quantizer.begin()
+    more = {"fine_epochs": p["fine_epochs"], "fine_lr": p["fine_lr"], "accuracy_at_once": accuracy(model, e.test)}
+    # New codebooks move few weights at 8 bits, and take the longest to find.
+    refit = kind == "codebook" and bits < 8
+    train(model, e.data, epochs=p["fine_epochs"], recipe=e.fine, quantizer=quantizer, refit=refit)
+    layers = quantizer.finish().layers
+    for size in ("dense_nbytes", "nbytes", "huffman_nbytes"):
+        more[size] = sum(getattr(layer, size) for layer in layers)
+    e.row(model, method=f"{kind}, retrained", quantization=kind, bits=bits, **more)
+
+
+def retrain_after(job: Job, device: torch.device, emit: Emit) -> None:
+    """Train dense for half of the epochs, prune at once by magnitude, and retrain for the other half.
+
+    Retraining repeats the learning rate's way from its peak down in a straight line (Le and Hua, "Network pruning
+    that matters: a case study on retraining variants", ICLR 2021, arXiv 2105.03193, there called learning rate
+    restarting with a linear decay).
+    """
+    e = Experiment(job, device, emit)
+    p = e.p
+    model = e.network()
+    first = p["epochs"] // 2
+    train(model, e.data, epochs=first, recipe=e.recipe)
+    train_pruned(model, e, e.recipe, p["epochs"] - first, Pruner(model, method_config(p)))
+    e.row(model, **{name: p[name] for name in ("method", "scope", "vector")}, by_layer=by_layer(model))
+
+
+def one_shot(e: Experiment, dense: nn.Module) -> None:
+    """Prune a trained network at once, without retraining, by magnitude and by OBS.
+
+    Each accuracy is given as pruned and with batch norm's statistics measured anew on the calibration images.
+    """
+    count = min(1024, len(e.data))
+    calibration = e.data.x[:count].split(256)
+    for sparsity in e.p["one_shot"]:
+        for method, scope in (("magnitude", "global"), ("magnitude", "erk"), ("obs", "layer"), ("obs", "erk")):
+            model = copy.deepcopy(dense)
+            if method == "obs":
+                prune_with_data_(model, calibration, OBSPruning(sparsity, scope=scope))
+            else:
+                prune_(model, MagnitudePruning(sparsity, scope=scope))
+            plain = accuracy(model, e.test)
+            recalibrate_batch_norm_(model, calibration)
+            more = {"sparsity": sparsity, "calibration": count, "accuracy_as_pruned": plain}
+            e.row(model, method=f"{method}, one-shot", scope=scope, vector=1, **more)
