@@ -194,22 +194,54 @@ def test_plans_are_kept_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(cache) == 0
 
 
-def test_gradients_are_refused_only_by_backward() -> None:
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"kernel_size": 3, "padding": 1},
+        {"kernel_size": (3, 2), "stride": (2, 3), "padding": (0, 1), "groups": 2},
+        {"kernel_size": (2, 4), "padding": "same", "dilation": 2},
+    ],
+)
+def test_gradients(activation: str, arguments: dict[str, Any]) -> None:
+    conv = _conv(4, 6, **arguments).requires_grad_()
+    layer = SparseConv2d.from_conv(conv, activation=activation)
+    assert layer.bias is not None
+    layer.bias.requires_grad_()
+    x = torch.randn(2, 4, 9, 8)
+    x, same = (x.clone().requires_grad_() for _ in range(2))
+    y, expected = layer(3 * x), ACTIVATIONS[activation](conv(3 * same))
+    direction = torch.randn_like(y)
+    y.backward(direction)
+    expected.backward(direction)
+    _assert_close(x.grad, same.grad)
+    _assert_close(layer.bias.grad, conv.bias.grad)
+    torch.library.opcheck(conv2d, _arguments(layer, x.detach().requires_grad_()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_gradients_have_the_dtype_of_the_input(dtype: torch.dtype) -> None:
     layer = SparseConv2d.from_conv(_conv(4, 6, 3))
-    x = torch.randn(1, 4, 6, 6, requires_grad=True)
-    y = layer(x)
-    assert y.requires_grad
-    with pytest.raises(NotImplementedError, match="has no gradient yet"):
-        y.sum().backward()
+    x = torch.randn(1, 4, 6, 6, dtype=dtype, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == dtype
     with torch.no_grad():
         assert not layer(x).requires_grad
+
+
+def test_the_weight_has_no_gradient() -> None:
+    layer = SparseConv2d.from_conv(_conv(4, 6, 3))
+    layer.values.requires_grad_()
+    with pytest.raises(NotImplementedError, match="no gradient for its sparse weight"):
+        layer(torch.randn(1, 4, 6, 6)).sum().backward()
 
 
 def test_config_that_cannot_run_gives_way_to_the_default() -> None:
     conv = _conv(4, 6, 3)
     x = torch.randn(1, 4, 6, 6)
     layer = SparseConv2d.from_conv(conv)
-    for name in KERNELS:
+    for name in KERNELS:  # those for GPUs too
         _assert_close(conv2d(*_arguments(layer, x, json.dumps({"kernel": name}))), conv(x))
         nonsense = json.dumps({"kernel": name, "config": {"nonsense": 1}})
         _assert_close(conv2d(*_arguments(layer, x, nonsense)), conv(x))
@@ -647,11 +679,12 @@ def test_compile(model: nn.Module, images: Tensor, backend: str, grad: bool) -> 
     torch._dynamo.reset()
     compiled = torch.compile(converted, backend=backend, fullgraph=True)
     with torch.set_grad_enabled(grad):
-        y = compiled(images)
+        y = compiled(images.requires_grad_(grad))
     _assert_close(y.detach(), _run(converted, images))
     if grad:
-        with pytest.raises((NotImplementedError, RuntimeError), match="has no gradient yet"):
-            y.sum().backward()
+        (found,) = torch.autograd.grad(y.sum(), images)
+        (expected,) = torch.autograd.grad(converted(images).sum(), images)
+        _assert_close(found, expected)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from numbasparse.kernels import kernel
 from numbasparse.nn.operator import conv2d
 from numbasparse.plans import Choice, check_activation
+from numbasparse.runtime.layouts import LAYOUTS, Layout
 from numbasparse.spec import ConvSpec
 from numbasparse.weight import SparseWeight
 
@@ -22,7 +23,7 @@ _ARRAYS = ("values", "indices", "indptr")
 
 
 class SparseConv2d(nn.Module):
-    """A 2-D convolution with a sparse weight, for inference.
+    """A 2-D convolution with a fixed sparse weight, on the CPU or a GPU.
 
     Parameters
     ----------
@@ -37,6 +38,8 @@ class SparseConv2d(nn.Module):
     choice : Choice, mapping, str, optional
         Which kernel and config; see `ChoiceLike`. Where it cannot run an input's shape, the stated default
         for that shape takes its place.
+    out_layout : "NCHW", "NHWC" or "CHWN", optional
+        On a GPU: order of the result in memory; None is that of the input.
 
     Attributes
     ----------
@@ -60,7 +63,9 @@ class SparseConv2d(nn.Module):
     Notes
     -----
     Packed weights and compiled code are cached by the operator per shape of the input and notice every change
-    of the buffers except one made through ``.data``. There is no gradient: a backward pass raises
+    of the buffers except one made through ``.data`` (and on a GPU changes of tensors made in inference mode).
+    ``.to("cuda")`` moves the buffers; the weight is packed anew on the device at the first call with a shape.
+    There are gradients with respect to input and bias, none for the sparse weight: asking for one raises
     NotImplementedError.
     """
 
@@ -79,8 +84,11 @@ class SparseConv2d(nn.Module):
         dilation: int | Sequence[int] = 1,
         activation: str | None = None,
         choice: ChoiceLike = None,
+        out_layout: Layout | None = None,
     ) -> None:
         super().__init__()
+        if out_layout not in (None, *LAYOUTS):
+            raise ValueError(f"out_layout must be None or one of {LAYOUTS}, got {out_layout!r}")
         spec = _smallest_spec(weight, stride, padding, dilation)
         if bias is not None:
             spec.check_bias_shape(tuple(bias.shape))
@@ -90,20 +98,28 @@ class SparseConv2d(nn.Module):
         self.padding = (*spec.padding[0], *spec.padding[1])
         self.activation: str = check_activation(activation)
         self.choice = choice
+        self.out_layout = out_layout
         for name, array in zip(_ARRAYS, (weight.data, weight.indices, weight.indptr), strict=True):
             self.register_buffer(name, torch.from_numpy(array.copy()))
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
 
     @classmethod
-    def from_conv(cls, conv: nn.Conv2d, *, choice: ChoiceLike = None, activation: str | None = None) -> SparseConv2d:
-        """Take the non-zero weights of a dense convolution, which is left as it is.
+    def from_conv(
+        cls,
+        conv: nn.Conv2d,
+        *,
+        choice: ChoiceLike = None,
+        activation: str | None = None,
+        out_layout: Layout | None = None,
+    ) -> SparseConv2d:
+        """Take the non-zero weights of a dense convolution, which is left as it is; the result is on its device.
 
         Raises
         ------
         TypeError
             If ``conv`` is no ``nn.Conv2d``.
         ValueError
-            If its ``padding_mode`` is not "zeros", its weight is not on the CPU or holds NaN or infinity.
+            If its ``padding_mode`` is not "zeros", or its weight holds NaN or infinity.
         """
         if not isinstance(conv, nn.Conv2d):
             raise TypeError(f"expected an nn.Conv2d, got {type(conv).__name__}")
@@ -112,9 +128,7 @@ class SparseConv2d(nn.Module):
                 f"padding_mode {conv.padding_mode!r} is not supported, only 'zeros': pad the input before the "
                 f"convolution (torch.nn.functional.pad) and give the convolution padding=0"
             )
-        if conv.weight.device.type != "cpu":
-            raise ValueError(f"the weight is on device {conv.weight.device}: move the model with .cpu() first")
-        return cls(
+        made = cls(
             SparseWeight.from_dense(conv.weight, conv.groups),
             conv.bias,
             stride=conv.stride,
@@ -122,7 +136,9 @@ class SparseConv2d(nn.Module):
             dilation=conv.dilation,
             activation=activation,
             choice=choice,
+            out_layout=out_layout,
         )
+        return made.to(conv.weight.device)
 
     @property
     def choice(self) -> Choice | None:
@@ -161,6 +177,7 @@ class SparseConv2d(nn.Module):
             self.groups,
             self.activation,
             self._config,
+            self.out_layout or "",
         )
         return y if x.dim() != 3 else y.squeeze(0)
 
@@ -240,7 +257,8 @@ class SparseConv2d(nn.Module):
                 return
             for name in ("values", "indices"):
                 own = getattr(self, name)
-                if own.shape != found[name].shape:
+                # The operator does not notice a change of an inference tensor on a GPU, but it does a new one.
+                if own.shape != found[name].shape or own.is_inference():
                     setattr(self, name, own.new_empty(found[name].shape))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
 

@@ -4,7 +4,7 @@ All that the convolution needs is in its arguments, so an exported program carri
 ``torch.export.save`` need ``import numbasparse.nn`` before they are loaded: that registers the operator.
 
 =============  =====================================================================================
-x              (N, C, H, W), float32; float64, float16 and bfloat16 are computed in float32 and rounded
+x              (N, C, H, W), on the CPU or a GPU; float32; float64, float16 and bfloat16 are summed in float32
 values         (nnz,), float32: the CSR matrix of a `numbasparse.SparseWeight`
 indices        (nnz,), int32
 indptr         (K + 1,), int32
@@ -16,10 +16,13 @@ dilation       (vertical, horizontal)
 groups
 activation     "none", "relu", "relu6" or "silu"
 config         JSON ``{"kernel": name, "config": {...}}``, or "" for the stated default
+out_layout     on a GPU: "NCHW", "NHWC" or "CHWN", or "" for that of ``x`` (NCHW where it has none)
 =============  =====================================================================================
 
-The result is (N, K, OH, OW), contiguous, of ``x``'s dtype. A config that cannot run the shape at hand (it was
-tuned for another batch or image size) gives way to the stated default for that shape.
+The result is (N, K, OH, OW) of ``x``'s dtype, on the CPU contiguous. All tensors are on one device. A config that
+cannot run the problem at hand (it was tuned for another batch, image size or device) gives way to the stated
+default for that problem. On a GPU the first call with a shape packs the weight, and cannot be captured in a graph.
+There are gradients with respect to ``x`` and ``bias``, see `numbasparse.nn.gradient`.
 
 The operator is registered with `torch.library.Library` and not `torch.library.custom_op`: the latter's wrappers
 cost as much again at each call as all the rest of the path.
@@ -30,21 +33,24 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from numbasparse.kernels import kernel
-from numbasparse.plans import Choice, Plan, plan, resolve
-from numbasparse.runtime import cpu
+from numbasparse.nn.gradient import backward, setup_context
+from numbasparse.plans import Choice, Plan, device_and_dtype, plan, resolve
+from numbasparse.runtime import cpu, layouts
+from numbasparse.runtime.cuda import CudaError
 from numbasparse.spec import ConvSpec
 from numbasparse.weight import SparseWeight
 
 _SCHEMA = (
     "(Tensor x, Tensor values, Tensor indices, Tensor indptr, Tensor? bias, int[] kernel_shape, int[] stride, "
-    "int[] padding, int[] dilation, int groups, str activation, str config) -> Tensor"
+    "int[] padding, int[] dilation, int groups, str activation, str config, str out_layout='') -> Tensor"
 )
 
 _MAX_BYTES = 1 << 30
@@ -57,7 +63,9 @@ class _Entry:
         self.plan = made
         self.weight = weight
         # Tensors made in inference mode do not count their changes: compare them with a copy.
-        self.copies = tuple(t.clone() for t in weight) if any(t.is_inference() for t in weight) else None
+        # (Not on a GPU, where that would wait for it at every call: there they count as never changed.)
+        compared = any(t.is_inference() and t.is_cpu for t in weight)
+        self.copies = tuple(t.clone() for t in weight) if compared else None
         tensors = sum(t.nbytes for t in weight)
         self.nbytes = made.nbytes + tensors * (1 if self.copies is None else 2)
 
@@ -111,7 +119,7 @@ def _identity(t: Tensor) -> tuple[int, int, torch.Size]:
     return t.data_ptr(), 0 if t.is_inference() else t._version, t.shape
 
 
-def _conv2d_cpu(
+def _conv2d(
     x: Tensor,
     values: Tensor,
     indices: Tensor,
@@ -124,6 +132,7 @@ def _conv2d_cpu(
     groups: int,
     activation: str,
     config: str,
+    out_layout: str = "",
 ) -> Tensor:
     """Run the convolution with a cached plan; see the module's text for the arguments."""
     weight = (values, indices, indptr)
@@ -137,18 +146,34 @@ def _conv2d_cpu(
         groups,
         activation,
         config,
-        torch.get_num_threads(),
+        torch.get_num_threads() if x.is_cpu else (x.device, x.dtype),
     )
     entry = _plans.get(key)
     if entry is None or not entry.is_current(weight):
-        made = _make_plan(tuple(x.shape), weight, kernel_shape, stride, padding, dilation, groups, activation, config)
+        _check_devices(x, weight)
+        made = _make_plan(x, weight, kernel_shape, stride, padding, dilation, groups, activation, config)
         entry = _Entry(made, weight)
         _plans.put(key, entry)
-    return entry.plan(x.detach(), bias)
+    bias = None if bias is None else bias.detach()
+    return entry.plan(x.detach(), bias, None, None, cast("Any", out_layout or None))
+
+
+def _check_devices(x: Tensor, weight: tuple[Tensor, Tensor, Tensor]) -> None:
+    others = {t.device for t in weight} - {x.device}
+    if others:
+        raise ValueError(
+            f"the input is on device {x.device}, the sparse weight on {', '.join(map(str, others))}: move the model "
+            f"or the input with .to()"
+        )
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise CudaError(
+            f"an input of shape {tuple(x.shape)}, {x.dtype}, comes for the first time while a CUDA graph is captured: "
+            f"call the model with it once before the capture"
+        )
 
 
 def _make_plan(
-    x_shape: tuple[int, ...],
+    x: Tensor,
     tensors: tuple[Tensor, Tensor, Tensor],
     kernel_shape: Sequence[int],
     stride: Sequence[int],
@@ -158,18 +183,21 @@ def _make_plan(
     activation: str,
     config: str,
 ) -> Plan:
-    values, indices, indptr = (t.detach().numpy() for t in tensors)
+    values, indices, indptr = (t.detach().cpu().numpy() for t in tensors)
     weight = SparseWeight(values, indices, indptr, kernel_shape, groups)
     _check_padding(padding)
     top, bottom, left, right = padding
-    spec = ConvSpec.create(x_shape, weight.shape, stride, ((top, bottom), (left, right)), dilation, groups)
+    device, dtype = ("cpu", "float32") if x.is_cpu else device_and_dtype(x)
+    pads = ((top, bottom), (left, right))
+    spec = ConvSpec.create(tuple(x.shape), weight.shape, stride, pads, dilation, groups, dtype)
     threads = min(torch.get_num_threads(), cpu.MAX_THREADS)
-    choice = _fitting(config, spec, weight, threads)
-    return plan(spec, weight, config=choice, activation=activation, threads=threads)
+    with nullcontext() if x.is_cpu else torch.cuda.device(x.device):
+        choice = _fitting(config, spec, weight, threads, x.device.type)
+        return plan(spec, weight, device=device, config=choice, activation=activation, threads=threads)
 
 
-def _fitting(config: str, spec: ConvSpec, weight: SparseWeight, threads: int) -> Choice | None:
-    """The choice in ``config``, or None where it cannot run this problem."""
+def _fitting(config: str, spec: ConvSpec, weight: SparseWeight, threads: int, kind: str) -> Choice | None:
+    """The choice in ``config``, or None where it cannot run this problem on that kind of device."""
     if not config:
         return None
     try:
@@ -178,9 +206,10 @@ def _fitting(config: str, spec: ConvSpec, weight: SparseWeight, threads: int) ->
         raise ValueError(f"config must be JSON like {{'kernel': name, 'config': {{...}}}}: {error}") from None
     if not isinstance(parsed, dict) or "kernel" not in parsed:
         raise ValueError(f"config must be JSON like {{'kernel': name, 'config': {{...}}}}, got {config!r}")
-    if kernel(parsed["kernel"]).supports(spec, weight) is not None:
+    asked = kernel(parsed["kernel"])
+    if asked.device != kind or asked.supports(spec, weight) is not None:
         return None
-    choice = resolve(parsed, spec, weight, threads)
+    choice = resolve(parsed, spec, weight, threads, kind)
     return choice if kernel(choice.kernel).check(spec, weight, choice.config) is None else None
 
 
@@ -202,6 +231,7 @@ def _conv2d_fake(
     groups: int,
     activation: str,
     config: str,
+    out_layout: str = "",
 ) -> Tensor:
     """Make an output without content.  Sizes may be symbols: arithmetic only, no question that needs a number."""
     if x.dim() != 4:
@@ -216,47 +246,19 @@ def _conv2d_fake(
     top, bottom, left, right = padding
     out_h = (h + top + bottom - dilation[0] * (r - 1) - 1) // stride[0] + 1
     out_w = (w + left + right - dilation[1] * (s - 1) - 1) // stride[1] + 1
-    return x.new_empty((n, indptr.shape[0] - 1, out_h, out_w))
-
-
-def _no_gradient(grad: Tensor) -> NoReturn:
-    raise NotImplementedError(
-        "numbasparse::conv2d has no gradient yet: train the dense model (see numbasparse.pruning) and convert it "
-        "afterwards, or run the converted one under torch.inference_mode()"
-    )
-
-
-_TENSORS, _OTHERS = 5, 7
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    # The error is an operator too: torch.compile traces the backward pass of every model that is called with
-    # gradients enabled, and should refuse only those that really go backwards.
-    refused = torch.ops.numbasparse._conv2d_no_gradient.default(grad)
-    wanted = tuple(refused.new_empty(shape) if shape is not None else None for shape in ctx.shapes)
-    return (*wanted, *(None,) * _OTHERS)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.shapes = [
-        t.shape if needed and t is not None else None
-        for t, needed in zip(inputs[:_TENSORS], ctx.needs_input_grad[:_TENSORS], strict=True)
-    ]
+    shape = (n, indptr.shape[0] - 1, out_h, out_w)
+    if not x.is_cuda:
+        return x.new_empty(shape)
+    layout = cast("layouts.Layout", out_layout) or layouts.layout_of(x) or "NCHW"
+    return layouts.empty(shape, layout, dtype=x.dtype, device=x.device)
 
 
 _library = torch.library.Library("numbasparse", "DEF")
+_library.define("conv2d" + _SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+for _key in ("CPU", "CUDA"):
+    _library.impl("conv2d", _conv2d, _key)
+torch.library.register_fake("numbasparse::conv2d", _conv2d_fake, lib=_library)
+torch.library.register_autograd("numbasparse::conv2d", backward, setup_context=setup_context, lib=_library)
 
-
-def _define(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, run, "CPU")
-    torch.library.register_fake(f"numbasparse::{name}", fake, lib=_library)
-    return getattr(torch.ops.numbasparse, name).default
-
-
-_define("_conv2d_no_gradient", "(Tensor grad) -> Tensor", _no_gradient, torch.empty_like)
-
-conv2d = _define("conv2d", _SCHEMA, _conv2d_cpu, _conv2d_fake)
+conv2d = torch.ops.numbasparse.conv2d.default
 """The registered overload ``torch.ops.numbasparse.conv2d.default``, with the arguments of the module's text."""
-
-torch.library.register_autograd("numbasparse::conv2d", _backward, setup_context=_setup_context, lib=_library)
