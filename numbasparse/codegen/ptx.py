@@ -101,10 +101,18 @@ block_z = _operation("mov.u32 $0, %ctaid.z;", (), types.int32, memory=False)
 
 barrier = _operation("barrier.sync 0;", ())
 warp_barrier = _operation("bar.warp.sync 0xffffffff;", ())
+# Whether the value is not zero in any lane of the warp, the same answer in all.
+warp_any = _operation(
+    "{ .reg .pred p; setp.ne.s32 p, $1, 0; vote.sync.any.pred p, p, 0xffffffff; selp.s32 $0, 1, 0, p; }",
+    (types.int32,),
+    types.int32,
+)
 
 # Loads and stores of single values.
 load_shared_i32 = _operation("ld.shared.s32 $0, [$1];", (_S,), types.int32)
 store_shared_i32 = _operation("st.shared.s32 [$0], $1;", (_S, types.int32))
+# Adds and returns the value before.  acq_rel: what the threads counted so far have read, they have read before.
+count_shared = _operation("atom.acq_rel.cta.shared.add.u32 $0, [$1], $2;", (_S, types.int32), types.int32)
 # .nc: the read-only path; what it loads is not written while the kernel runs (section 9.7.9.9).
 load_global_i32 = _operation("ld.global.nc.s32 $0, [$1];", (_G,), types.int32)
 load_global_f32 = _operation("ld.global.nc.f32 $0, [$1];", (_G,), types.float32)
@@ -146,7 +154,6 @@ mbarrier_init = _operation("mbarrier.init.shared::cta.b64 [$0], $1;", (_S, types
 # Makes the initialised barriers visible to the copy engine.
 mbarrier_init_fence = _operation("fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta;", ())
 mbarrier_expect = _operation("mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;", (_S, types.int32))
-mbarrier_arrive = _operation("mbarrier.arrive.shared::cta.b64 _, [$0];", (_S,))
 # try_wait sleeps for a while in hardware; it returns false when the time is over.  Labels are local to the braces.
 mbarrier_wait = _operation(
     "{ .reg .pred p; WAIT: mbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1; @p bra DONE; bra WAIT; DONE: }",

@@ -173,10 +173,9 @@ class Packed:
     ----------
     streams : uint8
         All chunks, each a multiple of 16 bytes.
-    chunks : int32, (blocks, steps, 2)
-        Offset of each chunk in units of 16 bytes, and its bytes.
-    channels : int32, (blocks, steps, channels)
-        Input channels of each step, negative where there is none.
+    steps_table : int32, (blocks, steps, 4 + channels)
+        Of each step: offset of its chunk in units of 16 bytes, bytes of the chunk, number of its input channels, 0,
+        and the channels, negative where there is none.
     rows : int32, (blocks, warps * rows)
         Output channel of each row of sums, negative where there is none.
     steps
@@ -186,8 +185,7 @@ class Packed:
     """
 
     streams: np.ndarray
-    chunks: np.ndarray
-    channels: np.ndarray
+    steps_table: np.ndarray
     rows: np.ndarray
     steps: int
     chunk_bytes: int
@@ -195,7 +193,7 @@ class Packed:
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
-        return sum(a.nbytes for a in (self.streams, self.chunks, self.channels, self.rows))
+        return sum(a.nbytes for a in (self.streams, self.steps_table, self.rows))
 
 
 def pack(spec: ConvSpec, weight: SparseWeight, config: Config, geometry: Geometry) -> Packed:
@@ -229,10 +227,11 @@ def pack(spec: ConvSpec, weight: SparseWeight, config: Config, geometry: Geometr
     else:
         words = np.concatenate([entries.astype(np.uint32)[:, None], values.view(np.uint32)], axis=1)
     streams, chunks = _chunks(words, starts, blocks * steps, warps, lists)
+    live = (channels >= 0).sum(axis=2, keepdims=True).reshape(-1, 1)
+    table = np.concatenate([chunks, live, 0 * live, channels.reshape(blocks * steps, per_step)], axis=1)
     return Packed(
         streams=streams,
-        chunks=chunks.reshape(blocks, steps, 2),
-        channels=channels,
+        steps_table=table.astype(np.int32).reshape(blocks, steps, -1),
         rows=order.astype(np.int32),
         steps=steps,
         chunk_bytes=int(chunks[:, 1].max()),
@@ -344,9 +343,22 @@ class _Shape:
 
     @property
     def table_bytes(self) -> int:
-        """Table of values, and for copies by threads the place of every piece of a channel."""
-        pieces = 0 if self.copy == "box" else 4 * self.pieces
-        return -(-(4 * self.table_values + pieces) // 128) * 128
+        """Table of values, and the table of steps or, for copies by threads, the place of every piece of a channel."""
+        last = self.most_steps * self.step_words if self.copy == "box" else self.pieces
+        return -(-4 * (self.table_values + last) // 128) * 128
+
+    @property
+    def step_words(self) -> int:
+        """Words of a step in the table of steps."""
+        return 4 + self.channels
+
+    @property
+    def most_steps(self) -> int:
+        """Steps of a block at most."""
+        spec, rows = self.spec, self.warps * self.rows
+        groups = min(spec.groups, 1 if spec.groups == 1 else (rows - 1) // spec.k_per_group + 2)
+        steps = -(-spec.c_per_group * groups // self.channels)
+        return -(-steps // self.split)
 
     @property
     def shared_bytes(self) -> int:
@@ -370,7 +382,7 @@ class _Shape:
 
     @property
     def threads(self) -> int:
-        return 32 * (self.consumers + (self.copy == "box"))
+        return 32 * self.consumers
 
     @property
     def tiles(self) -> tuple[int, int]:
@@ -388,7 +400,7 @@ class _Shape:
 
 
 def _ring_code(shape: _Shape) -> Callable[..., None]:
-    """The kernel for ``copy="box"``: one warp orders the copies, the others compute."""
+    """The kernel for ``copy="box"``: the warp that is the last to leave a stage orders the next copies into it."""
     from numba import types
 
     from numbasparse.codegen import ptx
@@ -398,68 +410,77 @@ def _ring_code(shape: _Shape) -> Callable[..., None]:
     shared_base = ptx.shared_base(128)
     gather = _gather(shape)
     zeros = ptx.zeros(shape.sums)
-    stages, consumers, warps = shape.stages, shape.consumers, shape.warps
+    stages, consumers, warps, threads = shape.stages, shape.consumers, shape.warps, shape.threads
     stage_bytes, channel_bytes = shape.stage_bytes, shape.geometry.channel_bytes
     box_bytes = shape.geometry.patch_h * shape.geometry.patch_w * shape.geometry.pixel_bytes
-    per_step, chw, by_batch, table_values = shape.channels, _chw(shape), shape.batch > 1, shape.table_values
+    per_step, words, own_place = shape.channels, shape.step_words, _own_place(shape)
+    by_batch, table_values = shape.batch > 1, shape.table_values
+    steps_at = _BARRIER_BYTES + 4 * table_values
     first_stage = _BARRIER_BYTES + shape.table_bytes
 
-    def cuda_direct(y, residual, bias, scale, table, codebook, streams, chunks, channels, steps):  # type: ignore[no-untyped-def]
-        base = shared_base()
+    def order(streams, base, number, slot, lane, image, top, left):  # type: ignore[no-untyped-def]
+        """Order the copies of a step into a stage: each lane one channel, and the first the chunk."""
+        step = base + steps_at + 4 * words * number
+        live = ptx.load_shared_i32(u32(step + 8))
+        full = u32(base + 8 * slot)
+        stage = base + first_stage + slot * stage_bytes
+        if lane == 0:
+            size = ptx.load_shared_i32(u32(step + 4))
+            source = streams + i64(ptx.load_shared_i32(u32(step))) * 16
+            ptx.mbarrier_expect(full, i32(live * box_bytes + size))
+            ptx.copy_bulk(u32(stage + per_step * channel_bytes), i64(source), size, full)
+        # No byte arrives before it is expected.
+        ptx.warp_barrier()
+        for j in range(lane, live, 32):
+            c = ptx.load_shared_i32(u32(step + 16 + 4 * j))
+            origin = ptx.tensor_map_address()
+            to = u32(stage + j * channel_bytes)
+            if by_batch:
+                ptx.copy_box(to, origin, i32(image), i32(left), i32(top), c, full)
+            else:
+                ptx.copy_box(to, origin, i32(left), i32(top), c, i32(image), full)
+
+    order = _device_function(order)
+
+    def cuda_direct(y, residual, bias, scale, table, codebook, streams, step_table, steps):  # type: ignore[no-untyped-def]
+        base = i64(shared_base())
         thread = ptx.thread_index()
         warp = thread >> 5
         lane = thread & 31
         block, image, top, left, first, count = locate(steps)
-        # Barriers: full[stage], then empty[stage], 8 bytes each.
-        if thread == 0:
-            for i in range(stages):
-                ptx.mbarrier_init(u32(base + 8 * i), i32(1))
-                ptx.mbarrier_init(u32(base + 8 * (stages + i)), i32(consumers))
+        # For each stage 8 bytes of barrier, and behind them 4 bytes that count the warps that have left it.
+        if thread < stages:
+            ptx.mbarrier_init(u32(base + 8 * thread), i32(1))
+            ptx.store_shared_i32(u32(base + 8 * stages + 4 * thread), i32(0))
             ptx.mbarrier_init_fence()
-        for i in range(thread, table_values, 32 * (consumers + 1)):
-            ptx.store_shared_i32(u32(base + _BARRIER_BYTES + 4 * i), ptx.load_global_i32(i64(codebook + 4 * i)))
+        for v in range(thread, table_values, threads):
+            ptx.store_shared_i32(u32(base + _BARRIER_BYTES + 4 * v), ptx.load_global_i32(i64(codebook + 4 * v)))
+        own_steps = step_table + (block * steps + first) * i64(4 * words)
+        for v in range(thread, count * words, threads):
+            ptx.store_shared_i32(u32(base + steps_at + 4 * v), ptx.load_global_i32(i64(own_steps + 4 * v)))
         ptx.barrier()
-        if warp == consumers:
-            if lane == 0:
-                origin = ptx.tensor_map_address()
-                for i in range(count):
-                    slot = i % stages
-                    if i >= stages:
-                        ptx.mbarrier_wait(u32(base + 8 * (stages + slot)), i32((i // stages - 1) & 1))
-                    at = (block * steps + first + i) * i64(8)
-                    start = ptx.load_global_i32(i64(chunks + at))
-                    size = ptx.load_global_i32(i64(chunks + at + 4))
-                    listed = channels + (block * steps + first + i) * i64(4 * per_step)
-                    live = 0
-                    for j in range(per_step):
-                        if ptx.load_global_i32(i64(listed + 4 * j)) >= 0:
-                            live += 1
-                    full = u32(base + 8 * slot)
-                    stage = u32(base + first_stage + slot * stage_bytes)
-                    ptx.mbarrier_expect(full, i32(live * box_bytes + size))
-                    ptx.copy_bulk(u32(stage + per_step * channel_bytes), i64(streams + i64(start) * 16), size, full)
-                    for j in range(live):
-                        c = ptx.load_global_i32(i64(listed + 4 * j))
-                        to = u32(stage + j * channel_bytes)
-                        if by_batch:
-                            ptx.copy_box(to, origin, i32(image), i32(left), i32(top), c, full)
-                        else:
-                            ptx.copy_box(to, origin, i32(left), i32(top), c, i32(image), full)
-        else:
-            sums = zeros()
-            own = chw(warp // warps, lane)
-            for i in range(count):
-                slot = i % stages
-                ptx.mbarrier_wait(u32(base + 8 * slot), i32((i // stages) & 1))
-                stage = u32(base + first_stage + slot * stage_bytes)
-                chunk = u32(stage + per_step * channel_bytes)
-                stream = u32(chunk + ptx.load_shared_i32(u32(chunk + 4 * (warp % warps))))
-                sums = gather(sums, stream, u32(base + _BARRIER_BYTES), u32(stage + own))
-                # Every lane has read the stage when the first one says so.
+        if warp == 0:
+            for i in range(min(stages, count)):
+                order(streams, base, i, i, lane, image, top, left)
+        sums = zeros()
+        own = own_place(warp // warps, lane)
+        for i in range(count):
+            slot, turn = i % stages, i // stages
+            ptx.mbarrier_wait(u32(base + 8 * slot), i32(turn & 1))
+            stage = base + first_stage + slot * stage_bytes
+            chunk = stage + per_step * channel_bytes
+            stream = chunk + ptx.load_shared_i32(u32(chunk + 4 * (warp % warps)))
+            sums = gather(sums, u32(stream), u32(base + _BARRIER_BYTES), u32(stage + own))
+            if i + stages < count:
+                # Every lane has read the stage when the first one counts.
                 ptx.warp_barrier()
+                last = 0
                 if lane == 0:
-                    ptx.mbarrier_arrive(u32(base + 8 * (stages + slot)))
-            finish(sums, y, residual, bias, scale, table, block, image, top, left, warp, lane)
+                    before = ptx.count_shared(u32(base + 8 * stages + 4 * slot), i32(1))
+                    last = 1 if before == consumers * (turn + 1) - 1 else 0
+                if ptx.warp_any(i32(last)):
+                    order(streams, base, i + stages, slot, lane, image, top, left)
+        finish(sums, y, residual, bias, scale, table, block, image, top, left, warp, lane)
 
     return cuda_direct
 
@@ -477,8 +498,8 @@ def _threads_code(shape: _Shape) -> Callable[..., None]:
     zeros = ptx.zeros(shape.sums)
     warps, stages, threads, table_values = shape.warps, shape.stages, shape.threads, shape.table_values
     stage_bytes, channel_bytes = shape.stage_bytes, shape.geometry.channel_bytes
-    per_step, chw, pieces, piece_bytes = shape.channels, _chw(shape), shape.pieces, shape.piece_bytes
-    pieces_at = _BARRIER_BYTES + 4 * table_values
+    per_step, own_place, pieces, piece_bytes = shape.channels, _own_place(shape), shape.pieces, shape.piece_bytes
+    words, pieces_at = shape.step_words, _BARRIER_BYTES + 4 * table_values
     first_stage = _BARRIER_BYTES + shape.table_bytes
     source, plane = _source(shape), _plane_bytes(shape)
     asynchronous = shape.copy == "async"
@@ -489,29 +510,27 @@ def _threads_code(shape: _Shape) -> Callable[..., None]:
         copy, copy_chunk = ptx.copy_plain(piece_bytes), ptx.copy_plain(16)
     wait = ptx.copy_wait(stages - 1)
 
-    def fill(x, streams, chunks, channels, base, block, number, slot, steps, thread):  # type: ignore[no-untyped-def]
+    def fill(x, streams, step_table, base, block, number, slot, steps, thread):  # type: ignore[no-untyped-def]
         """Start the copies of a step into a stage."""
-        step = block * steps + number
+        step = step_table + (block * steps + number) * i64(4 * words)
         stage = base + first_stage + slot * stage_bytes
-        start = i64(ptx.load_global_i32(i64(chunks + step * i64(8)))) * 16
-        size = ptx.load_global_i32(i64(chunks + step * i64(8) + 4))
+        start = i64(ptx.load_global_i32(i64(step))) * 16
+        size = ptx.load_global_i32(i64(step + 4))
         for v in range(thread, size >> 4, threads):
             copy_chunk(u32(stage + per_step * channel_bytes + 16 * v), i64(streams + start + 16 * v), i32(16))
         for v in range(thread, pieces, threads):
             # -1: the piece lies outside of the image, and is filled with zeros.
             place = ptx.load_shared_i32(u32(base + pieces_at + 4 * v))
             for j in range(per_step):
-                c = ptx.load_global_i32(i64(channels + (step * per_step + j) * i64(4)))
+                c = ptx.load_global_i32(i64(step + 16 + 4 * j))
                 if c >= 0:
                     inside = i32(piece_bytes) if place >= 0 else i32(0)
                     where = x + i64(c) * plane + (i64(place) if place >= 0 else i64(0))
                     copy(u32(stage + j * channel_bytes + piece_bytes * v), i64(where), inside)
 
-    from numbasparse.runtime.cuda import numba_cuda
+    fill = _device_function(fill)
 
-    fill = numba_cuda().jit(device=True, inline=True)(fill)
-
-    def cuda_direct(x, y, residual, bias, scale, table, codebook, streams, chunks, channels, steps):  # type: ignore[no-untyped-def]
+    def cuda_direct(x, y, residual, bias, scale, table, codebook, streams, step_table, steps):  # type: ignore[no-untyped-def]
         base = i64(shared_base())
         thread = ptx.thread_index()
         warp = thread >> 5
@@ -524,15 +543,15 @@ def _threads_code(shape: _Shape) -> Callable[..., None]:
         ptx.barrier()
         for i in range(stages - 1):
             if i < count:
-                fill(x, streams, chunks, channels, base, block, first + i, i, steps, thread)
+                fill(x, streams, step_table, base, block, first + i, i, steps, thread)
             if asynchronous:
                 ptx.copy_commit()
         sums = zeros()
-        own = chw(warp // warps, lane)
+        own = own_place(warp // warps, lane)
         for i in range(count):
             ahead = i + stages - 1
             if ahead < count:
-                fill(x, streams, chunks, channels, base, block, first + ahead, ahead % stages, steps, thread)
+                fill(x, streams, step_table, base, block, first + ahead, ahead % stages, steps, thread)
             if asynchronous:
                 # An empty group too: the number of groups tells which stage is there.
                 ptx.copy_commit()
@@ -582,19 +601,19 @@ def _locate(shape: _Shape) -> Any:
     return _device_function(locate)
 
 
-def _chw(shape: _Shape) -> Any:
+def _own_place(shape: _Shape) -> Any:
     """Device function: offset of a lane's first vector in a channel of the input tile."""
     g, spec = shape.geometry, shape.spec
     lanes_n, pixels_x, part_h, patch_w, pixel = g.lanes_n, g.pixels_x, g.part_h, g.patch_w, g.pixel_bytes
     vector_bytes = shape.vector * g.size
     sh, sw = spec.stride
 
-    def chw(part, lane):  # type: ignore[no-untyped-def]
+    def own_place(part, lane):  # type: ignore[no-untyped-def]
         n, p = lane % lanes_n, lane // lanes_n
         y = part * part_h + p // pixels_x
         return (y * sh * patch_w + p % pixels_x * sw) * pixel + n * vector_bytes
 
-    return _device_function(chw)
+    return _device_function(own_place)
 
 
 def _plane_bytes(shape: _Shape) -> int:
@@ -698,7 +717,7 @@ def _compile(shape: _Shape, capability: tuple[int, int]) -> tuple[cuda.Ptx, cuda
     code = (_ring_code if box else _threads_code)(shape)
     main = cuda.compile_ptx(
         code,
-        10 if box else 11,
+        9 if box else 10,
         repr(shape),
         capability=capability,
         threads=shape.threads,
@@ -760,8 +779,12 @@ def _shape(
 
 
 def _register_cap(threads: int) -> int:
-    """Registers of a thread so that one block fits; a warp gets them in units of 8 per thread."""
-    return min(255, 65536 // threads // 8 * 8)
+    """Registers of a thread so that one block fits.
+
+    A multiprocessor has four parts of 16,384 registers, which its warps take turns to live in; a warp gets
+    registers in units of 8 per thread.
+    """
+    return min(255, 16384 // (32 * -(-threads // 128)) // 8 * 8)
 
 
 # ---- the kernel ---------------------------------------------------------------------------------------------
@@ -797,7 +820,7 @@ class _Runner(CudaRunner):
         self.workspace = 4 * int(config["split"]) * out if int(config["split"]) > 1 else 0
         where = torch.device("cuda", device.index)
         scale = np.ones(1) if weight.levels is None else np.broadcast_to(weight.levels.scale, spec.k)
-        arrays = (packed.streams, packed.chunks, packed.channels, packed.rows, _table(weight), scale.astype(np.float32))
+        arrays = (packed.streams, packed.steps_table, packed.rows, _table(weight), scale.astype(np.float32))
         self._arrays = [torch.from_numpy(np.ascontiguousarray(a)).to(where) for a in arrays]
         self._zero_bias = torch.zeros(spec.k, dtype=torch.float32, device=where)
         self.nbytes = sum(a.nbytes for a in (*self._arrays, self._zero_bias))
@@ -830,7 +853,7 @@ class _Runner(CudaRunner):
             x = x.clone(memory_format=torch.preserve_format)
         y = layouts.empty(spec.out_shape, self.gives, dtype=self._dtype, device=x.device)
         added = None if residual is None else layouts.to_layout(residual, self.gives)
-        streams, chunks, channels, rows, table, scale = (a.data_ptr() for a in self._arrays)
+        streams, steps_table, rows, table, scale = (a.data_ptr() for a in self._arrays)
         stream = cuda.current_stream()
         bias_at = (self._zero_bias if bias is None else bias).data_ptr()
         finish = (0 if added is None else added.data_ptr(), bias_at, scale)
@@ -839,7 +862,7 @@ class _Runner(CudaRunner):
             parts = torch.empty(self.workspace // 4, dtype=torch.float32, device=x.device)
             target = parts.data_ptr()
         box = shape.copy == "box"
-        arguments = (target, *finish, rows, table, streams, chunks, channels, self._steps)
+        arguments = (target, *finish, rows, table, streams, steps_table, self._steps)
         main.launch(
             shape.grid,
             shape.threads,
@@ -1096,7 +1119,7 @@ def _estimate(spec: ConvSpec, weight: SparseWeight, config: Config, device: cuda
     steps = channels / shape.channels
     by_shared = device.shared_per_multiprocessor // (shape.shared_bytes + 1024)
     registers = -(-(shape.sums + 16 + _SPARE_REGISTERS) // 8) * 8
-    by_registers = device.registers_per_multiprocessor // (registers * shape.threads)
+    by_registers = 4 * (device.registers_per_multiprocessor // 4 // (registers * 32)) // shape.consumers
     resident = max(1, min(by_shared, by_registers, device.threads_per_multiprocessor // shape.threads))
     warps = min(resident, -(-shape.grid[0] * split // device.multiprocessors)) * shape.consumers
     # Too few warps cannot keep shared memory busy: a warp has a load under way for about 40 clocks.
