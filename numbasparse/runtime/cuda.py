@@ -284,7 +284,8 @@ def _facts(index: int) -> Device:
     names = driver.CUdevice_attribute
 
     def fact(name: str) -> int:
-        return int(_checked(driver.cuDeviceGetAttribute(names[f"CU_DEVICE_ATTRIBUTE_{name}"], handle), f"read {name}"))
+        attribute = getattr(names, f"CU_DEVICE_ATTRIBUTE_{name}")
+        return int(_checked(driver.cuDeviceGetAttribute(attribute, handle), f"read {name}"))
 
     version = _checked(driver.cuDriverGetVersion(), "read the driver's version")
     device = Device(
@@ -551,21 +552,36 @@ def _link(ptx: Ptx) -> Cubin:
         raise CudaError(f"kernel {ptx.key} cannot be assembled ({error}): {_text(log)}") from error
     finally:
         linker.destroy(handle)
-    return Cubin(bytes(image), *_resources(_text(log), ptx.capability))
+    registers, stack = _resources(_text(log))
+    shared = _section_bytes(bytes(image), f".nv.shared.{ptx.entry}")
+    # From Hopper on the section holds the 1 KiB that every block takes beside its own (see `Device`).
+    own = shared - 1024 if shared and ptx.capability >= (9, 0) else shared
+    return Cubin(bytes(image), registers, stack, own)
 
 
 def _text(log: bytearray) -> str:
     return log.decode(errors="replace").strip("\0\n ")
 
 
-def _resources(log: str, capability: Capability) -> tuple[int, int, int]:
-    """Registers, bytes of stack and static shared memory, from the linker's words on the (only) entry."""
-    found = re.search(r"used (\d+) registers,.* (\d+) stack,.* (\d+) bytes smem", log)
+def _resources(log: str) -> tuple[int, int]:
+    """Registers and bytes of stack, from the linker's words on the (only) entry."""
+    found = re.search(r"used (\d+) registers,.* (\d+) stack,", log)
     if found is None:
         raise CudaError(f"nvJitLink does not tell what a kernel takes: {log!r}")
-    registers, stack, shared = map(int, found.groups())
-    # What a block needs beside its own is counted in, where there is any (see `Device`).
-    return registers, stack, shared - 1024 if shared and capability >= (8, 0) else shared
+    return int(found[1]), int(found[2])
+
+
+def _section_bytes(image: bytes, name: str) -> int:
+    """Size of a section of a 64-bit ELF file (System V ABI, "Sections"); 0 where there is none."""
+    (table,) = struct.unpack_from("<Q", image, 0x28)
+    entry_size, count, names = struct.unpack_from("<3H", image, 0x3A)
+    sections = [struct.unpack_from("<II4Q", image, table + i * entry_size) for i in range(count)]
+    first_name = sections[names][4]
+    for number, _, _, _, _, size in sections:
+        start = first_name + number
+        if image[start : image.index(b"\0", start)] == name.encode():
+            return size
+    return 0
 
 
 # ---- on the device ------------------------------------------------------------------------------------------
@@ -627,7 +643,7 @@ class TensorMap:
         kinds = driver.CUtensorMapDataType
         rank = len(sizes)
         result = driver.cuTensorMapEncodeTiled(
-            kinds[f"CU_TENSOR_MAP_DATA_TYPE_{dtype.upper()}"],
+            getattr(kinds, f"CU_TENSOR_MAP_DATA_TYPE_{dtype.upper()}"),
             rank,
             address,
             [driver.cuuint64_t(size) for size in sizes],
@@ -695,12 +711,13 @@ class Function:
         names = driver.CUfunction_attribute
 
         def fact(name: str) -> int:
-            return int(_checked(driver.cuFuncGetAttribute(names[f"CU_FUNC_ATTRIBUTE_{name}"], handle), f"read {name}"))
+            attribute = getattr(names, f"CU_FUNC_ATTRIBUTE_{name}")
+            return int(_checked(driver.cuFuncGetAttribute(attribute, handle), f"read {name}"))
 
         self.registers = fact("NUM_REGS")
         self.local_bytes = fact("LOCAL_SIZE_BYTES")
         self.static_shared = fact("SHARED_SIZE_BYTES")
-        most = names["CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES"]
+        most = names.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         # More than 48 KiB has to be asked for (CUDA C++ Programming Guide, "Shared memory").
         _checked(
             driver.cuFuncSetAttribute(handle, most, device.shared_per_block - self.static_shared),
