@@ -217,11 +217,12 @@ def these_versions(kind: str = "cpu") -> Versions:
         return versions
     from torch.backends import cudnn
 
+    version: int | None = cudnn.version()
     return msgspec.structs.replace(
         versions,
         numba_cuda=_version_or_none("numba-cuda"),
         driver=cuda.current().driver,
-        cudnn=str(cudnn.version()),
+        cudnn=None if version is None else str(version),
     )
 
 
