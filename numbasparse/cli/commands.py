@@ -217,3 +217,76 @@ def prune(
         prune_at_once(module, MagnitudePruning(**data))
     save_state(module, out)
     click.echo(f"wrote {out}")
+
+
+@main.command(help=f"Quantize MODEL's weights, at once or with retraining; zeros stay zero.\n\n{MODEL_HELP}")
+@click.argument("model")
+@click.option("--bits", type=click.IntRange(2, 8), required=True, help="Bits of a weight.")
+@click.option(
+    "--levels",
+    type=click.Choice(["codebook", "linear"]),
+    default="codebook",
+    show_default=True,
+    help="Values found by k-means, or evenly spaced ones.",
+)
+@click.option("--group", type=click.IntRange(1), help="Codebook: output channels that share one; all if not given.")
+@click.option("--affine", is_flag=True, help="Linear: levels from the least to the greatest weight.")
+@click.option("--per-channel", is_flag=True, help="Linear: a scale for each output channel.")
+@click.option(
+    "--range",
+    "range_",
+    type=click.Choice(["minmax", "percentile", "mse"]),
+    default="minmax",
+    show_default=True,
+    help="Linear: the range of the levels.",
+)
+@click.option("--weights", type=click.Path(path_type=Path), help="safetensors file with the model's state_dict.")
+@click.option(
+    "--train",
+    help='Retrain on these batches: "module:name" or "file.py:name" of an iterable of (x, y), or of a function '
+    "that returns one.",
+)
+@click.option("--epochs", type=click.IntRange(1), default=3, show_default=True, help="Epochs of retraining.")
+@click.option("--lr", type=float, default=0.005, show_default=True, help="Learning rate of retraining.")
+@click.option("--device", default="cpu", show_default=True, help="Device of retraining.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("quantized.safetensors"), show_default=True)
+@click.option(
+    "--sparse", type=click.Path(path_type=Path), help="Also write the layers' codes, bit-packed, into this file."
+)
+@_clear_errors
+def quantize(
+    model: str,
+    bits: int,
+    levels: str,
+    group: int | None,
+    affine: bool,
+    per_channel: bool,
+    range_: str,
+    weights: Path | None,
+    train: str | None,
+    epochs: int,
+    lr: float,
+    device: str,
+    out: Path,
+    sparse: Path | None,
+) -> None:
+    from numbasparse.cli.models import check_device, check_out, load_model, load_object, save_state
+    from numbasparse.cli.quantize import config_of, quantize_at_once, quantize_with_retraining
+    from numbasparse.weight import save_weights
+
+    config = config_of(bits, levels, group=group, affine=affine, per_channel=per_channel, range_=range_)
+    for path in (out, sparse):
+        if path is not None:
+            check_out(path)
+    check_device(device)
+    module = load_model(model, weights, trainable=train is not None)
+    if train is None:
+        report = quantize_at_once(module, config)
+    else:
+        batches = load_object(train)
+        report = quantize_with_retraining(module, batches, config, epochs=epochs, lr=lr, device=device)
+    save_state(module, out)
+    click.echo(f"wrote {out}")
+    if sparse is not None:
+        save_weights(sparse, report.weights)
+        click.echo(f"wrote {sparse}")

@@ -8,7 +8,8 @@ All else is for PyTorch models. One call quantizes at once::
 
     report = quantize_(model, LinearQuantization(bits=8))
 
-Three calls retrain in a training loop of one's own: ``Quantizer.begin``, ``step`` and ``finish``.
+Three calls retrain in a training loop of one's own: ``Quantizer.begin``, ``step`` and ``finish``;
+`QuantizerCallback` does so in ``numbasparse.pruning.fit``. ``quantize_activations_`` simulates activations of few bits.
 """
 
 from __future__ import annotations
@@ -22,22 +23,35 @@ from numbasparse.quantization.linear import LinearQuantization
 from numbasparse.quantization.summary import LayerQuantization, QuantizationReport, print_report
 
 if TYPE_CHECKING:
+    from numbasparse.quantization.activations import ActivationQuantization, FakeQuantize, quantize_activations_
     from numbasparse.quantization.layers import quantize_
-    from numbasparse.quantization.training import Quantizer, fold_quantization
+    from numbasparse.quantization.training import Quantizer, QuantizerCallback, fold_quantization
 
 # Modules that load torch.
-_HOMES = {"Quantizer": "training", "fold_quantization": "training", "quantize_": "layers"}
+_HOMES = {
+    "ActivationQuantization": "activations",
+    "FakeQuantize": "activations",
+    "Quantizer": "training",
+    "QuantizerCallback": "training",
+    "fold_quantization": "training",
+    "quantize_": "layers",
+    "quantize_activations_": "activations",
+}
 
 __all__ = [
+    "ActivationQuantization",
     "CodebookQuantization",
+    "FakeQuantize",
     "LayerQuantization",
     "LinearQuantization",
     "QuantizationReport",
     "Quantizer",
+    "QuantizerCallback",
     "fold_quantization",
     "huffman_nbytes",
     "print_report",
     "quantize_",
+    "quantize_activations_",
 ]
 
 

@@ -137,12 +137,15 @@ class LinearQuantization:
             half = 1 << (self.bits - 1)
             return float(short_scale(np.array([max(-low, high) / (half - 1)]))[0]), half
         most = (1 << self.bits) - 1
-        scale = float(short_scale(np.array([(high - low) / most]))[0])
-        return scale, min(max(round(-low / scale), 0), most)
+        step = float(short_scale(np.array([(high - low) / most]))[0])
+        zero = min(max(round(-low / step), 0), most)
+        # Rounding zero may have moved an end outwards, beyond float32.
+        step = min(step, float(np.finfo(np.float32).max) / max(zero, most - zero))
+        return float(short_scale(np.array([step]))[0]), zero
 
     def _squared_error(self, values: Floats, scale: float, zero: int) -> float:
         codes = np.clip(np.rint(values / np.float32(scale)), -zero, (1 << self.bits) - 1 - zero)
-        difference = values - codes * np.float32(scale)
+        difference = values.astype(np.float64) - codes.astype(np.float64) * scale
         return float(np.dot(difference, difference))
 
 

@@ -101,9 +101,10 @@ def print_report(report: QuantizationReport) -> None:
     from rich.table import Table
 
     *layers, total = _rows(report)
-    table = Table(title="Quantization")
+    table = Table(title="Quantization, sizes in bytes")
     for column in _HEADER:
-        table.add_column(column, justify="left" if column == "layer" else "right")
+        name = column == "layer"
+        table.add_column(column, justify="left" if name else "right", overflow="fold" if name else "ellipsis")
     for row in layers:
         table.add_row(*row)
     table.add_section()
@@ -112,14 +113,13 @@ def print_report(report: QuantizationReport) -> None:
 
 
 _SUMMED = ("size", "nnz", "dense_nbytes", "nbytes", "huffman_nbytes")
-_HEADER = ("layer", "shape", "bits", "non-zero", "error", "dense bytes", "sparse bytes", "Huffman bytes")
+_HEADER = ("layer", "bits", "non-zero", "error", "dense", "sparse", "Huffman")
 
 
 def _rows(report: QuantizationReport) -> list[tuple[str, ...]]:
     rows = [
         (
             x.name or "(model)",
-            "x".join(map(str, x.weight.shape)),
             f"{x.bits}",
             f"{x.weight.nnz}",
             f"{x.error:.2%}",
@@ -131,7 +131,7 @@ def _rows(report: QuantizationReport) -> list[tuple[str, ...]]:
     ]
     totals = report.to_dict()
     sums = (f"{totals[name]}" for name in ("dense_nbytes", "nbytes", "huffman_nbytes"))
-    return [*rows, ("total", "", "", f"{totals['nnz']}", "", *sums)]
+    return [*rows, ("total", "", f"{totals['nnz']}", "", *sums)]
 
 
 def _line(row: tuple[str, ...], widths: list[int]) -> str:

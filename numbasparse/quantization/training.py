@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from numbasparse.levels import CodebookLevels, Levels, LinearLevels
 from numbasparse.pruning.layers import LayerFilter
+from numbasparse.pruning.loop import Callback
 from numbasparse.pruning.masks import mask_of
 from numbasparse.quantization.layers import (
     Layers,
@@ -48,8 +49,8 @@ class Quantizer:
     moves by the mean of what the optimizer did to its members: their summed gradients, divided by their number so
     that one learning rate suits entries of many members and of few.
 
-    ``refit()`` chooses levels anew from the masters (ranges; codebooks and codes by exact k-means): once per
-    epoch is a good rhythm.
+    ``refit()`` chooses levels anew from the masters (ranges; codebooks and codes by exact k-means). It moves
+    weights away from where training had taken them: train on after it.
 
     Weights that are zero at ``begin()``, and those that a `numbasparse.pruning.Pruner` prunes later (call its
     ``step()`` first), stay exactly zero. ``step()`` waits for no result of a GPU, and all its sums are exact, so
@@ -87,7 +88,8 @@ class Quantizer:
     ...         loss(model(x), y).backward()
     ...         optimizer.step()
     ...         quantizer.step()
-    ...     quantizer.refit()
+    ...     if epoch < epochs // 2:
+    ...         quantizer.refit()
     >>> print(quantizer.finish())
     """
 
@@ -167,10 +169,18 @@ class Quantizer:
         weights = {n: dense_weight(m.get_parameter("weight")) for n, m in self.layers.items()}
         after = {n: to_sparse(n, m, weights[n], self.config) for n, m in self.layers.items()}
         rows = [compare(n, dense_weight(m.get_buffer(MASTER)), after[n]) for n, m in self.layers.items()]
-        for module in self.layers.values():
-            fold_quantization(module)
+        fold_quantization(self.model)
         self.active = False
         return QuantizationReport(tuple(rows))
+
+    def cancel(self) -> None:
+        """Put the masters back as the weights and remove the buffers; nothing if it has not begun."""
+        if self.active:
+            with torch.no_grad():
+                for module in self.layers.values():
+                    module.get_parameter("weight").copy_(module.get_buffer(MASTER))
+            fold_quantization(self.model)
+            self.active = False
 
     def _fit(self, name: str, module: nn.Module, weight: Tensor) -> dict[str, Tensor]:
         """Buffers of levels for a weight, on its device."""
@@ -203,6 +213,51 @@ class Quantizer:
     def _must_be_active(self, call: str) -> None:
         if not self.active:
             raise RuntimeError(f"{call}() was called before begin(): call quantizer.begin() first")
+
+
+class QuantizerCallback(Callback):
+    """A `Quantizer` for ``numbasparse.pruning.fit``, which begins, steps and finishes it.
+
+    Parameters
+    ----------
+    quantizer : Quantizer
+        Of the model that is trained; not begun.
+    refit_every : int, optional
+        Steps from one ``refit()`` to the next; never if not given. None should fall at the end of training.
+
+    Attributes
+    ----------
+    report : QuantizationReport or None
+        After training.
+
+    Raises
+    ------
+    ValueError
+        If ``refit_every`` is no int of 1 or more.
+    """
+
+    def __init__(self, quantizer: Quantizer, refit_every: int | None = None) -> None:
+        if refit_every is not None and (not isinstance(refit_every, int) or refit_every < 1):
+            raise ValueError(f"refit_every must be an int of 1 or more, or None, got {refit_every!r}")
+        self.quantizer = quantizer
+        self.refit_every = refit_every
+        self.report: QuantizationReport | None = None
+
+    def begin(self, model: nn.Module) -> None:
+        if model is not self.quantizer.model:
+            raise ValueError("the quantizer was made for another model: make one with Quantizer(model, config)")
+        self.quantizer.begin()
+
+    def after_step(self, step: int) -> None:
+        self.quantizer.step()
+        if self.refit_every is not None and step % self.refit_every == 0:
+            self.quantizer.refit()
+
+    def finish(self, model: nn.Module, failed: bool) -> None:
+        if failed:
+            self.quantizer.cancel()
+        else:
+            self.report = self.quantizer.finish()
 
 
 def fold_quantization(model: nn.Module) -> None:
