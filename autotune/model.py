@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from autotune.space import LayerProblem, dtype_on, target_of
+from autotune.space import LayerProblem, dtype_on
 from autotune.study import DEFAULT_TRIALS, tune_layers
 from autotune.tuned import TunedModel
+from numbasparse.plans import parse_device
 from numbasparse.spec import ConvSpec
 from numbasparse.weight import SparseWeight
 
@@ -67,7 +68,7 @@ def problems_of(model: torch.nn.Module, example_input: Any, *, device: str = "cp
 
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    kind = target_of(device).kind
+    kind, _ = parse_device(device)
     arguments = _arguments(example_input)
     found = {name: module for name, module in model.named_modules() if _is_convolution(module)}
     if not found:

@@ -22,29 +22,7 @@ _DTYPE_ON = {
 }
 """What a kind of device computes a problem of a dtype as."""
 
-
-@dataclass(frozen=True)
-class Target:
-    """A device to tune for: its kind, ``"cpu"`` or ``"cuda"``, and the GPU's number, None for the current one."""
-
-    kind: str
-    index: int | None = None
-
-
-def target_of(device: str) -> Target:
-    """The device that a text names: ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
-
-    Raises
-    ------
-    ValueError
-        If it names none.
-    """
-    kind, colon, number = device.partition(":") if isinstance(device, str) else (device, "", "")
-    if kind == "cuda" and colon and number.isdecimal():
-        return Target("cuda", int(number))
-    if kind not in _DTYPE_ON or colon:
-        raise ValueError(f"device must be 'cpu', 'cuda' or 'cuda:' and a GPU's number, got {device!r}")
-    return Target(kind)
+_SUGGESTED = 24
 
 
 def dtype_on(kind: str, dtype: str) -> str:
@@ -148,8 +126,10 @@ class Candidate:
         return cls(kernel, {name.removeprefix(prefix): v for name, v in params.items() if name.startswith(prefix)})
 
     def distance(self, other: Candidate) -> int:
-        """In how many parameters two candidates differ."""
-        return sum(self.params.get(name) != other.params.get(name) for name in self.params | other.params)
+        """In how many parameters two candidates differ; kernels have no parameter in common."""
+        if self.kernel != other.kernel:
+            return 1 + len(self.config) + len(other.config)
+        return sum(value != other.config.get(name) for name, value in self.config.items())
 
 
 class ProblemSpace:
@@ -165,6 +145,8 @@ class ProblemSpace:
         All valid ones, by key.
     dense, defaults
         Those that are always measured: the layouts of the dense kernels, and every sparse kernel's default.
+    suggested
+        Those that the sparse kernels themselves find promising.
     """
 
     def __init__(self, problem: LayerProblem, threads: int, device: str = "cpu") -> None:
@@ -179,7 +161,10 @@ class ProblemSpace:
         self.candidates = {c.key: c for c in every}
         self.dense = [c for c in every if self.kernels[c.kernel].is_dense]
         sparse = [k for k in self.kernels.values() if not k.is_dense]
-        self.defaults = [Candidate(k.name, k.default(spec, weight, threads)) for k in sparse]
+        suggested = [[Candidate(k.name, c) for c in k.suggest(spec, weight, threads, _SUGGESTED)] for k in sparse]
+        self.defaults = [candidates[0] for candidates in suggested]
+        self.suggested = [candidate for candidates in suggested for candidate in candidates]
+        self._place = {key: number for number, key in enumerate(self.candidates)}
 
     def check(self, candidate: Candidate) -> str | None:
         """Reason why the candidate cannot run, or None."""
@@ -189,6 +174,16 @@ class ProblemSpace:
 
     def is_dense(self, candidate: Candidate) -> bool:
         return self.kernels[candidate.kernel].is_dense
+
+    def neighbours(self, candidate: Candidate) -> list[Candidate]:
+        """Candidates that differ in one parameter from one."""
+        found = (
+            self.candidates.get(Candidate(candidate.kernel, {**candidate.config, name: value}).key)
+            for name, values in self.spaces[candidate.kernel].items()
+            for value in values
+            if value != candidate.config[name]
+        )
+        return sorted((c for c in found if c is not None), key=lambda c: self._place[c.key])
 
     def nearest(self, wanted: Candidate, among: Iterable[Candidate]) -> Candidate | None:
         """The candidate that differs from ``wanted`` in the fewest parameters; the first of several."""

@@ -1,12 +1,12 @@
 """The search: one Optuna study per problem, then a re-timing of the best against dense, then the choice.
 
 Order of measurements of a problem: the dense layouts, each sparse kernel's default, the best configs of similar
-problems that are done already (nearest valid ones), then all candidates if they are few and fit the budget, else what
-the sampler (TPE) proposes. A proposal that is invalid or was measured before costs nothing: the nearest candidate not
-yet measured takes its place. Where compiling takes longer than measuring, as on a GPU, several proposals are asked for
-at once and compiled in parallel. When TPE has found nothing better for a while, and little time has
-gone, the search climbs: everything that differs in one parameter from the best few, and from the best of each
-kernel, is measured, then what is farther away.
+problems that are done already (nearest valid ones), those that a kernel suggests, then all candidates if they are few
+and fit the budget, else what the sampler (TPE) proposes. A proposal that is invalid or was measured before costs
+nothing: the nearest candidate not yet measured takes its place. Where compiling takes longer than measuring, as on a
+GPU, several proposals are asked for at once and compiled in parallel. When TPE has found nothing better for a while,
+and little time has gone, the search climbs: everything that differs in one parameter from the best few, and from the
+best of each kernel, is measured, then what is farther away.
 
 A study lives in a journal file if one is given. Its name has the spec, the weight's bucket and fingerprint, the
 device and the kernels' spaces, so that a killed run goes on where it stopped, several workers can share one file,
@@ -45,9 +45,10 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from autotune import measure as timing
 from autotune import tuned as files
 from autotune.measure import Bench, DeviceLost, GpuTimes, Result, Timing
-from autotune.space import Candidate, LayerProblem, ProblemSpace, Target, target_of
+from autotune.space import Candidate, LayerProblem, ProblemSpace
 from autotune.tuned import TunedModel, bucket_of
 from numbasparse.kernels import KERNELS
+from numbasparse.plans import parse_device
 from numbasparse.runtime import cpu
 
 DEFAULT_TRIALS = 160
@@ -295,20 +296,26 @@ class _Search:
 
     def run(self) -> None:
         """Measure until the budget, the time, the space or the patience is at its end."""
-        self._measure_each(self.space.dense + self.space.defaults, always=True)
-        self._measure_each(self.space.candidates.values() if self._all_at_once() else self._similar)
+        must = self.space.dense + self.space.defaults
+        then = self.space.candidates.values() if self._all_at_once() else [*self._similar, *self.space.suggested]
+        self._ahead([*must, *then])
+        self._measure_each(must, always=True)
+        self._measure_each(then)
         while not self._enough():
             self._round(self.bench.at_once)
         self._climb()
 
     def _measure_each(self, candidates: Iterable[Candidate], always: bool = False) -> None:
-        wanted = [c for c in candidates if c.key not in self.seen]
-        if wanted:
-            self.bench.ahead(wanted)
-        for candidate in wanted:
+        for candidate in candidates:
             if not always and self._enough():
                 return
             self._measure_next(candidate)
+
+    def _ahead(self, candidates: Sequence[Candidate]) -> None:
+        """Have those compiled in the background that are still to be measured; makes no bench for nothing."""
+        wanted = [c for c in candidates if c.key in self.space.candidates and c.key not in self.seen]
+        if wanted and not self._spent():
+            self.bench.ahead(wanted)
 
     def _climb(self) -> None:
         """Where measuring is cheap: what differs in one parameter from a leader, then what is farther away."""
@@ -332,8 +339,8 @@ class _Search:
         ranked = [r.candidate for r in sorted(timed, key=lambda r: r.us or 0.0)]
         kernels_best = {c.kernel: c for c in reversed(ranked)}
         leaders = [*ranked[:_LEADERS], *kernels_best.values()]
-        unseen = self._unseen()
-        return [c for leader in leaders for c in unseen if c.distance(leader) == 1]
+        unseen = {c.key for c in self._unseen()}
+        return [c for leader in leaders for c in self.space.neighbours(leader) if c.key in unseen]
 
     def _measure_next(self, candidate: Candidate) -> None:
         if candidate.key in self.space.candidates and candidate.key in self.seen:
@@ -608,14 +615,14 @@ def tune_layers(
         Passes through; what was measured is in the journal.
     """
     problems = list(problems)
-    target = target_of(device)
+    kind, index = parse_device(device)
     _check_arguments(problems, trials, timeout)
-    count = _threads(threads) if target.kind == "cpu" else 1
-    groups = _grouped([problem.on(target.kind) for problem in problems])
-    with _quiet_optuna(), _benches(target, count) as bench_of, _journal(storage, target.kind) as journal:
-        run = _Run(target.kind, trials, count, journal, bench_of)
+    count = _threads(threads) if kind == "cpu" else 1
+    groups = _grouped([problem.on(kind) for problem in problems])
+    with _quiet_optuna(), _benches(kind, index, count) as bench_of, _journal(storage, kind) as journal:
+        run = _Run(kind, trials, count, journal, bench_of)
         layers = _tune_all(run, groups, timeout, progress)
-        tuned = TunedModel(layers, files.this_device(count, target.kind), files.these_versions(target.kind))
+        tuned = TunedModel(layers, files.this_device(count, kind), files.these_versions(kind))
     _warn_if_busy(run.done)
     if progress:
         from autotune.report import print_report
@@ -624,12 +631,12 @@ def tune_layers(
     return tuned
 
 
-def _benches(target: Target, threads: int) -> AbstractContextManager[Callable[[LayerProblem], Bench]]:
+def _benches(kind: str, index: int | None, threads: int) -> AbstractContextManager[Callable[[LayerProblem], Bench]]:
     """What makes the benches of a call, and sets and restores what they share."""
-    if target.kind == "cuda":
+    if kind == "cuda":
         from autotune.gpu import benches
 
-        return benches(target.index)
+        return benches(index)
     return timing.cpu_benches(threads)
 
 

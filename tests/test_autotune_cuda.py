@@ -20,7 +20,7 @@ from strategies import conv_specs, sparse_weights
 from autotune import LayerProblem, TunedModel, load, tune_layers
 from autotune import tuned as files
 from autotune.measure import DeviceLost
-from autotune.space import Candidate, Target, dtype_on, target_of
+from autotune.space import Candidate, dtype_on
 from numbasparse.kernels import KERNELS, CudaKernel, CudaRunner, kernels_for
 from numbasparse.kernels.base import Config, Space, check_fields
 from numbasparse.kernels.reference import conv2d_reference
@@ -320,6 +320,14 @@ def test_a_bias_is_verified(add: Callable[..., None]) -> None:
     assert tuned_layer(problem(bias=np.linspace(-1, 1, 8, dtype=np.float32))).choice.kernel == "fake"
 
 
+def test_what_a_kernel_suggests_is_measured_first(add: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    add(us=tuple(range(30, 230)))
+    best = {"us": 31, "layout": "nchw", "fault": "none"}
+    default = {**best, "us": 99}
+    monkeypatch.setattr(Fake, "suggest", lambda self, spec, weight, threads, count: [default, best][:count])
+    assert [m.config for m in tuned_layer(trials=4).top if m.kernel == "fake"] == [best, default]
+
+
 # ---- files --------------------------------------------------------------------------------------------------
 
 
@@ -386,13 +394,7 @@ def test_files_of_a_cpu_know_nothing_of_gpus(tmp_path: Path) -> None:
 # ---- devices and models -------------------------------------------------------------------------------------
 
 
-def test_devices() -> None:
-    assert target_of("cpu") == Target("cpu")
-    assert target_of("cuda") == Target("cuda")
-    assert target_of("cuda:1") == Target("cuda", 1)
-    for name in ("gpu", "cpu:0", "cuda:", "cuda:-1", "cuda:x", None):
-        with pytest.raises(ValueError, match="device must be"):
-            target_of(name)  # type: ignore[arg-type]
+def test_dtypes_of_devices() -> None:
     assert dtype_on("cpu", "bfloat16") == "float32"
     with pytest.raises(ValueError, match="dtype must be one of"):
         dtype_on("cuda", "complex64")

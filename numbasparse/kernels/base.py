@@ -134,6 +134,10 @@ class Kernel(ABC):
     def default(self, spec: ConvSpec, weight: SparseWeight, threads: int) -> Config:
         """A config that is good without tuning."""
 
+    def suggest(self, spec: ConvSpec, weight: SparseWeight, threads: int, count: int) -> list[Config]:
+        """At most ``count`` configs that are worth measuring first, the default leading."""
+        return [self.default(spec, weight, threads)]
+
     @abstractmethod
     def prepare(
         self,
