@@ -84,6 +84,8 @@ class Geometry:
         Lanes along the batch.
     patch_h, patch_w
         Pixels of an input tile; a row may be wider than needed, as the copy engine asks.
+    lead
+        Columns of an input tile before the first that is needed.
     tile_h, tile_w, part_h
         Output pixels of a block, and rows of a part.
     displacements
@@ -98,6 +100,7 @@ class Geometry:
     lanes_n: int
     patch_h: int
     patch_w: int
+    lead: int
     tile_h: int
     tile_w: int
     part_h: int
@@ -132,8 +135,14 @@ def _geometry(spec: ConvSpec, batch: int, vector: int, parts: int, tile: int | s
     (sh, sw), (dh, dw) = spec.stride, spec.dilation
     patch_w = (tile_w - 1) * sw + (spec.s - 1) * dw + 1
     pixel = batch * size
+    lead = 0
     if box and pixel % 16:
-        patch_w = -(-patch_w * pixel // 16) * 16 // pixel
+        # The copy engine stops the kernel (illegal instruction) where a row of a box starts between 16 bytes.
+        align = 16 // pixel
+        if tile_w * sw % align:
+            return f"the copy engine needs tiles that start at multiples of {align} columns, got {tile_w} times {sw}"
+        lead = -spec.padding[1][0] % align
+        patch_w = -(-(lead + patch_w) // align) * align
     part_h = tile_h // parts
     out = tuple((y, x) for y in range(0, part_h, pixels_y) for x in range(0, tile_w, pixels_x))
     return Geometry(
@@ -143,6 +152,7 @@ def _geometry(spec: ConvSpec, batch: int, vector: int, parts: int, tile: int | s
         lanes_n=lanes_n,
         patch_h=(tile_h - 1) * sh + (spec.r - 1) * dh + 1,
         patch_w=patch_w,
+        lead=lead,
         tile_h=tile_h,
         tile_w=tile_w,
         part_h=part_h,
@@ -414,7 +424,7 @@ def _ring_code(shape: _Shape) -> Callable[..., None]:
     stage_bytes, channel_bytes = shape.stage_bytes, shape.geometry.channel_bytes
     box_bytes = shape.geometry.patch_h * shape.geometry.patch_w * shape.geometry.pixel_bytes
     per_step, words, own_place = shape.channels, shape.step_words, _own_place(shape)
-    by_batch, table_values = shape.batch > 1, shape.table_values
+    by_batch, table_values, lead = shape.batch > 1, shape.table_values, shape.geometry.lead
     steps_at = _BARRIER_BYTES + 4 * table_values
     first_stage = _BARRIER_BYTES + shape.table_bytes
 
@@ -461,7 +471,7 @@ def _ring_code(shape: _Shape) -> Callable[..., None]:
         ptx.barrier()
         if warp == 0:
             for i in range(min(stages, count)):
-                order(streams, base, i, i, lane, image, top, left)
+                order(streams, base, i, i, lane, image, top, left - lead)
         sums = zeros()
         own = own_place(warp // warps, lane)
         for i in range(count):
@@ -479,7 +489,7 @@ def _ring_code(shape: _Shape) -> Callable[..., None]:
                     before = ptx.count_shared(u32(base + 8 * stages + 4 * slot), i32(1))
                     last = 1 if before == consumers * (turn + 1) - 1 else 0
                 if ptx.warp_any(i32(last)):
-                    order(streams, base, i + stages, slot, lane, image, top, left)
+                    order(streams, base, i + stages, slot, lane, image, top, left - lead)
         finish(sums, y, residual, bias, scale, table, block, image, top, left, warp, lane)
 
     return cuda_direct
@@ -605,13 +615,14 @@ def _own_place(shape: _Shape) -> Any:
     """Device function: offset of a lane's first vector in a channel of the input tile."""
     g, spec = shape.geometry, shape.spec
     lanes_n, pixels_x, part_h, patch_w, pixel = g.lanes_n, g.pixels_x, g.part_h, g.patch_w, g.pixel_bytes
+    lead_bytes = g.lead * pixel
     vector_bytes = shape.vector * g.size
     sh, sw = spec.stride
 
     def own_place(part, lane):  # type: ignore[no-untyped-def]
         n, p = lane % lanes_n, lane // lanes_n
         y = part * part_h + p // pixels_x
-        return (y * sh * patch_w + p % pixels_x * sw) * pixel + n * vector_bytes
+        return (y * sh * patch_w + p % pixels_x * sw) * pixel + lead_bytes + n * vector_bytes
 
     return _device_function(own_place)
 
@@ -826,6 +837,14 @@ class _Runner(CudaRunner):
         self.nbytes = sum(a.nbytes for a in (*self._arrays, self._zero_bias))
         self._functions: dict[bool, tuple[_Shape, cuda.Function, cuda.Function | None]] = {}
         self._maps: dict[int, cuda.TensorMap] = {}
+        self._x_strides = layouts.strides(spec.x_shape, self.takes)
+        self._y_strides = layouts.strides(spec.out_shape, self.gives)
+        self._pointers = tuple(a.data_ptr() for a in self._arrays)
+        self._zero_address = self._zero_bias.data_ptr()
+        self._device = where
+        shape = self._make()
+        self._grid, self._shared = shape.grid, shape.shared_bytes
+        self._reduce_grid = (-(-out // _REDUCE_THREADS), 1, 1)
         self.functions = tuple(f for f in self._load(False)[1:] if f is not None)
 
     def _load(self, residual: bool) -> tuple[_Shape, cuda.Function, cuda.Function | None]:
@@ -848,34 +867,35 @@ class _Runner(CudaRunner):
 
         shape, main, reduce = self._load(residual is not None)
         spec = self._spec
-        x = layouts.to_layout(x, self.takes)
-        if x.data_ptr() % 16:
+        # What torch is not asked for costs nothing: its calls take longer than a launch.
+        if x.stride() != self._x_strides:
+            x = layouts.to_layout(x, self.takes)
+        x_address = x.data_ptr()
+        if x_address % 16:
             x = x.clone(memory_format=torch.preserve_format)
-        y = layouts.empty(spec.out_shape, self.gives, dtype=self._dtype, device=x.device)
+            x_address = x.data_ptr()
         added = None if residual is None else layouts.to_layout(residual, self.gives)
-        streams, steps_table, rows, table, scale = (a.data_ptr() for a in self._arrays)
-        stream = cuda.current_stream()
-        bias_at = (self._zero_bias if bias is None else bias).data_ptr()
-        finish = (0 if added is None else added.data_ptr(), bias_at, scale)
-        target = y.data_ptr()
+        y = torch.empty_strided(spec.out_shape, self._y_strides, dtype=self._dtype, device=self._device)
+        y_address = target = y.data_ptr()
         if reduce is not None:
-            parts = torch.empty(self.workspace // 4, dtype=torch.float32, device=x.device)
+            parts = torch.empty(self.workspace // 4, dtype=torch.float32, device=self._device)
             target = parts.data_ptr()
-        box = shape.copy == "box"
-        arguments = (target, *finish, rows, table, streams, steps_table, self._steps)
-        main.launch(
-            shape.grid,
-            shape.threads,
-            shape.shared_bytes,
-            stream,
-            arguments if box else (x.data_ptr(), *arguments),
-            tensor_map=self._map(shape, x.data_ptr()) if box else None,
+        streams, steps_table, rows, table, scale = self._pointers
+        finish = (
+            0 if added is None else added.data_ptr(),
+            self._zero_address if bias is None else bias.data_ptr(),
+            scale,
         )
+        stream = cuda.current_stream()
+        arguments = (target, *finish, rows, table, streams, steps_table, self._steps)
+        if shape.copy == "box":
+            tensor_map = self._map(shape, x_address)
+            main.launch(self._grid, shape.threads, self._shared, stream, arguments, tensor_map=tensor_map)
+        else:
+            main.launch(self._grid, shape.threads, self._shared, stream, (x_address, *arguments))
         if reduce is not None:
-            total = spec.n * spec.k * spec.out_h * spec.out_w
-            grid = (-(-total // _REDUCE_THREADS), 1, 1)
-            reduce.launch(grid, _REDUCE_THREADS, 0, stream, (y.data_ptr(), *finish, target))
-        return y if out_layout is None else layouts.to_layout(y, out_layout)
+            reduce.launch(self._reduce_grid, _REDUCE_THREADS, 0, stream, (y_address, *finish, target))
+        return y if out_layout is None or out_layout == self.gives else layouts.to_layout(y, out_layout)
 
     def _map(self, shape: _Shape, address: int) -> cuda.TensorMap:
         """The map of an input: kept, since torch's allocator gives the same few addresses again and again."""
@@ -1102,6 +1122,8 @@ def _tiles(spec: ConvSpec) -> tuple[str, ...]:
 _L2_BYTES_PER_CLOCK = 28.0
 """What a multiprocessor gets from the second cache while all ask (measured with cp.async on an H100: 24)."""
 _STEP_CLOCKS, _START_CLOCKS = 250.0, 3000.0
+_INSTRUCTIONS_PER_CLOCK, _ENTRY_INSTRUCTIONS = 2.7, 10
+"""Of a multiprocessor, which could start four (measured 2.1 to 2.8); those of an entry beside loads and sums."""
 
 
 def _estimate(spec: ConvSpec, weight: SparseWeight, config: Config, device: cuda.Device) -> float:
@@ -1112,8 +1134,10 @@ def _estimate(spec: ConvSpec, weight: SparseWeight, config: Config, device: cuda
     share, split = shape.share, shape.split
     entries = weight.nnz / shape.blocks / share * _kept(weight, share) / max(weight.density, 1e-9) / split
     wavefronts = max(1.0, len(geometry.out) * shape.vector * geometry.size / 4) + (1.0 if share == 1 else 2.0)
-    arithmetic = len(geometry.out) * shape.vector * share / 4 * (1.0 if geometry.size == 4 else 2.0)
-    work = entries * shape.parts * max(wavefronts, arithmetic)
+    vectors, values = len(geometry.out), len(geometry.out) * shape.vector
+    widened = 0 if geometry.size == 4 else values
+    instructions = values * share + vectors + widened + _ENTRY_INSTRUCTIONS
+    work = entries * shape.parts * max(wavefronts, instructions / _INSTRUCTIONS_PER_CLOCK)
     channels = min(spec.c, spec.c_per_group * -(-spec.groups // shape.blocks)) / split
     loading = channels * geometry.channel_bytes / _L2_BYTES_PER_CLOCK
     steps = channels / shape.channels
@@ -1122,8 +1146,8 @@ def _estimate(spec: ConvSpec, weight: SparseWeight, config: Config, device: cuda
     by_registers = 4 * (device.registers_per_multiprocessor // 4 // (registers * 32)) // shape.consumers
     resident = max(1, min(by_shared, by_registers, device.threads_per_multiprocessor // shape.threads))
     warps = min(resident, -(-shape.grid[0] * split // device.multiprocessors)) * shape.consumers
-    # Too few warps cannot keep shared memory busy: a warp has a load under way for about 40 clocks.
-    hidden = max(1.0, 24.0 / warps * (8.0 / max(4.0, wavefronts)))
+    # Fitted to an H100: four warps take 1.4 times as long as sixteen.
+    hidden = 1.0 + 0.4 * (4.0 / warps) ** 2.2
     each = max(work * hidden, loading) + steps * _STEP_CLOCKS / resident / (shape.stages - 0.5)
     blocks = shape.grid[0] * split
     waves = -(-blocks // (device.multiprocessors * resident)) * resident

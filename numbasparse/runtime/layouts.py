@@ -29,6 +29,15 @@ def layout_of(x: torch.Tensor) -> Layout | None:
     return None
 
 
+def strides(shape: Sequence[int], layout: Layout) -> tuple[int, ...]:
+    """Strides, in elements, of a tensor of logical ``shape`` (N, C, H, W) that lies in memory as ``layout`` says."""
+    found, step = [0, 0, 0, 0], 1
+    for dimension in reversed(_ORDER[layout]):
+        found[dimension] = step
+        step *= shape[dimension]
+    return tuple(found)
+
+
 def to_layout(x: torch.Tensor, layout: Layout) -> torch.Tensor:
     """``x``, (N, C, H, W), in ``layout``: itself where it is so already, else a copy."""
     return x if has_layout(x, layout) else x.permute(_ORDER[layout]).contiguous().permute(_BACK[layout])
