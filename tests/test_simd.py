@@ -233,7 +233,10 @@ print(len(compiled))
     assert second == 0
 
 
-def test_the_row_kernel_compiles_to_arm_vectors(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("entries", ["wide", "coded", "scaled"])
+def test_the_row_kernel_compiles_to_arm_vectors(
+    entries: simd.Entries, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Four lanes become NEON multiply-adds; the code is generated here, and run nowhere."""
     # Code read back from the disk cache carries no LLVM text: compile it anew.
     monkeypatch.setenv("NUMBASPARSE_CACHE_DIR", str(tmp_path))
@@ -244,10 +247,10 @@ def test_the_row_kernel_compiles_to_arm_vectors(tmp_path: pathlib.Path, monkeypa
     except RuntimeError:
         pytest.skip("this llvmlite has no Arm target")
     kernels = [
-        simd.RowKernel(4, 4, 2, tuple(range(0, 256, 32)), 4, 8, 1, True, "relu", start, finish)
+        simd.RowKernel(4, 4, 2, tuple(range(0, 256, 32)), 4, 8, 1, True, "relu", start, finish, entries=entries)
         for start, finish in (("bias", "store"), ("bias", "spill"), ("resume", "spill"), ("resume", "store"))
     ]
-    code = jit.compile_c(simd.rows_function(kernels), simd.ROWS_SIGNATURE, "for Arm")
+    code = jit.compile_c(simd.rows_function(kernels), simd.ROWS_SIGNATURE, f"for Arm, {entries}")
     text = code.owner._library.get_llvm_str()
     text = re.sub(r"^target (triple|datalayout).*$", "", text, flags=re.MULTILINE)
     module = llvm.parse_assembly(f'target triple = "aarch64-unknown-linux-gnu"\n{text}')

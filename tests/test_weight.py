@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 from strategies import conv_specs, sparse_weights
 
+from numbasparse.levels import CodebookLevels, LinearLevels, pack_codes
 from numbasparse.weight import SparseWeight, load_weights, save_weights
 
 FORMATS = ["bsr", "coo", "csc", "csr", "dia", "dok", "lil"]
@@ -38,6 +39,23 @@ def _weight() -> SparseWeight:
 def _small() -> SparseWeight:
     """One row [0, 5, 7], the next empty."""
     return SparseWeight.from_dense(np.array([0, 5, 7, 0, 0, 0], np.float32).reshape(2, 3, 1, 1))
+
+
+def _levels(bits: int, channels_per_table: int) -> LinearLevels | CodebookLevels:
+    """Linear levels with a scale for each of 6 channels; or codebooks, if channels share them."""
+    if channels_per_table == 0:
+        return LinearLevels(bits, np.arange(1, 7, dtype=np.float32), np.full(6, 1, np.uint8))
+    tables = -(-6 // channels_per_table)
+    entries = np.arange(1, tables * 2**bits + 1, dtype=np.float32).reshape(tables, -1) / 3
+    return CodebookLevels(bits, entries, channels_per_table, np.array([2], np.float32))
+
+
+def _coded(bits: int, channels_per_table: int) -> SparseWeight:
+    """The places of `_weight`, with codes."""
+    plain = _weight()
+    codes = np.random.default_rng(1).choice([c for c in range(2**bits) if c != 1], plain.nnz).astype(np.uint8)
+    levels = _levels(bits, channels_per_table)
+    return SparseWeight(codes, plain.indices, plain.indptr, plain.kernel_shape, plain.groups, levels)
 
 
 # ---- from_dense ---------------------------------------------------------------------------------------------
@@ -565,13 +583,143 @@ def test_load_many_refuses(tmp_path: Path) -> None:
         load_weights(path)
 
 
+# ---- quantized weights --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("bits", "channels_per_table"), [(2, 0), (3, 0), (8, 0), (2, 4), (5, 6), (8, 1)])
+def test_quantized_weight(bits: int, channels_per_table: int, tmp_path: Path) -> None:
+    weight, plain = _coded(bits, channels_per_table), _weight()
+    rows = np.repeat(np.arange(6), np.diff(plain.indptr))
+    codes, levels = weight.codes, weight.levels
+    assert codes is not None
+    assert levels is not None
+    assert weight.codebook is not None
+    if isinstance(levels, LinearLevels):
+        expected = (rows + 1) * (codes.astype(np.float32) - 1)
+    else:
+        expected = levels.entries[rows // channels_per_table, codes] * 2
+    np.testing.assert_array_equal(weight.data, expected.astype(np.float32))
+    np.testing.assert_array_equal(weight.to_scipy().data, weight.data)
+    np.testing.assert_array_equal(weight.to_dense()[plain.to_dense() != 0], weight.data)
+    used = weight.codebook[rows if len(weight.codebook) > 1 else 0, codes]
+    np.testing.assert_array_equal(used, weight.data)
+    assert weight.nnz == plain.nnz
+    packed = -(-weight.nnz * bits // 8)
+    assert weight.nbytes == packed + 4 * weight.nnz + 4 * 7 + sum(a.nbytes for a in levels.arrays.values())
+    kind = "linear" if channels_per_table == 0 else "codebook"
+    assert repr(weight).endswith(f"%, {kind} {bits} bits)")
+    assert plain.codes is plain.codebook is plain.levels is None
+    weight.save(tmp_path / "w")
+    for again in (SparseWeight.load(tmp_path / "w"), pickle.loads(pickle.dumps(weight)), copy.deepcopy(weight)):
+        assert again == weight
+        assert hash(again) == hash(weight)
+        assert again.nbytes == weight.nbytes
+        np.testing.assert_array_equal(again.codes, codes)
+        for array in (again.data, *again.levels.arrays.values()):  # type: ignore[union-attr]
+            with pytest.raises(ValueError, match="read-only"):
+                array[...] = 0
+
+
+def test_quantized_equality() -> None:
+    weight = _coded(3, 0)
+    assert weight == _coded(3, 0)
+    decoded = SparseWeight.from_dense(weight.to_dense(), 2)
+    assert isinstance(weight.levels, LinearLevels)
+    other_scale = weight.scaled(np.full(6, 2.0))
+    others = [decoded, _coded(3, 4), _coded(4, 0), other_scale, _weight()]
+    assert all(weight != other for other in others)
+    assert len({w.fingerprint for w in (weight, *others)}) == len(others) + 1
+
+
+@pytest.mark.parametrize("weight", [_weight(), _coded(3, 0), _coded(2, 4), _coded(4, 6)], ids=str)
+def test_scaled(weight: SparseWeight) -> None:
+    factors = np.array([2, -0.5, 0, 1, 3, 0.25])
+    scaled = weight.scaled(factors)
+    np.testing.assert_allclose(scaled.to_dense(), weight.to_dense() * factors[:, None, None, None], rtol=1e-6)
+    assert (scaled.levels is None) == (weight.levels is None)
+    assert scaled.nnz == weight.nnz - (weight.indptr[3] - weight.indptr[2])
+    with pytest.raises(ValueError, match=r"factors must have shape \(6,\)"):
+        weight.scaled(factors[:5])
+    with pytest.raises(ValueError, match="finite"):
+        weight.scaled(factors + np.inf)
+    with pytest.raises(ValueError, match=r"beyond the range of float32|finite"):
+        weight.scaled(factors + 1e40)
+
+
+def _reject(text: str, change: dict[str, Any], error: type[Exception] = ValueError) -> None:
+    weight = _coded(2, 0)
+    arguments: dict[str, Any] = {
+        "data": weight.codes,
+        "indices": weight.indices,
+        "indptr": weight.indptr,
+        "kernel_shape": weight.kernel_shape,
+        "groups": 2,
+        "levels": weight.levels,
+    }
+    with pytest.raises(error, match=text):
+        SparseWeight(**arguments | change)
+
+
+def test_constructor_refuses_codes() -> None:
+    codes = _coded(2, 0).codes
+    assert codes is not None
+    _reject("codes of 2 bits must be below 4, got 7", {"data": codes | 4})
+    _reject("stored values are zero", {"data": np.full_like(codes, 1)})
+    _reject("indptr ends with", {"data": codes[:-1], "indices": _coded(2, 0).indices[:-1]})
+    _reject("data must be an ndarray of uint8", {"data": codes.astype(np.float32)}, TypeError)
+    _reject("levels must be LinearLevels, CodebookLevels or None", {"levels": 4}, TypeError)
+    six = np.ones(5, np.float32)
+    _reject("scale must have 1 value or one for each of 6", {"levels": LinearLevels(2, six, np.ones(1, np.uint8))})
+    _reject("need 2 codebooks, got 1", {"levels": CodebookLevels(2, np.ones((1, 4), np.float32), 4)})
+    huge = CodebookLevels(2, np.full((1, 4), 3e38, np.float32), scale=np.full(1, 3e38, np.float32))
+    _reject("NaN or infinite", {"levels": huge})
+
+
+def test_quantized_file_is_as_documented(tmp_path: Path) -> None:
+    codes, described = np.array([3, 2], np.uint8), {"kind": "linear", "bits": 3, "channels_per_table": 0}
+    levels = LinearLevels(3, np.array([0.5], np.float32), np.array([1], np.uint8))
+    weight = SparseWeight(codes, TENSORS["indices"], TENSORS["indptr"], (3, 1, 1), 1, levels)
+
+    def write(name: str, levels: Any = described, **changes: Any) -> Path:
+        tensors = {
+            "codes": pack_codes(codes, 3),
+            "scale": np.array([0.5], np.float32),
+            "zero": np.array([1], np.uint8),
+            "indices": TENSORS["indices"],
+            "indptr": TENSORS["indptr"],
+        }
+        layer = {**LAYER, "fingerprint": weight.fingerprint, "levels": levels}
+        metadata = {"numbasparse": json.dumps({**HEADER, "layers": [layer]})}
+        (tmp_path / name).write_bytes(safetensors.numpy.save(tensors | changes, metadata))
+        return tmp_path / name
+
+    good = write("good")
+    assert SparseWeight.load(good) == weight
+    weight.save(tmp_path / "ours")
+    assert (tmp_path / "ours").read_bytes() == good.read_bytes()
+    for text, path in {
+        "must have 1 bytes for 2 codes, got 2": write("a", codes=np.zeros(2, np.uint8)),
+        "bits must be an int from 2 to 8, got 9": write("b", {**described, "bits": 9}),
+        "kind": write("c", {**described, "kind": "other"}),
+        "tensor 'entries' is missing": write("d", {**described, "kind": "codebook"}),
+        "'zero' must be U8": write("e", zero=np.array([1], np.int32)),
+        "finite": write("f", scale=np.array([np.nan], np.float32)),
+        "scale must": write("g", scale=np.array([], np.float32)),
+        "fingerprint differs": write("h", scale=np.array([0.25], np.float32)),
+        "are zero": write("i", zero=np.array([3], np.uint8)),
+        "no layer uses: more": write("j", more=np.array([3], np.uint8)),
+    }.items():
+        with pytest.raises(ValueError, match=rf"cannot read '.*{path.name}' as .*{text}"):
+            SparseWeight.load(path)
+
+
 # ---- fuzzing the readers: whatever the bytes, the answer is right or a ValueError ---------------------------
 
 
 def _saved(path: Path, many: bool) -> tuple[bytes, Callable[[], Any], Any]:
     """The bytes of a good file, a function that reads `path`, and what the good file holds."""
     if many:
-        weights = {"a": _small(), "b": _weight()}
+        weights = {"a": _small(), "b": _weight(), "c": _coded(3, 0), "d": _coded(2, 4)}
         save_weights(path, weights)
         return path.read_bytes(), lambda: load_weights(path), weights
     _weight().save(path)
