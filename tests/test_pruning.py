@@ -9,7 +9,7 @@ import math
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,6 +34,15 @@ from numbasparse.pruning import (
 )
 
 State = dict[str, Tensor]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tensors here are tiny: more threads than idle cores would wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def small_model(seed: int = 0) -> Any:
@@ -474,10 +483,26 @@ def test_report_counts(capsys: pytest.CaptureFixture[str]) -> None:
     assert (result.size, result.nnz) == (18, 12)
     assert result.sparsity == pytest.approx(1 / 3)
     assert "0      2x4x1x1        8         2    75.00%" in str(result)
-    assert str(result).splitlines()[-1].split() == ["total", "18", "12", "33.33%"]
+    assert str(result).splitlines()[-1].split() == ["total", "18", "12", "33.33%", "72", "120"]
+    first = result.layers[0]
+    # CSR in float32: 2 values and columns of 4 bytes each, 3 row starts.
+    assert (first.dense_bytes, first.sparse_bytes, first.dense_flops) == (32, 2 * 8 + 3 * 4, None)
     assert result.to_dict()["layers"][0]["shape"] == [2, 4, 1, 1]
     print_report(result)
     assert "33.33%" in capsys.readouterr().out
+
+
+def test_report_counts_operations() -> None:
+    model = small_model()
+    prune_(model, MagnitudePruning(0.5, scope="layer"))
+    result = report(model, example=torch.zeros(2, 3, 6, 6))
+    # Two images of 6 x 6 pixels.
+    assert [x.dense_flops for x in result.layers] == [2 * size * 72 for size in SIZES]
+    assert [x.sparse_flops for x in result.layers] == [size * 72 for size in SIZES]
+    assert str(result).splitlines()[0].split()[-4:] == ["dense", "FLOPs", "sparse", "FLOPs"]
+    assert str(result).splitlines()[-1].split()[-2:] == [str(2 * sum(SIZES) * 72), str(sum(SIZES) * 72)]
+    assert not model[2]._forward_hooks
+    assert model.training
 
 
 # The quickstart's model and files

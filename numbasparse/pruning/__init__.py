@@ -20,7 +20,11 @@ from numbasparse.pruning.masks import fold_masks
 from numbasparse.pruning.obs import OBSPruning, recalibrate_batch_norm_
 from numbasparse.pruning.one_shot import prune_, prune_with_data_
 from numbasparse.pruning.pruner import Pruner
+from numbasparse.pruning.reorder import Reordering, reorder_channels
 from numbasparse.pruning.schedules import ACDCSchedule, CubicSchedule
+from numbasparse.pruning.search import SearchConfig, SearchResult, fine_tune, search_sparsity
+from numbasparse.pruning.sensitivity import measure_sensitivity
+from numbasparse.pruning.speed import SpeedAllocation, allocate_for_speed
 from numbasparse.pruning.summary import LayerSparsity, PruningReport, print_report, report
 
 __all__ = [
@@ -42,14 +46,23 @@ __all__ = [
     "Pruner",
     "PruningConfig",
     "PruningReport",
+    "Reordering",
     "SGDConfig",
+    "SearchConfig",
+    "SearchResult",
+    "SpeedAllocation",
+    "allocate_for_speed",
     "default_filter",
+    "fine_tune",
     "fit",
     "fold_masks",
     "magnitude",
+    "measure_sensitivity",
     "print_report",
     "prune_",
     "prune_with_data_",
     "recalibrate_batch_norm_",
+    "reorder_channels",
     "report",
+    "search_sparsity",
 ]

@@ -41,8 +41,8 @@ class OBSPruning(ScopedPruning):
     Parameters
     ----------
     sparsity, scope, vector
-        As in `ScopedPruning`; the scopes rank by ``w^2 / [H^-1]_jj``. Errors of different layers are not of the same
-        scale, so ``"layer"`` (the default), ``"erk"``, ``"uniform+"`` or ``"lamp"`` are the sound choices.
+        As in `ScopedPruning`; the scopes rank by ``w^2 / [H^-1]_jj``, ``"global"`` by its share of the squared output
+        of the layer, since errors of different layers are not of the same scale.
     damping : float
         Added to the diagonal of H, as a fraction of its mean; above 0.
     block : int
@@ -97,9 +97,12 @@ class OBSPruning(ScopedPruning):
         return self.allocation(scores, self.sparsity)
 
     def _saliency(self, layer: Layer, hessian: Tensor) -> Tensor:
+        """Return each weight's cost as a share of the layer's output, so that layers can be compared."""
         weight = _matrix(layer)
+        output = ((weight @ hessian) * weight).sum().clamp_min(torch.finfo(weight.dtype).tiny)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(_damped(hessian, self.damping)))
-        return (weight.square() / inverse.diagonal(dim1=1, dim2=2)[:, None]).reshape(layer.weight.shape)
+        costs = weight.square() / inverse.diagonal(dim1=1, dim2=2)[:, None]
+        return (costs / output).reshape(layer.weight.shape)
 
     def _one_after_another(
         self, model: nn.Module, layers: Layers, batches: Iterable[Any], keep: Mapping[str, int]

@@ -158,6 +158,15 @@ class Pruner:
         """Set pruned weights to zero in one in-place operation; fit for ``torch.compile`` and CUDA graphs."""
         self._masks.apply_fused()
 
+    def check_zeros(self) -> None:
+        """Raise ``RuntimeError`` if a pruned weight is not zero, as when ``step()`` is forgotten."""
+        self._must_be_active("check_zeros")
+        for name, mask in self._masks.get().items():
+            if bool((self.layers[name].weight.detach()[~mask] != 0).any()):
+                raise RuntimeError(
+                    f"pruned weights of layer {name!r} are not zero: call pruner.step() after every optimizer.step()"
+                )
+
     def finish(self) -> PruningReport:
         """Remove the masks, so that ``state_dict`` has its original keys; pruned weights stay zero.
 

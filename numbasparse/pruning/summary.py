@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from numbasparse.pruning.layers import LayerFilter, select_layers, weights_of
+from numbasparse.pruning.layers import Layer, LayerFilter, select_layers, weights_of
 
 
 @dataclass(frozen=True)
@@ -26,17 +26,43 @@ class LayerSparsity:
         Number of weights.
     nnz : int
         Number of weights that are not zero.
+    itemsize : int
+        Bytes of a weight.
+    positions : int or None
+        Output positions (images times pixels) of a run on the example input; None without one.
     """
 
     name: str
     shape: tuple[int, ...]
     size: int
     nnz: int
+    itemsize: int = 4
+    positions: int | None = None
 
     @property
     def sparsity(self) -> float:
         """Fraction of weights that are zero."""
         return 1.0 - self.nnz / self.size
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the dense weight."""
+        return self.size * self.itemsize
+
+    @property
+    def sparse_bytes(self) -> int:
+        """Bytes as CSR: values, a 32-bit column each, and a 32-bit start of each row."""
+        return self.nnz * (self.itemsize + 4) + 4 * (self.shape[0] + 1)
+
+    @property
+    def dense_flops(self) -> int | None:
+        """Two operations (multiply and add) per weight and output position; None without an example input."""
+        return None if self.positions is None else 2 * self.size * self.positions
+
+    @property
+    def sparse_flops(self) -> int | None:
+        """The same for weights that are not zero."""
+        return None if self.positions is None else 2 * self.nnz * self.positions
 
 
 @dataclass(frozen=True)
@@ -64,33 +90,46 @@ class PruningReport:
         """Return the report in the types of JSON."""
         layers = [
             {"name": x.name, "shape": list(x.shape), "size": x.size, "nnz": x.nnz, "sparsity": x.sparsity}
+            | {key: getattr(x, key) for key in ("dense_bytes", "sparse_bytes", "dense_flops", "sparse_flops")}
             for x in self.layers
         ]
         return {"size": self.size, "nnz": self.nnz, "sparsity": self.sparsity, "layers": layers}
 
     def __str__(self) -> str:
-        rows = [_HEADER, *_rows(self)]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
+        rows = [_header(self), *_rows(self)]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         return "\n".join(_line(row, widths) for row in rows)
 
 
-def count(weights: Mapping[str, Tensor]) -> PruningReport:
+def count(weights: Mapping[str, Tensor], positions: Mapping[str, int] | None = None) -> PruningReport:
     """Count the non-zero weights of each layer.
 
     Parameters
     ----------
     weights : mapping of str to Tensor
         Weight of each layer by its qualified name.
+    positions : mapping of str to int, optional
+        Output positions of each layer.
     """
     with torch.no_grad():
         nnz = {name: int(torch.count_nonzero(weight)) for name, weight in weights.items()}
     return PruningReport(
-        tuple(LayerSparsity(name, tuple(weight.shape), weight.numel(), nnz[name]) for name, weight in weights.items())
+        tuple(
+            LayerSparsity(
+                name,
+                tuple(weight.shape),
+                weight.numel(),
+                nnz[name],
+                weight.element_size(),
+                None if positions is None else positions[name],
+            )
+            for name, weight in weights.items()
+        )
     )
 
 
-def report(model: nn.Module, filter: LayerFilter | None = None) -> PruningReport:
-    """Report the sparsity of a model's layers (the same default choice as ``prune_``).
+def report(model: nn.Module, filter: LayerFilter | None = None, *, example: Tensor | None = None) -> PruningReport:
+    """Report sparsity and bytes of a model's layers (the same default choice as ``prune_``), and operations.
 
     Parameters
     ----------
@@ -98,13 +137,40 @@ def report(model: nn.Module, filter: LayerFilter | None = None) -> PruningReport
         Not changed.
     filter : callable, optional
         ``(module, qualified_name) -> bool`` chooses the layers; ``default_filter`` if not given.
+    example : Tensor, optional
+        An input of the model, which runs once on it: operations are counted for it. A layer that does not run has 0.
 
     Raises
     ------
     TypeError, ValueError
         As ``select_layers``.
     """
-    return count(weights_of(select_layers(model, filter)))
+    layers = select_layers(model, filter)
+    return count(weights_of(layers), None if example is None else _positions(model, layers, example))
+
+
+def _positions(model: nn.Module, layers: Mapping[str, Layer], example: Tensor) -> dict[str, int]:
+    """Return the output positions of every layer in one run, in eval mode and without gradients."""
+    positions = dict.fromkeys(layers, 0)
+
+    def see(name: str, output: Tensor, rows: int) -> None:
+        positions[name] += output.numel() // rows
+
+    handles = [
+        x.module.register_forward_hook(lambda m, args, out, name=n, rows=x.weight.shape[0]: see(name, out, rows))
+        for n, x in layers.items()
+    ]
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            model(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    return positions
 
 
 def print_report(report: PruningReport) -> None:
@@ -114,7 +180,7 @@ def print_report(report: PruningReport) -> None:
 
     *layers, total = _rows(report)
     table = Table(title="Sparsity")
-    for column in _HEADER:
+    for column in _header(report):
         table.add_column(column, justify="left" if column == "layer" else "right")
     for row in layers:
         table.add_row(*row)
@@ -123,15 +189,31 @@ def print_report(report: PruningReport) -> None:
     Console().print(table)
 
 
-_HEADER = ("layer", "shape", "weights", "non-zero", "sparsity")
+_HEADER = ("layer", "shape", "weights", "non-zero", "sparsity", "dense bytes", "sparse bytes")
+_OPERATIONS = ("dense FLOPs", "sparse FLOPs")
+
+
+def _has_operations(report: PruningReport) -> bool:
+    return all(layer.positions is not None for layer in report.layers)
+
+
+def _header(report: PruningReport) -> tuple[str, ...]:
+    return _HEADER + _OPERATIONS if _has_operations(report) else _HEADER
 
 
 def _rows(report: PruningReport) -> list[tuple[str, ...]]:
     rows = [
-        (x.name or "(model)", "x".join(map(str, x.shape)), f"{x.size}", f"{x.nnz}", f"{x.sparsity:.2%}")
+        (x.name or "(model)", "x".join(map(str, x.shape)), f"{x.size}", f"{x.nnz}", f"{x.sparsity:.2%}", *_costs(x))
         for x in report.layers
     ]
-    return [*rows, ("total", "", f"{report.size}", f"{report.nnz}", f"{report.sparsity:.2%}")]
+    columns = zip(*(_costs(x) for x in report.layers), strict=True)
+    sums = (str(sum(int(cell) for cell in column)) for column in columns)
+    return [*rows, ("total", "", f"{report.size}", f"{report.nnz}", f"{report.sparsity:.2%}", *sums)]
+
+
+def _costs(layer: LayerSparsity) -> tuple[str, ...]:
+    values = (layer.dense_bytes, layer.sparse_bytes, layer.dense_flops, layer.sparse_flops)
+    return tuple(str(value) for value in values if value is not None)
 
 
 def _line(row: tuple[str, ...], widths: list[int]) -> str:
