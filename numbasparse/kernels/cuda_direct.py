@@ -967,17 +967,22 @@ class CudaDirect(CudaKernel):
         return _reason_shape(spec, config) or _reason_entries(weight, config) or _reason_resources(spec, weight, config)
 
     def default(self, spec: ConvSpec, weight: SparseWeight, threads: int) -> Config:
-        return self.suggest(spec, weight, threads, 1)[0]
+        # Merged lists multiply with zeros, so an infinity would reach outputs that it does not belong to: only a
+        # tuner takes them.
+        found = self._ranked(spec, weight, threads)
+        return next((config for config in found if config["share"] == 1), dict(_FALLBACK))
 
     def suggest(self, spec: ConvSpec, weight: SparseWeight, threads: int, count: int) -> list[Config]:
+        return self._ranked(spec, weight, threads)[:count]
+
+    def _ranked(self, spec: ConvSpec, weight: SparseWeight, threads: int) -> list[Config]:
+        """Every config, the fastest by the estimate first."""
         device = cuda.current()
         ranked = sorted(
             (_estimate(spec, weight, config, device), number, config)
             for number, config in enumerate(self.configs(spec, weight, threads))
         )
-        if not ranked:
-            return [dict(_FALLBACK)]
-        return [config for _, _, config in ranked[:count]]
+        return [config for _, _, config in ranked] or [dict(_FALLBACK)]
 
     def ptx(
         self, spec: ConvSpec, weight: SparseWeight, config: Config, activation: Activation = "none"
