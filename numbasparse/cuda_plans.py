@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -208,10 +209,34 @@ def cuda_plan(
         choice = resolve(config, computed, weight, 1, "cuda")
         check_kind(choice, "cuda")
         try:
-            return CudaPlan(computed, weight, choice, activation, index)
+            with _packing(index):
+                return CudaPlan(computed, weight, choice, activation, index)
         except torch.OutOfMemoryError as error:
             error.add_note(f"numbasparse: while packing the weight of {spec.key} for {device}")
             raise
+
+
+@contextmanager
+def _packing(index: int) -> Iterator[None]:
+    """Take memory for a packed weight that nothing else gets while a kernel may still read it.
+
+    torch's allocator gives freed memory to the next tensor of the stream that it was taken on, while plans run on
+    any stream; and memory that is taken on the current stream while ``torch.compile`` warms up belongs to its CUDA
+    graph.  So weights are taken on a stream of their own, when no kernel runs.
+    """
+    import torch
+
+    torch.cuda.synchronize(index)
+    with torch.cuda.stream(_packing_stream(index)):
+        yield
+    torch.cuda.synchronize(index)
+
+
+@functools.cache
+def _packing_stream(index: int) -> torch.cuda.Stream:
+    import torch
+
+    return torch.cuda.Stream(index)
 
 
 def is_array(x: object) -> bool:

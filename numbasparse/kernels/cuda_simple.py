@@ -67,17 +67,14 @@ def pack(spec: ConvSpec, weight: SparseWeight) -> PackedCsr:
     )
 
 
-ARGUMENTS = ("x", "values", "offsets", "taps", "indptr", "bias", "residual", "y")
-"""Parameters of `build`'s kernel: flat arrays; ``bias`` and ``residual`` have no items where there is none."""
-
-
 def build(spec: ConvSpec, activation: Activation) -> Callable[..., None]:
     """The kernel for ``spec``, its sizes constants.
 
     Returns
     -------
-    function of `ARGUMENTS`
-        To be launched with a block of threads for every so many of the N * OH * OW pixels in x, and K blocks in y.
+    function
+        Of flat arrays; ``bias`` and ``residual`` have no items where there is none.  To be launched with blocks for
+        the N * OH * OW pixels in x, and K blocks in y.
     """
     global api
     api = cuda.numba_cuda()

@@ -99,6 +99,8 @@ def reason_unavailable() -> str | None:
         _facts(_torch().cuda.current_device())
     except CudaError as error:
         return str(error)
+    except Exception as error:  # whatever a broken installation does
+        return f"CUDA cannot be used ({type(error).__name__}: {_first_line(error)}); the CPU goes on working"
     return None
 
 
