@@ -134,7 +134,8 @@ class Levels(ABC):
         """
         table, first = self.tables()
         values = table[_of_channel(first, channels) + codes]
-        return values * _of_channel(self.scale, channels)
+        with np.errstate(over="ignore"):  # a weight refuses infinite values
+            return values * _of_channel(self.scale, channels)
 
     def codebook(self, k: int) -> Floats:
         """Value of every code, float32, (1, 2**bits) or (K, 2**bits) where output channels differ."""

@@ -3,11 +3,12 @@
 Files are safetensors. Layer number i of :func:`save_weights` has the tensors ``i.data`` (float32, nnz),
 ``i.indices`` (int32, nnz) and ``i.indptr`` (int32, K + 1); a file of :meth:`SparseWeight.save` has them without
 the number. A quantized layer has ``i.codes`` (uint8, bit-packed codes, see `numbasparse.levels`) in place of
-``i.data``, ``i.scale`` (float32), and ``i.zero`` (uint8) if its levels are linear or ``i.entries`` (float32,
-codebooks x codes) if they are not. The metadata has one entry, ``numbasparse``, whose value is JSON: ``format``,
-``version`` and ``layers``, a list of ``{name, kernel_shape, groups, fingerprint, levels}``, the last being null or
-``{kind, bits, channels_per_table}``. One entry and not several, because the safetensors package writes entries in
-a random order and equal weights should give equal files. Version 1 had no quantized layers.
+``i.data``; ``i.scale`` (float32); ``i.zero`` (uint8) if its levels are linear, ``i.entries`` (float32, codebooks x
+codes) if they are not; and its ``i.indices`` are uint16 if it has at most 65536 columns. The metadata has one
+entry, ``numbasparse``, whose value is JSON: ``format``, ``version`` and ``layers``, a list of ``{name,
+kernel_shape, groups, fingerprint, levels}``, the last being null or ``{kind, bits, channels_per_table}``. One entry
+and not several, because the safetensors package writes entries in a random order and equal weights should give
+equal files. Version 1 had no quantized layers.
 """
 
 from __future__ import annotations
@@ -101,7 +102,8 @@ class SparseWeight:
     _data: NDArray[np.float32] | Codes
     """Values; of a quantized weight, the packed codes."""
     _levels: Levels | None
-    _indices: NDArray[np.int32]
+    _indices: NDArray[np.int32] | NDArray[np.uint16]
+    """uint16 in a quantized weight of few enough columns."""
     _indptr: NDArray[np.int32]
     _kernel_shape: KernelShape
     _groups: int
@@ -119,7 +121,7 @@ class SparseWeight:
         if levels is not None and not isinstance(levels, Levels):
             raise TypeError(f"levels must be LinearLevels, CodebookLevels or None, got {type(levels).__name__}")
         stored = _frozen_copy(data, np.float32 if levels is None else np.uint8, "data")
-        self._indices = _frozen_copy(indices, np.int32, "indices")
+        columns = _frozen_copy(indices, np.int32, "indices")
         self._indptr = _frozen_copy(indptr, np.int32, "indptr")
         self._kernel_shape = as_kernel_shape(kernel_shape)
         self._groups = as_int(groups, "groups", least=1)
@@ -127,11 +129,12 @@ class SparseWeight:
         k, width = len(indptr) - 1, _width(self._kernel_shape)
         check_matrix_shape((k, width), self._kernel_shape)
         check_groups(self._groups, k)
-        _check_compressed(self._indptr, self._indices, len(data), k, width)
+        _check_compressed(self._indptr, columns, len(data), k, width)
         values = stored if levels is None else _checked_values(stored, levels, self._indptr)
-        _check_canonical(values, self._indices, self._indptr, width)
+        _check_canonical(values, columns, self._indptr, width)
         self._levels = levels
-        self._data = stored if levels is None else _frozen_copy(pack_codes(stored, levels.bits), np.uint8, "codes")
+        self._indices = columns if levels is None else _frozen(_narrow(columns, width))
+        self._data = stored if levels is None else _frozen(pack_codes(stored, levels.bits))
 
     @classmethod
     def from_dense(cls, weight: Any, groups: int = 1, quantization: Quantization | None = None) -> SparseWeight:
@@ -271,7 +274,7 @@ class SparseWeight:
         kept = levels.decode(codes, channels) != 0
         counts = np.bincount(channels[kept], minlength=self.k)
         indptr = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
-        return SparseWeight(codes[kept], self._indices[kept], indptr, self._kernel_shape, self._groups, levels)
+        return SparseWeight(codes[kept], self.indices[kept], indptr, self._kernel_shape, self._groups, levels)
 
     @property
     def data(self) -> NDArray[np.float32]:
@@ -279,8 +282,7 @@ class SparseWeight:
         if self._levels is None:
             return self._data  # type: ignore[return-value]
         values = self._levels.decode(self._unpacked(), _rows(self._indptr))
-        values.flags.writeable = False
-        return values
+        return _frozen(values)
 
     @property
     def levels(self) -> Levels | None:
@@ -307,8 +309,8 @@ class SparseWeight:
 
     @property
     def indices(self) -> NDArray[np.int32]:
-        """Column of each value, int32, shape (nnz,), read-only."""
-        return self._indices
+        """Column of each value, int32, shape (nnz,), read-only; widened anew if the weight is quantized."""
+        return _frozen(self._indices.astype(np.int32, copy=False))
 
     @property
     def indptr(self) -> NDArray[np.int32]:
@@ -361,7 +363,7 @@ class SparseWeight:
         """Hex digest of shape, groups and arrays: the same for equal weights, on every machine."""
         if self._fingerprint is None:
             digest = blake2b(json.dumps([self.shape, self._groups]).encode(), digest_size=16)
-            arrays: list[NDArray[Any]] = [self._indptr, self._indices, self._data]
+            arrays: list[NDArray[Any]] = [self._indptr, self.indices, self._data]
             if self._levels is not None:
                 digest.update(json.dumps(msgspec.structs.asdict(_described(self._levels))).encode())
                 arrays += self._levels.arrays.values()
@@ -372,7 +374,7 @@ class SparseWeight:
 
     def to_scipy(self) -> sparse.csr_array:
         """Return a writable copy as a csr_array, float32, shape (K, C/groups*R*S)."""
-        arrays = (self.data, self._indices, self._indptr)
+        arrays = (self.data, self.indices, self._indptr)
         return sparse.csr_array(arrays, shape=(self.k, _width(self._kernel_shape)), copy=True)
 
     def to_dense(self) -> NDArray[np.float32]:
@@ -429,7 +431,7 @@ class SparseWeight:
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle and copy through the constructor, so that the arrays of the result are read-only too."""
         data = self._data if self._levels is None else self._unpacked()
-        return SparseWeight, (data, self._indices, self._indptr, self._kernel_shape, self._groups, self._levels)
+        return SparseWeight, (data, self.indices, self._indptr, self._kernel_shape, self._groups, self._levels)
 
 
 def save_weights(path: str | os.PathLike[str], weights: Mapping[str, SparseWeight]) -> None:
@@ -488,9 +490,18 @@ def _frozen_copy(array: Any, dtype: type[np.generic], what: str) -> NDArray[Any]
         raise TypeError(f"{what} must be an ndarray of {np.dtype(dtype)}, got {came}")
     if array.ndim != 1:
         raise ValueError(f"{what} must have one dimension, got shape {array.shape}")
-    copy = np.array(array, dtype)
-    copy.flags.writeable = False
-    return copy
+    return _frozen(np.array(array, dtype))
+
+
+def _frozen(array: NDArray[Any]) -> NDArray[Any]:
+    """Make an array of our own read-only."""
+    array.flags.writeable = False
+    return array
+
+
+def _narrow(indices: NDArray[np.int32], width: int) -> NDArray[np.int32] | NDArray[np.uint16]:
+    """Columns of a quantized weight as it holds them."""
+    return indices.astype(np.uint16) if width <= 1 << 16 else indices
 
 
 def _is_tensor(value: object) -> bool:
@@ -712,7 +723,7 @@ def _write(path: str | os.PathLike[str], file_format: str, weights: Mapping[str,
         else:
             tensors[prefix + "codes"] = weight._data
             tensors |= {prefix + key: array for key, array in levels.arrays.items()}
-        tensors[prefix + "indices"] = weight.indices
+        tensors[prefix + "indices"] = weight._indices
         tensors[prefix + "indptr"] = weight.indptr
         described = None if levels is None else _described(levels)
         layers.append(
@@ -773,7 +784,8 @@ def _parse_layers(blob: bytes, file_format: str) -> list[_Layer]:
 
 def _parse_weight(tensors: dict[str, Any], prefix: str, layer: _Layer) -> SparseWeight:
     """Take the tensors of a layer out of `tensors`."""
-    indices = _take(tensors, prefix + "indices", "I32")
+    narrow = layer.levels is not None and _width(as_kernel_shape(layer.kernel_shape)) <= 1 << 16
+    indices = _take(tensors, prefix + "indices", "U16" if narrow else "I32").astype(np.int32, copy=False)
     indptr = _take(tensors, prefix + "indptr", "I32")
     if layer.levels is None:
         data, levels = _take(tensors, prefix + "data", "F32"), None
@@ -815,5 +827,7 @@ def _take(tensors: dict[str, Any], name: str, dtype: str, dimensions: int = 1) -
             f"tensor {name!r} must be {dtype} with {'one dimension' if dimensions == 1 else 'two dimensions'}, "
             f"got {tensor['dtype']} of shape {tuple(tensor['shape'])}"
         )
-    little = np.frombuffer(tensor["data"], {"F32": "<f4", "I32": "<i4", "U8": "u1"}[dtype]).reshape(tensor["shape"])
+    little = np.frombuffer(tensor["data"], {"F32": "<f4", "I32": "<i4", "U16": "<u2", "U8": "u1"}[dtype]).reshape(
+        tensor["shape"]
+    )
     return little.astype(little.dtype.newbyteorder("="), copy=False)

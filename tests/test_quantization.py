@@ -563,6 +563,16 @@ def test_sums_do_not_depend_on_the_order() -> None:
     torch.testing.assert_close(results[0].flatten(), expected.float(), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("config", TRAINED, ids=str)
+def test_a_step_never_waits_for_the_device(config: Any) -> None:
+    """Tensors without values cannot be read on the host: whatever would wait for a GPU raises here."""
+    model = make()
+    quantizer = Quantizer(model, config)
+    quantizer.begin()
+    model.to("meta")
+    quantizer.step()
+
+
 @pytest.mark.parametrize("config", [TRAINED[1], TRAINED[3]], ids=str)
 def test_training_with_a_pruner(config: Any) -> None:
     model = make(0)

@@ -605,7 +605,7 @@ def test_quantized_weight(bits: int, channels_per_table: int, tmp_path: Path) ->
     np.testing.assert_array_equal(used, weight.data)
     assert weight.nnz == plain.nnz
     packed = -(-weight.nnz * bits // 8)
-    assert weight.nbytes == packed + 4 * weight.nnz + 4 * 7 + sum(a.nbytes for a in levels.arrays.values())
+    assert weight.nbytes == packed + 2 * weight.nnz + 4 * 7 + sum(a.nbytes for a in levels.arrays.values())
     kind = "linear" if channels_per_table == 0 else "codebook"
     assert repr(weight).endswith(f"%, {kind} {bits} bits)")
     assert plain.codes is plain.codebook is plain.levels is None
@@ -618,6 +618,18 @@ def test_quantized_weight(bits: int, channels_per_table: int, tmp_path: Path) ->
         for array in (again.data, *again.levels.arrays.values()):  # type: ignore[union-attr]
             with pytest.raises(ValueError, match="read-only"):
                 array[...] = 0
+
+
+def test_quantized_weight_of_many_columns(tmp_path: Path) -> None:
+    for width in (1 << 16, (1 << 16) + 1):
+        indices, indptr = np.array([3, width - 1], np.int32), np.array([0, 2], np.int32)
+        levels = CodebookLevels(2, np.ones((1, 4), np.float32))
+        weight = SparseWeight(np.array([0, 3], np.uint8), indices, indptr, (width, 1, 1), 1, levels)
+        np.testing.assert_array_equal(weight.indices, indices)
+        assert weight.indices.dtype == np.int32
+        weight.save(tmp_path / "w")
+        assert SparseWeight.load(tmp_path / "w") == weight
+        assert weight.nbytes == 1 + (4 if width <= 1 << 16 else 8) + 8 + 4 * 4 + 4
 
 
 def test_quantized_equality() -> None:
@@ -685,7 +697,7 @@ def test_quantized_file_is_as_documented(tmp_path: Path) -> None:
             "codes": pack_codes(codes, 3),
             "scale": np.array([0.5], np.float32),
             "zero": np.array([1], np.uint8),
-            "indices": TENSORS["indices"],
+            "indices": TENSORS["indices"].astype(np.uint16),
             "indptr": TENSORS["indptr"],
         }
         layer = {**LAYER, "fingerprint": weight.fingerprint, "levels": levels}
@@ -707,6 +719,7 @@ def test_quantized_file_is_as_documented(tmp_path: Path) -> None:
         "scale must": write("g", scale=np.array([], np.float32)),
         "fingerprint differs": write("h", scale=np.array([0.25], np.float32)),
         "are zero": write("i", zero=np.array([3], np.uint8)),
+        "'indices' must be U16": write("k", indices=TENSORS["indices"]),
         "no layer uses: more": write("j", more=np.array([3], np.uint8)),
     }.items():
         with pytest.raises(ValueError, match=rf"cannot read '.*{path.name}' as .*{text}"):
