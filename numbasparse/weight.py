@@ -303,6 +303,39 @@ class SparseWeight:
         """
         return None if self._levels is None else self._levels.codebook(self.k)
 
+    def encoded(self) -> NDArray[np.float32] | Codes:
+        """Return all that the weight holds beside its indices, for a buffer of a model.
+
+        The values, float32, (nnz,); of a quantized weight, uint8: the bytes of a safetensors file with ``codes``
+        and the levels' arrays, as in the package's files. `from_encoded` reads both.
+        """
+        if self._levels is None:
+            return self._data  # type: ignore[return-value]
+        metadata = {_METADATA: json.dumps(msgspec.to_builtins(_described(self._levels)))}
+        blob = safetensors.numpy.save({"codes": self._data, **self._levels.arrays}, metadata=metadata)
+        return np.frombuffer(blob, np.uint8)
+
+    @classmethod
+    def from_encoded(
+        cls,
+        values: NDArray[np.float32] | Codes,
+        indices: NDArray[np.int32],
+        indptr: NDArray[np.int32],
+        kernel_shape: Sequence[int],
+        groups: int = 1,
+    ) -> SparseWeight:
+        """Make a weight of what `encoded` returned and of its indices.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As the constructor; ValueError for bytes that are not those of a quantized weight.
+        """
+        if not isinstance(values, np.ndarray) or values.dtype != np.uint8:
+            return cls(values, indices, indptr, kernel_shape, groups)
+        levels, codes = _parse_encoded(values.tobytes(), len(indices))
+        return cls(codes, indices, indptr, kernel_shape, groups, levels)
+
     def _unpacked(self) -> Codes:
         assert self._levels is not None
         return unpack_codes(self._data, self._levels.bits, self.nnz)  # type: ignore[arg-type]
@@ -742,11 +775,8 @@ def _read(path: str | os.PathLike[str], file_format: str) -> dict[str, SparseWei
 
 
 def _parse(blob: bytes, file_format: str) -> dict[str, SparseWeight]:
-    try:
-        tensors = dict(safetensors.deserialize(blob))
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"no safetensors file, or a truncated or corrupt one ({error})") from error
-    layers = _parse_layers(blob, file_format)
+    tensors, header = _parse_tensors(blob)
+    layers = _parse_layers(header, file_format)
     weights: dict[str, SparseWeight] = {}
     for number, layer in enumerate(layers):
         if layer.name in weights:
@@ -760,16 +790,35 @@ def _parse(blob: bytes, file_format: str) -> dict[str, SparseWeight]:
     return weights
 
 
-def _parse_layers(blob: bytes, file_format: str) -> list[_Layer]:
-    """Return the layers named in the metadata of a blob that safetensors has found well-formed."""
+def _parse_tensors(blob: bytes) -> tuple[dict[str, Any], Any]:
+    """Return the tensors of a safetensors file, and the package's metadata."""
+    try:
+        tensors = dict(safetensors.deserialize(blob))
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"no safetensors file, or a truncated or corrupt one ({error})") from error
     end = 8 + int.from_bytes(blob[:8], "little")
     text = (json.loads(blob[8:end]).get("__metadata__") or {}).get(_METADATA)
     if text is None:
         raise ValueError(f"it has no {_METADATA!r} metadata; it was written by another program")
     try:
-        header = msgspec.convert(json.loads(text), _Header)
+        return tensors, json.loads(text)
     except RecursionError:
         raise ValueError("its metadata is nested too deeply") from None
+
+
+def _parse_encoded(blob: bytes, nnz: int) -> tuple[Levels, Codes]:
+    """Return what `SparseWeight.encoded` wrote for a quantized weight of ``nnz`` values."""
+    tensors, described = _parse_tensors(blob)
+    levels = _take_levels(tensors, "", msgspec.convert(described, _Levels))
+    codes = _take_codes(tensors, "codes", levels.bits, nnz)
+    if tensors:
+        raise ValueError(f"it has tensors of no use: {', '.join(sorted(tensors))}")
+    return levels, codes
+
+
+def _parse_layers(metadata: Any, file_format: str) -> list[_Layer]:
+    """Return the layers named in the metadata."""
+    header = msgspec.convert(metadata, _Header)
     if header.format != file_format:
         reader = _READERS.get(header.format)
         advice = f"; use {reader}" if reader else ""

@@ -620,6 +620,21 @@ def test_quantized_weight(bits: int, channels_per_table: int, tmp_path: Path) ->
                 array[...] = 0
 
 
+@pytest.mark.parametrize("weight", [_weight(), _coded(3, 0), _coded(2, 4)], ids=str)
+def test_encoded(weight: SparseWeight) -> None:
+    encoded = weight.encoded()
+    assert encoded.dtype == (np.float32 if weight.levels is None else np.uint8)
+    places = weight.indices, weight.indptr, weight.kernel_shape, weight.groups
+    assert SparseWeight.from_encoded(encoded, *places) == weight
+    if weight.levels is None:
+        return
+    for broken in (encoded[:-1], encoded[:0], np.zeros(9, np.uint8)):
+        with pytest.raises(ValueError, match="truncated or corrupt"):
+            SparseWeight.from_encoded(broken, *places)
+    with pytest.raises(ValueError, match=r"must have \d+ bytes for 8 codes"):
+        SparseWeight.from_encoded(encoded, np.arange(8, dtype=np.int32), *places[1:])
+
+
 def test_quantized_weight_of_many_columns(tmp_path: Path) -> None:
     for width in (1 << 16, (1 << 16) + 1):
         indices, indptr = np.array([3, width - 1], np.int32), np.array([0, 2], np.int32)
