@@ -695,3 +695,54 @@ def test_compile_with_inductor() -> None:
     torch._dynamo.reset()
     x = torch.randn(2, 4, 8, 8)
     _assert_close(_run(torch.compile(converted), x), _run(layers, x))
+
+
+# ---- layouts between layers -----------------------------------------------------------------------------------
+
+
+class _ByName:
+    """Chooses a config of GPUs for every layer; those in ``rows`` work on NCHW, the others on CHWN."""
+
+    def __init__(self, *rows: str) -> None:
+        self.rows = rows
+
+    def choice_by_name(self, name: str) -> Choice:
+        return Choice("cuda_direct", {"batch": 1 if name in self.rows else 32})
+
+
+class _Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third, self.last = (_conv(4, 4, 3, padding=1) for _ in range(4))
+        self.pool, self.act = nn.MaxPool2d(2), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act(self.first(x))
+        y = torch.relu(y + self.second(y))
+        return self.last(self.pool(self.third(y))).view(x.size(0), -1)
+
+
+def test_layouts_between_layers() -> None:
+    model = _Residual()
+    x = torch.randn(2, 4, 8, 8)
+    converted = convert(model, _ByName())
+    layouts = {name: m.out_layout for name, m in converted.named_modules() if isinstance(m, SparseConv2d)}
+    assert layouts == {"first": "CHWN", "second": "CHWN", "third": "NCHW", "last": "NCHW"}
+    _assert_close(_run(converted, x), _run(model, x))  # on the CPU they are NCHW all the same
+    converted = convert(model, _ByName("first", "second", "third", "last"))
+    assert all(m.out_layout is None for m in converted.modules() if isinstance(m, SparseConv2d))
+
+
+def test_layouts_of_a_model_that_cannot_be_traced() -> None:
+    class Model(_Residual):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x if bool(x.sum() > 0) else -x)
+
+    with pytest.warns(UserWarning, match="cannot trace"):
+        converted = convert(Model(), _ByName())
+    assert all(m.out_layout is None for m in converted.modules() if isinstance(m, SparseConv2d))
+
+
+def test_out_layout_is_checked() -> None:
+    with pytest.raises(ValueError, match="out_layout must be None or one of"):
+        SparseConv2d.from_conv(_conv(4, 6, 3), out_layout="NWHC")  # type: ignore[arg-type]

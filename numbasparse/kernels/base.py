@@ -177,6 +177,10 @@ class CudaKernel(Kernel):
 
     device = "cuda"
 
+    def layouts(self, spec: ConvSpec, config: Config) -> tuple[Layout, Layout]:
+        """`CudaRunner.takes` and `CudaRunner.gives` of what `prepare` makes; NCHW unless a kernel says otherwise."""
+        return "NCHW", "NCHW"
+
     @abstractmethod
     def ptx(
         self,

@@ -119,6 +119,10 @@ class CudaDense(CudaKernel):
     def default(self, spec: ConvSpec, weight: SparseWeight, threads: int) -> Config:
         return {"layout": "nchw" if spec.dtype == "float32" else "nhwc", "precision": "strict"}
 
+    def layouts(self, spec: ConvSpec, config: Config) -> tuple[Layout, Layout]:
+        layout: Layout = "NHWC" if config["layout"] == "nhwc" else "NCHW"
+        return layout, layout
+
     def ptx(
         self, spec: ConvSpec, weight: SparseWeight, config: Config, activation: Activation = "none"
     ) -> tuple[cuda.Ptx, ...]:

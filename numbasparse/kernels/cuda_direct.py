@@ -984,6 +984,10 @@ class CudaDirect(CudaKernel):
         )
         return [config for _, _, config in ranked] or [dict(_FALLBACK)]
 
+    def layouts(self, spec: ConvSpec, config: Config) -> tuple[layouts.Layout, layouts.Layout]:
+        layout: layouts.Layout = "CHWN" if int(config["batch"]) > 1 else "NCHW"
+        return layout, layout
+
     def ptx(
         self, spec: ConvSpec, weight: SparseWeight, config: Config, activation: Activation = "none"
     ) -> tuple[cuda.Ptx, ...]:

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from numbasparse.kernels import kernel
+from numbasparse.kernels import CudaKernel, kernel
 from numbasparse.nn.module import SparseConv2d
-from numbasparse.plans import DENSE_ABOVE, Choice, default_choice
+from numbasparse.nn.native import Tracer, keep_native
+from numbasparse.plans import Choice, default_choice
 from numbasparse.runtime import cpu
+from numbasparse.runtime.layouts import Layout
 from numbasparse.spec import DTYPES, ConvSpec
 from numbasparse.weight import SparseWeight
 
@@ -74,6 +76,7 @@ class _Decision:
     reason: str
     sparsity: float = float("nan")
     choice: Choice | None = None
+    gives: Layout | None = None
 
 
 def convert(model: nn.Module, tuned: Any = None, example_input: Any = None, *, fuse: bool = True) -> nn.Module:
@@ -82,12 +85,12 @@ def convert(model: nn.Module, tuned: Any = None, example_input: Any = None, *, f
     Parameters
     ----------
     model : nn.Module
-        On the CPU; left as it is.
+        On the CPU or a GPU, for which the stated defaults differ; left as it is.
     tuned : optional
         What chooses: an object with ``choice(spec, weight, name)``, which returns a `numbasparse.Choice` or None
         (a tuned file, for example), or one with ``choice_by_name(name)``, which needs no ``example_input``. A
         layer without a choice, and every layer if None, gets the stated default: sparse unless more than
-        `numbasparse.plans.DENSE_ABOVE` of the weights are non-zero.
+        `numbasparse.plans.dense_above` of the weights are non-zero.
     example_input : Tensor, tuple of arguments, or dict of keyword arguments, optional
         The model is run on it once to learn the input shape of every layer.
     fuse : bool
@@ -107,7 +110,7 @@ def convert(model: nn.Module, tuned: Any = None, example_input: Any = None, *, f
         If an argument is of the wrong kind.
     ValueError
         If there is no ``nn.Conv2d``, or without ``tuned`` none sparse enough; if a chosen layer cannot be
-        sparse (NaN in the weight, not on the CPU); if ``tuned`` needs an ``example_input``.
+        sparse (NaN in the weight); if ``tuned`` needs an ``example_input``.
 
     Warns
     -----
@@ -117,9 +120,10 @@ def convert(model: nn.Module, tuned: Any = None, example_input: Any = None, *, f
 
     Notes
     -----
-    Where a layer meets an input shape that its config cannot run, the stated default for that shape is used.
-    The converted model is for inference: sparse layers have no gradient, and a backward pass through one raises
-    NotImplementedError. Call it under ``torch.inference_mode()``, which is also fastest.
+    Where a layer meets an input shape or device that its config cannot run, the stated default is used.
+    The converted model is for inference: sparse weights have no gradient (inputs and biases do). Call it under
+    ``torch.inference_mode()``, which is also fastest. Between sparse layers whose GPU kernels write another layout
+    than NCHW, tensors keep that layout where torch.fx can see that nothing but elementwise operations is between.
     """
     _check_arguments(model, tuned)
     converted = _copy(model).eval()
@@ -139,6 +143,7 @@ def convert(model: nn.Module, tuned: Any = None, example_input: Any = None, *, f
     for name, decision in decisions.items():
         converted, record = _apply(converted, name, decision, chains.get(name, _Chain(name, None, None)))
         records.append(record)
+    keep_native(converted, {name: d.gives for name, d in decisions.items() if d.sparse and d.gives}, _trace)
     setattr(converted, _REPORT, tuple(records))
     return converted
 
@@ -230,9 +235,9 @@ def _trace(model: nn.Module) -> list[fx.Graph]:
     shadow = copy.deepcopy(model, {id(t): t for t in [*model.parameters(), *model.buffers()]})
     parameters = inspect.signature(shadow.forward).parameters.values()
     left_out = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
-    graphs = [fx.Tracer().trace(shadow)]
+    graphs = [Tracer().trace(shadow)]
     if left_out:
-        graphs.append(fx.Tracer().trace(shadow, concrete_args=left_out))
+        graphs.append(Tracer().trace(shadow, concrete_args=left_out))
     return graphs
 
 
@@ -406,11 +411,25 @@ def _decide_layer(
         choice = by_name(name) if by_name is not None else tuned.choice(spec, weight, name)
     if choice is not None:
         dense = kernel(choice.kernel).is_dense
-        return _Decision(not dense, f"tuned: {choice.kernel}", weight.sparsity, None if dense else choice)
-    usual = default_choice(spec, weight, min(torch.get_num_threads(), cpu.MAX_THREADS))
+        made = _Decision(not dense, f"tuned: {choice.kernel}", weight.sparsity, None if dense else choice)
+        return replace(made, gives=_gives(choice, spec))
+    usual = _usual(spec, weight, conv.weight.device)
     origin = "default" if tuned is None else "default, as nothing is tuned for it"
-    dense = kernel(usual.kernel).is_dense
-    return _Decision(not dense, f"{origin}: {usual.kernel} at density {weight.density:.1%}", weight.sparsity)
+    reason = f"{origin}: {usual.kernel} at density {weight.density:.1%}"
+    return _Decision(not kernel(usual.kernel).is_dense, reason, weight.sparsity, gives=_gives(usual, spec))
+
+
+def _usual(spec: ConvSpec, weight: SparseWeight, device: torch.device) -> Choice:
+    if device.type != "cuda":
+        return default_choice(spec, weight, min(torch.get_num_threads(), cpu.MAX_THREADS))
+    with torch.cuda.device(device):
+        return default_choice(spec, weight, 1, "cuda")
+
+
+def _gives(choice: Choice, spec: ConvSpec) -> Layout | None:
+    """The layout that a choice for GPUs writes; None for the CPU, or where the config is left to each shape."""
+    chosen = kernel(choice.kernel)
+    return chosen.layouts(spec, choice.config)[1] if choice.config and isinstance(chosen, CudaKernel) else None
 
 
 def _spec(conv: nn.Conv2d, weight: SparseWeight, seen: tuple[tuple[int, ...], str] | None, name: str) -> ConvSpec:
@@ -467,6 +486,6 @@ def _check_decisions(decisions: Mapping[str, _Decision], tuned: Any) -> None:
         warnings.warn(f"every convolution stays dense ({reasons})", stacklevel=3)
         return
     raise ValueError(
-        f"nothing to convert: no convolution has a density of {DENSE_ABOVE:.0%} or less ({reasons}); prune the model "
+        f"nothing to convert: no convolution is sparse enough to be run so by default ({reasons}); prune the model "
         f"first (numbasparse.pruning), or give a tuned file"
     )

@@ -155,7 +155,8 @@ def _conv2d(
         entry = _Entry(made, weight)
         _plans.put(key, entry)
     bias = None if bias is None else bias.detach()
-    return entry.plan(x.detach(), bias, None, None, cast("Any", out_layout or None))
+    layout = (out_layout or None) if x.is_cuda else None
+    return entry.plan(x.detach(), bias, None, None, cast("layouts.Layout | None", layout))
 
 
 def _check_devices(x: Tensor, weight: tuple[Tensor, Tensor, Tensor]) -> None:
