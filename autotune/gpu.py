@@ -205,9 +205,13 @@ class GpuBench(Bench):
     def wrong(self, candidate: Candidate, ready: CudaRunner) -> str | None:
         with poisoned():
             y = ready.apply(self._x["NCHW"], self._bias, None, "NCHW")
+        return self.judge(y, KERNELS[candidate.kernel].is_dense)
+
+    def judge(self, y: torch.Tensor, dense: bool) -> str | None:
+        """What is wrong with an output for `input`, or None; see `bounds` for ``dense``."""
         if tuple(y.shape) != self.problem.spec.out_shape or y.dtype != self._dtype:
             return f"the output is {tuple(y.shape)}, {y.dtype}, expected {self.problem.spec.out_shape}, {self._dtype}"
-        low, high = self._bounds[KERNELS[candidate.kernel].is_dense]
+        low, high = self._bounds[dense]
         for image, places in enumerate(self._places):
             if len(places):
                 reason = _outside(y.index_select(0, places).float(), low[image], high[image], places)
@@ -216,11 +220,11 @@ class GpuBench(Bench):
         return None
 
     def race(self, candidate: Candidate, ready: CudaRunner, best_us: float) -> Result:
-        call = self._call(ready, ready.takes, ready.gives)
-        _, around = self._better_layout(ready)
+        call = self.call(ready, ready.takes, ready.gives)
+        _, around = self.better_layout(ready)
         native = min(self._gpu.us(call), self._gpu.us(call))
         if native - _LAUNCH_US <= ABANDON * best_us:
-            loop = Loop.of(self._gpu, call, _repeats(native))
+            loop = Loop.of(self._gpu, call, repeats_for(native))
             native = min(loop.us() for _ in range(_REPLAYS))
         return Result(candidate, native + around, native_us=native)
 
@@ -242,16 +246,18 @@ class GpuBench(Bench):
                 "will be left out; start the program again, with the same storage, to go on"
             ) from error
 
-    def _input(self, layout: Layout) -> torch.Tensor:
+    def input(self, layout: Layout) -> torch.Tensor:
+        """The problem's input, in a layout."""
         if layout not in self._x:
             self._x[layout] = self._gpu.convert(self._x["NCHW"], layout)
         return self._x[layout]
 
-    def _call(self, ready: CudaRunner, takes: Layout, gives: Layout) -> Callable[[], Any]:
-        x, bias = self._input(takes), self._bias
+    def call(self, ready: CudaRunner, takes: Layout, gives: Layout) -> Callable[[], Any]:
+        """A call of a candidate with input and output in those layouts."""
+        x, bias = self.input(takes), self._bias
         return lambda: ready.apply(x, bias, None, gives)
 
-    def _better_layout(self, ready: CudaRunner) -> tuple[Layout, float]:
+    def better_layout(self, ready: CudaRunner) -> tuple[Layout, float]:
         """The plain layout around which a kernel costs least, and what the conversions cost there."""
         costs = {
             layout: self._conversion_us(layout, ready.takes, False) + self._conversion_us(ready.gives, layout, True)
@@ -279,19 +285,19 @@ class GpuBench(Bench):
             return self._gpu.convert(x, target)
 
         call()
-        loop = Loop.of(self._gpu, call, _repeats(self._gpu.us(call)))
+        loop = Loop.of(self._gpu, call, repeats_for(self._gpu.us(call)))
         return min(loop.us() for _ in range(_REPLAYS))
 
     def _contest(self, candidate: Candidate) -> _Contest | None:
         """Prepare a finalist; None if that fails, for want of memory as it may be."""
         try:
             ready = self.prepare(candidate)
-            layout, _ = self._better_layout(ready)
-            native = self._call(ready, ready.takes, ready.gives)
+            layout, _ = self.better_layout(ready)
+            native = self.call(ready, ready.takes, ready.gives)
             warm, cold = self._loops(native)
             if ready.takes == ready.gives == layout:
                 return _Contest(candidate, ready, layout, warm, warm, cold, cold)
-            return _Contest(candidate, ready, layout, *self._both(self._call(ready, layout, layout), warm, cold))
+            return _Contest(candidate, ready, layout, *self._both(self.call(ready, layout, layout), warm, cold))
         except Exception as error:
             self.check_device(candidate, f"{type(error).__name__}: {error}")
             return None
@@ -308,12 +314,12 @@ class GpuBench(Bench):
             call()
 
         call()
-        repeats = _repeats(self._gpu.us(call))
+        repeats = repeats_for(self._gpu.us(call))
         warm = Loop.of(self._gpu, call, repeats)
         return warm, Loop.of(self._gpu, cold, min(repeats, _COLD_REPEATS))
 
 
-def _repeats(us: float) -> int:
+def repeats_for(us: float) -> int:
     """How many calls of ``us`` make a graph that is long beside the clock's steps."""
     return max(1, min(_REPEATS, round(_GRAPH_US / max(us, 1.0))))
 

@@ -51,6 +51,13 @@ def problem(name: str = "conv", spec: ConvSpec = SPEC, **fields: Any) -> LayerPr
     return LayerProblem(name, spec, weight_of(spec), **fields)
 
 
+NO_GPU = cuda.reason_unavailable()
+
+
+def needs_gpu(test: Any) -> Any:
+    return pytest.mark.gpu(pytest.mark.skipif(NO_GPU is not None, reason=str(NO_GPU))(test))
+
+
 # ---- a GPU that is none -------------------------------------------------------------------------------------
 
 CONVERSION_US, FLUSH_US, COLD_US = 7.0, 30.0, 5.0
@@ -373,7 +380,7 @@ def test_a_kernel_of_another_device_is_refused(saved: Path) -> None:
         load(saved)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(NO_GPU is None, reason="there is a GPU")
 def test_without_a_gpu_the_reason_is_told(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"cannot tune on a GPU: .*CUDA"):
         tune_layers([problem()], device="cuda", progress=False)
@@ -515,7 +522,7 @@ def test_a_crashed_worker_costs_its_candidate_only(monkeypatch: pytest.MonkeyPat
 # ---- a real GPU ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.gpu
+@needs_gpu
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_tune_on_a_gpu(dtype: str, tmp_path: Path) -> None:
     spec = replace(ConvSpec.create((4, 32, 14, 14), (32, 32, 3, 3), 1, 1), dtype=dtype)
@@ -537,7 +544,7 @@ def test_tune_on_a_gpu(dtype: str, tmp_path: Path) -> None:
     assert again.layers == tuned.layers
 
 
-@pytest.mark.gpu
+@needs_gpu
 def test_tune_a_model_on_a_gpu() -> None:
     from autotune import tune
 
@@ -550,7 +557,7 @@ def test_tune_a_model_on_a_gpu() -> None:
     torch.cuda.synchronize()
 
 
-@pytest.mark.gpu
+@needs_gpu
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("activation", [None, "silu"])
 def test_bounds_on_a_gpu_lie_around_the_reference(dtype: str, activation: str | None) -> None:
@@ -564,7 +571,7 @@ def test_bounds_on_a_gpu_lie_around_the_reference(dtype: str, activation: str | 
         _assert_around_reference(p, images, torch.linspace(-1, 1, spec.k, device="cuda"))
 
 
-@pytest.mark.gpu
+@needs_gpu
 def test_a_wrong_kernel_is_found_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     real = next(k for k in kernels_for("cuda") if k.is_dense)
     prepare = type(real).prepare
@@ -581,7 +588,7 @@ def test_a_wrong_kernel_is_found_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> No
         tune_layers([problem()], device="cuda", progress=False)
 
 
-@pytest.mark.gpu
+@needs_gpu
 def test_loops_measure_on_a_gpu() -> None:
     gpu = Gpu()
     small, large = (torch.zeros(n, device="cuda") for n in (1 << 20, 1 << 26))
@@ -592,7 +599,7 @@ def test_loops_measure_on_a_gpu() -> None:
         assert torch.empty(1000, device="cuda").isnan().all()
 
 
-@pytest.mark.gpu
+@needs_gpu
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_a_lost_context_is_told_on_a_gpu(run_python: Callable[..., str]) -> None:
     """In a process of its own, whose CUDA context is destroyed by an illegal address."""
