@@ -310,7 +310,7 @@ class SparseWeight:
         and the levels' arrays, as in the package's files. `from_encoded` reads both.
         """
         if self._levels is None:
-            return self._data  # type: ignore[return-value]
+            return self._data
         metadata = {_METADATA: json.dumps(msgspec.to_builtins(_described(self._levels)))}
         blob = safetensors.numpy.save({"codes": self._data, **self._levels.arrays}, metadata=metadata)
         return np.frombuffer(blob, np.uint8)

@@ -66,6 +66,11 @@ def _through_activation(ctx: Any, grad: Tensor, kept: Tensor | None) -> Tensor:
 
 def _dense(ctx: Any, values: Tensor, indices: Tensor, indptr: Tensor) -> Tensor:
     """The weight (K, C/groups, R, S), float32."""
+    if values.dtype == torch.uint8:
+        made: Tensor = torch.ops.numbasparse._dense_weight.default(
+            values, indices, indptr, ctx.kernel_shape, ctx.groups
+        )
+        return made
     c_per_group, r, s = ctx.kernel_shape
     k = indptr.shape[0] - 1
     number = torch.arange(values.shape[0], device=values.device, dtype=indptr.dtype)

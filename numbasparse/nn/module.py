@@ -44,8 +44,9 @@ class SparseConv2d(nn.Module):
     Attributes
     ----------
     values, indices, indptr : Tensor
-        Buffers: the CSR matrix, float32 (nnz,), int32 (nnz,), int32 (K + 1,). ``half()`` and the like leave
-        ``values`` in float32, in which everything is computed.
+        Buffers: the CSR matrix, float32 (nnz,), int32 (nnz,), int32 (K + 1,). The ``values`` of a quantized weight
+        are uint8, see `SparseWeight.encoded`. ``half()`` and the like leave ``values`` as they are: everything is
+        computed in float32.
     bias : Tensor or None
         Buffer, (K,).
     in_channels, out_channels, kernel_size, stride, dilation, groups
@@ -99,7 +100,7 @@ class SparseConv2d(nn.Module):
         self.activation: str = check_activation(activation)
         self.choice = choice
         self.out_layout = out_layout
-        for name, array in zip(_ARRAYS, (weight.data, weight.indices, weight.indptr), strict=True):
+        for name, array in zip(_ARRAYS, (weight.encoded(), weight.indices, weight.indptr), strict=True):
             self.register_buffer(name, torch.from_numpy(array.copy()))
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
 
@@ -108,11 +109,14 @@ class SparseConv2d(nn.Module):
         cls,
         conv: nn.Conv2d,
         *,
+        weight: SparseWeight | None = None,
         choice: ChoiceLike = None,
         activation: str | None = None,
         out_layout: Layout | None = None,
     ) -> SparseConv2d:
         """Take the non-zero weights of a dense convolution, which is left as it is; the result is on its device.
+
+        ``weight`` takes the place of the convolution's own, for example the same one quantized.
 
         Raises
         ------
@@ -129,7 +133,7 @@ class SparseConv2d(nn.Module):
                 f"convolution (torch.nn.functional.pad) and give the convolution padding=0"
             )
         made = cls(
-            SparseWeight.from_dense(conv.weight, conv.groups),
+            SparseWeight.from_dense(conv.weight, conv.groups) if weight is None else weight,
             conv.bias,
             stride=conv.stride,
             padding=conv.padding,
@@ -159,7 +163,7 @@ class SparseConv2d(nn.Module):
     def sparsity(self) -> float:
         """Fraction of the weights that are zero."""
         c_per_group, r, s = self.kernel_shape
-        return 1.0 - self.values.numel() / (self.out_channels * c_per_group * r * s)
+        return 1.0 - self.indices.numel() / (self.out_channels * c_per_group * r * s)
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve (N, C, H, W), or (C, H, W) like ``nn.Conv2d``; the result has ``x``'s dtype."""
@@ -184,7 +188,7 @@ class SparseConv2d(nn.Module):
     def weight_matrix(self) -> SparseWeight:
         """Return the weight; its ``to_scipy()`` is the SciPy matrix."""
         values, indices, indptr = (t.detach().cpu().numpy() for t in (self.values, self.indices, self.indptr))
-        return SparseWeight(values, indices, indptr, self.kernel_shape, self.groups)
+        return SparseWeight.from_encoded(values, indices, indptr, self.kernel_shape, self.groups)
 
     def to_dense(self) -> nn.Conv2d:
         """Return the dense convolution, without the activation.
@@ -242,7 +246,7 @@ class SparseConv2d(nn.Module):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SparseConv2d:
         before = self.values
         super()._apply(fn, recurse)
-        if self.values.dtype != torch.float32:
+        if self.values.dtype != before.dtype:
             self.values = before.to(self.values.device)
         return self
 
@@ -258,8 +262,8 @@ class SparseConv2d(nn.Module):
             for name in ("values", "indices"):
                 own = getattr(self, name)
                 # The operator does not notice a change of an inference tensor on a GPU, but it does a new one.
-                if own.shape != found[name].shape or own.is_inference():
-                    setattr(self, name, own.new_empty(found[name].shape))
+                if own.shape != found[name].shape or own.dtype != found[name].dtype or own.is_inference():
+                    setattr(self, name, own.new_empty(found[name].shape, dtype=_kept_dtype(found[name])))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
 
     def _reason_misfit(self, found: Mapping[str, Any]) -> str | None:
@@ -273,10 +277,15 @@ class SparseConv2d(nn.Module):
             return None
         try:
             values, indices, indptr = (found[name].detach().cpu().numpy() for name in _ARRAYS)
-            SparseWeight(values, indices, indptr, self.kernel_shape, self.groups)
+            SparseWeight.from_encoded(values, indices, indptr, self.kernel_shape, self.groups)
         except (TypeError, ValueError) as error:
             return f"no sparse weight of shape {(self.out_channels, *self.kernel_shape)}: {error}"
         return None
+
+
+def _kept_dtype(found: Tensor) -> torch.dtype:
+    """Dtype of a buffer for a loaded tensor: codes stay bytes, and values of any float type become float32."""
+    return torch.float32 if found.is_floating_point() else found.dtype
 
 
 def as_choice(choice: ChoiceLike) -> Choice | None:

@@ -5,7 +5,8 @@ All that the convolution needs is in its arguments, so an exported program carri
 
 =============  =====================================================================================
 x              (N, C, H, W), on the CPU or a GPU; float32; float64, float16 and bfloat16 are summed in float32
-values         (nnz,), float32: the CSR matrix of a `numbasparse.SparseWeight`
+values         (nnz,), float32: the CSR matrix of a `numbasparse.SparseWeight`; uint8 if it is quantized, see
+               `SparseWeight.encoded`
 indices        (nnz,), int32
 indptr         (K + 1,), int32
 bias           (K,), floating, or None
@@ -185,7 +186,7 @@ def _make_plan(
     config: str,
 ) -> Plan:
     values, indices, indptr = (t.detach().cpu().numpy() for t in tensors)
-    weight = SparseWeight(values, indices, indptr, kernel_shape, groups)
+    weight = SparseWeight.from_encoded(values, indices, indptr, kernel_shape, groups)
     _check_padding(padding)
     top, bottom, left, right = padding
     device, dtype = ("cpu", "float32") if x.is_cpu else device_and_dtype(x)
@@ -254,10 +255,29 @@ def _conv2d_fake(
     return layouts.empty(shape, layout, dtype=x.dtype, device=x.device)
 
 
+def _dense_weight(values: Tensor, indices: Tensor, indptr: Tensor, kernel_shape: Sequence[int], groups: int) -> Tensor:
+    """Decode a quantized weight, float32 (K, C/groups, R, S): an operator, because it cannot be traced."""
+    arrays = [t.detach().cpu().numpy() for t in (values, indices, indptr)]
+    dense = SparseWeight.from_encoded(arrays[0], arrays[1], arrays[2], kernel_shape, groups).to_dense()
+    return torch.from_numpy(dense).to(values.device)
+
+
+def _dense_weight_fake(
+    values: Tensor, indices: Tensor, indptr: Tensor, kernel_shape: Sequence[int], groups: int
+) -> Tensor:
+    return values.new_empty((indptr.shape[0] - 1, *kernel_shape), dtype=torch.float32)
+
+
 _library = torch.library.Library("numbasparse", "DEF")
 _library.define("conv2d" + _SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+_library.define(
+    "_dense_weight(Tensor values, Tensor indices, Tensor indptr, int[] kernel_shape, int groups) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 for _key in ("CPU", "CUDA"):
     _library.impl("conv2d", _conv2d, _key)
+    _library.impl("_dense_weight", _dense_weight, _key)
+torch.library.register_fake("numbasparse::_dense_weight", _dense_weight_fake, lib=_library)
 torch.library.register_fake("numbasparse::conv2d", _conv2d_fake, lib=_library)
 torch.library.register_autograd("numbasparse::conv2d", backward, setup_context=setup_context, lib=_library)
 
