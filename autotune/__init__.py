@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from autotune.report import layer_rows, print_report
     from autotune.space import LayerProblem
     from autotune.study import tune_layers
+    from autotune.tables import measure_time_tables, time_tables
     from autotune.tuned import BUCKETS, TunedModel, bucket_of, load
 
 _HOMES = {
@@ -25,7 +26,9 @@ _HOMES = {
     "bucket_of": "tuned",
     "layer_rows": "report",
     "load": "tuned",
+    "measure_time_tables": "tables",
     "print_report": "report",
+    "time_tables": "tables",
     "tune": "model",
     "tune_layers": "study",
 }
@@ -37,7 +40,9 @@ __all__ = [
     "bucket_of",
     "layer_rows",
     "load",
+    "measure_time_tables",
     "print_report",
+    "time_tables",
     "tune",
     "tune_layers",
 ]

@@ -77,7 +77,9 @@ def masks_from_scores(
 
 def check_finite(layers: Mapping[str, Layer]) -> None:
     """Raise ``ValueError`` if a weight is NaN or infinite."""
-    bad = torch.stack([(~torch.isfinite(layer.weight)).sum().cpu() for layer in layers.values()]).tolist()
+    device = next(iter(layers.values())).weight.device
+    # Read all counts at once: each reading waits for a GPU.
+    bad = torch.stack([(~torch.isfinite(x.weight)).sum().to(device) for x in layers.values()]).tolist()
     for layer, count in zip(layers.values(), bad, strict=True):
         if count:
             raise ValueError(
