@@ -203,6 +203,11 @@ def cuda_plan(
         index = torch.cuda.current_device()
     elif index >= torch.cuda.device_count():
         raise ValueError(f"device {device!r} does not exist: torch sees {torch.cuda.device_count()} GPUs")
+    if torch.cuda.is_current_stream_capturing():
+        raise cuda.CudaError(
+            f"there is no plan for {spec.key} yet, and none can be made while a CUDA graph is captured: call the "
+            f"convolution once before the capture"
+        )
     # As on the CPU, float64 is computed in float32 and rounded back.
     computed = replace(spec, dtype="float32") if spec.dtype == "float64" else spec
     with on_device(index):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import numbasparse.nn
 from numbasparse import Choice, SparseWeight, conv2d, plan
 from numbasparse.cuda_plans import CudaPlan, from_array
-from numbasparse.kernels import KERNELS, ConfigError, kernels_for
+from numbasparse.kernels import KERNELS, ConfigError, CudaRunner, kernels_for
 from numbasparse.kernels.cuda_dense import CudaDense
 from numbasparse.nn import SparseConv2d, convert
 from numbasparse.nn import conv2d as operator
@@ -154,6 +154,53 @@ def test_tf32_is_asked_for() -> None:
     half = ConvSpec.create(SPEC.x_shape, SPEC.weight_shape, 1, 1, dtype="float16")
     assert kernel.space(half, WEIGHT, 1)["precision"] == ("strict",)
     assert "the dtype is float16" in str(kernel.check(half, WEIGHT, config))
+
+
+class Stand(CudaRunner):
+    """A kernel for CHWN that runs on the CPU."""
+
+    takes = gives = "CHWN"
+    nbytes = 1
+
+    def apply(
+        self, x: Tensor, bias: Tensor | None, residual: Tensor | None = None, out_layout: Layout | None = None
+    ) -> Tensor:
+        assert x.dtype == torch.float32
+        y = nn.functional.conv2d(x, torch.from_numpy(DENSE), bias, padding=1)
+        return to_layout(y if residual is None else y + residual, out_layout or self.gives)
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> CudaPlan:
+    """A plan on a GPU that is none."""
+    monkeypatch.setattr(KERNELS["cuda_simple"], "prepare", lambda *_: Stand())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(CudaPlan, "_check_device", lambda *_: None)
+    return CudaPlan(SPEC, WEIGHT, Choice("cuda_simple"), "none", 0)
+
+
+def test_what_a_plan_does_around_its_kernel(stand_in: CudaPlan) -> None:
+    x, residual = torch.randn(SPEC.x_shape), torch.randn(SPEC.out_shape)
+    y = stand_in(x)
+    assert (stand_in.device, stand_in.takes, stand_in.gives) == ("cuda:0", "CHWN", "CHWN")
+    torch.testing.assert_close(y, conv2d(x, WEIGHT, padding=1))
+    for layout in LAYOUTS:
+        assert layout_of(stand_in(to_layout(x, layout))) == layout
+        for out_layout in LAYOUTS:
+            assert layout_of(stand_in(to_layout(x, layout), out_layout=out_layout)) == out_layout
+        out = to_layout(torch.empty_like(y), layout)
+        assert stand_in(x, out=out) is out
+        assert torch.equal(out, y)
+    assert layout_of(stand_in(x, out_layout="native")) == "CHWN"
+    assert layout_of(stand_in(torch.randn(3, 8, 9, 20)[..., ::2])) == "NCHW"
+    torch.testing.assert_close(stand_in(x, torch.ones(SPEC.k).double(), residual=residual.double()), y + 1 + residual)
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        assert torch.equal(stand_in(x.to(dtype)), stand_in(x.to(dtype).float()).to(dtype))
+    assert not stand_in(x.requires_grad_().detach()).requires_grad
+    with pytest.raises(RuntimeError, match="a plan has no gradient"):
+        stand_in(x)
+    with torch.no_grad():
+        assert torch.equal(stand_in(x), y)
 
 
 # --- the grid, on a GPU ----------------------------------------------------------------------------------------
@@ -709,6 +756,38 @@ def test_models_on_a_gpu_are_converted(layers: nn.Sequential) -> None:
         assert isinstance(converted[0], SparseConv2d)
         assert converted[0].values.is_cuda
         torch.testing.assert_close(converted(x), model(x), rtol=1e-3, atol=1e-3)
+
+
+class TunedLayers:
+    """A kernel's default config for every layer."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def choice(self, spec: ConvSpec, weight: SparseWeight, name: str | None = None) -> Choice:
+        return Choice(self.name, KERNELS[self.name].default(spec, weight, 1))
+
+
+@needs_gpu
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("name", [name for name in NAMES if not KERNELS[name].is_dense])
+@pytest.mark.parametrize("n", [1, 32])
+def test_layouts_between_layers(layers: nn.Sequential, name: str, n: int) -> None:
+    x = torch.randn(n, 3, 16, 16, device="cuda")
+    model = layers.cuda()
+    converted = convert(model, TunedLayers(name), x)
+    sparse = [m for m in converted if isinstance(m, SparseConv2d)]
+    assert [m.choice is not None and m.choice.kernel for m in sparse] == [name] * 3
+    between: list[Tensor] = []
+    for m in sparse:
+        m.register_forward_hook(lambda m, args, y: between.append(y))
+    with torch.inference_mode():
+        torch.testing.assert_close(converted(x), model(x), rtol=1e-3, atol=1e-3)
+    for m, y in zip(sparse, between, strict=True):
+        assert has_layout(y, m.out_layout or "NCHW")
+    assert between[-1].is_contiguous()
+    if n > 1 and KERNELS[name].layouts(SPEC, sparse[0].choice.config)[1] == "CHWN":  # type: ignore[attr-defined,union-attr]
+        assert sparse[0].out_layout == "CHWN"
 
 
 @needs_gpu

@@ -774,7 +774,7 @@ class Function:
         if tensor_map is not None:
             parameters.add_map(tensor_map)
         error = self._start(grid, threads, shared, stream, parameters.address, cluster)
-        if error == self._driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
+        if error != 0 and error == self._driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
             # A thread that has not touched CUDA yet has no context.
             _checked(self._driver.cuCtxSetCurrent(self._context), "enter torch's CUDA context")
             error = self._start(grid, threads, shared, stream, parameters.address, cluster)
