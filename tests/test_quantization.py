@@ -810,3 +810,96 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "codebook only" in run("--bits", "2", "--levels", "linear", "--group", "2", code=1)
     assert "is not in the range 2<=x<=8" in run("--bits", "9", code=2)
     assert "cannot write" in run("--bits", "4", "--sparse", "no/folder/x", code=1)
+
+
+# --- converted models ------------------------------------------------------------------------------------------
+
+
+def converted_pair(config: Any, fuse: bool = True) -> tuple[nn.Module, nn.Module, Tensor]:
+    """A quantized model with lively batch statistics, and what it is converted to."""
+    from numbasparse.nn import convert
+
+    model = make(0.8).eval()
+    batch_norm = model[3]
+    with torch.no_grad():
+        batch_norm.running_mean.normal_()
+        batch_norm.running_var.uniform_(0.1, 3)
+        batch_norm.weight.normal_()
+        batch_norm.weight[1] = 0
+    report = quantize_(model, config)
+    x = batches(1)[0][0]
+    return model, convert(model, example_input=x, fuse=fuse, quantized=report.weights), x
+
+
+@pytest.mark.parametrize("config", TRAINED, ids=str)
+@pytest.mark.parametrize("fuse", [True, False])
+def test_converted_models_keep_codes(config: Any, fuse: bool) -> None:
+    model, converted, x = converted_pair(config, fuse)
+    with torch.inference_mode():
+        torch.testing.assert_close(converted(x), model(x), rtol=1e-4, atol=1e-5)
+    for name in ("2", "5"):
+        layer: Any = converted.get_submodule(name)
+        assert layer.values.dtype == torch.uint8
+        weight = layer.weight_matrix()
+        assert weight.levels.bits == config.bits
+        own = model.get_submodule(name).weight.detach()
+        if name == "5" or not fuse:
+            assert torch.equal(torch.from_numpy(weight.to_dense()), own)
+        else:
+            assert len(weight.levels.scale) == 8
+            assert weight.nnz == int(own.count_nonzero()) - int(own[1].count_nonzero()), "channel 1 is switched off"
+
+
+def test_converted_models_load_save_and_export(tmp_path: Path) -> None:
+    from numbasparse.nn import SparseConv2d
+
+    model, converted, x = converted_pair(CodebookQuantization(3))
+    wanted = converted(x)
+    other = converted_pair(LinearQuantization(5))[1]
+    other.load_state_dict(converted.state_dict())
+    assert torch.equal(other(x), wanted)
+    plain = SparseConv2d.from_conv(model[2], activation="relu")
+    plain.load_state_dict({k: v for k, v in converted[2].state_dict().items() if k != "bias"})
+    assert plain.values.dtype == torch.uint8
+    exported = torch.export.export(converted, (x,))
+    torch.export.save(exported, tmp_path / "model.pt2")
+    assert torch.equal(torch.export.load(tmp_path / "model.pt2").module()(x), wanted)
+    assert converted.half()[2].values.dtype == torch.uint8
+    broken = converted.state_dict()
+    broken["2.values"] = broken["2.values"][:-1]
+    with pytest.raises(RuntimeError, match=r"2: no sparse weight of shape .*corrupt"):
+        other.load_state_dict(broken)
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_gradients_through_codes(activation: str | None) -> None:
+    from numbasparse.nn import SparseConv2d
+
+    conv = make(0.5)[5]
+    weight = SparseWeight.from_dense(conv.weight, 2, CodebookQuantization(2))
+    with torch.no_grad():
+        conv.weight.copy_(torch.from_numpy(weight.to_dense()))
+    layer: Any = SparseConv2d.from_conv(conv, weight=weight, activation=activation)
+    x = torch.randn(2, 8, 5, 5, requires_grad=True)
+
+    def gradient(run: Any) -> Tensor:
+        return torch.autograd.grad(run(x).square().sum(), x)[0]
+
+    wanted = gradient(lambda x: nn.functional.silu(conv(x)) if activation else conv(x))
+    torch.testing.assert_close(gradient(layer), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradient(torch.compile(layer, backend="aot_eager")), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_convert_refuses_other_weights() -> None:
+    from numbasparse.nn import convert
+
+    model = make(0.8)
+    weights = quantize_(model, CodebookQuantization(2)).weights
+    with pytest.raises(ValueError, match=r"quantized must map the model's layers to SparseWeight, got 'x'"):
+        convert(model, quantized={"x": weights["2"]})
+    with pytest.raises(ValueError, match=r"quantized must map .* got '2': int"):
+        convert(model, quantized={"2": 3})  # type: ignore[dict-item]
+    with torch.no_grad():
+        model[2].weight *= 2
+    with pytest.raises(ValueError, match="weight of layer '2' differs from the layer's"):
+        convert(model, quantized=weights)

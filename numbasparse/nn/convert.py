@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -79,7 +80,14 @@ class _Decision:
     gives: Layout | None = None
 
 
-def convert(model: nn.Module, tuned: Any = None, example_input: Any = None, *, fuse: bool = True) -> nn.Module:
+def convert(
+    model: nn.Module,
+    tuned: Any = None,
+    example_input: Any = None,
+    *,
+    fuse: bool = True,
+    quantized: Mapping[str, SparseWeight] | None = None,
+) -> nn.Module:
     """Replace convolutions by sparse ones where that was chosen.
 
     Parameters
@@ -97,6 +105,10 @@ def convert(model: nn.Module, tuned: Any = None, example_input: Any = None, *, f
         Fold an ``nn.BatchNorm2d`` that follows a convolution into its weights, and compute a following
         ``nn.ReLU``, ``nn.ReLU6`` or ``nn.SiLU`` in the sparse convolution. The modules so folded become
         ``nn.Identity``. Activations that are function calls (``F.relu``) stay.
+    quantized : mapping of str to SparseWeight, optional
+        Quantized weights of layers by name: the ``weights`` of what ``numbasparse.quantization`` reported when it
+        quantized the model, or a file of them. Sparse layers then keep codes; a batch normalization is folded into
+        the factors of the output channels.
 
     Returns
     -------
@@ -110,7 +122,8 @@ def convert(model: nn.Module, tuned: Any = None, example_input: Any = None, *, f
         If an argument is of the wrong kind.
     ValueError
         If there is no ``nn.Conv2d``, or without ``tuned`` none sparse enough; if a chosen layer cannot be
-        sparse (NaN in the weight); if ``tuned`` needs an ``example_input``.
+        sparse (NaN in the weight); if ``tuned`` needs an ``example_input``; if a quantized weight is not the one
+        of the layer of that name.
 
     Warns
     -----
@@ -131,17 +144,19 @@ def convert(model: nn.Module, tuned: Any = None, example_input: Any = None, *, f
         raise ValueError(f"nothing to convert: {type(model).__name__} has no nn.Conv2d")
     convs = {name: m for name, m in converted.named_modules() if isinstance(m, nn.Conv2d)}
     kept = {name: reason for name, conv in convs.items() if (reason := _reason_kept(conv)) is not None}
+    weights = _checked_weights(converted, quantized or {})
     chains: dict[str, _Chain] = {}
     if fuse:
         found = _find_chains(converted)
         kept.update({name: reason for name, reason in found.kept.items() if name in convs})
         chains = {chain.conv: chain for chain in found.chains if chain.conv not in kept}
-        converted = _fold_batch_norms(converted, chains)
-    decisions = _decide(converted, list(convs), kept, tuned, example_input)
+        converted = _fold_batch_norms(converted, chains, weights)
+    decisions = _decide(converted, list(convs), kept, weights, tuned, example_input)
     _check_decisions(decisions, tuned)
     records = []
     for name, decision in decisions.items():
-        converted, record = _apply(converted, name, decision, chains.get(name, _Chain(name, None, None)))
+        chain = chains.get(name, _Chain(name, None, None))
+        converted, record = _apply(converted, name, decision, chain, weights.get(name))
         records.append(record)
     keep_native(converted, {name: d.gives for name, d in decisions.items() if d.sparse and d.gives}, _trace)
     setattr(converted, _REPORT, tuple(records))
@@ -170,6 +185,28 @@ def _check_arguments(model: nn.Module, tuned: Any) -> None:
             f"tuned must have choice(spec, weight, name) or choice_by_name(name), got {type(tuned).__name__}: "
             f"load the tuned file first"
         )
+
+
+def _checked_weights(model: nn.Module, quantized: Mapping[str, SparseWeight]) -> dict[str, SparseWeight]:
+    """The quantized weights of convolutions, each of which must be the layer's own."""
+    modules = dict(model.named_modules())
+    weights = {}
+    for name, weight in quantized.items():
+        if name not in modules or not isinstance(weight, SparseWeight):
+            raise ValueError(
+                f"quantized must map the model's layers to SparseWeight, got {name!r}: {type(weight).__name__}"
+            )
+        conv = modules[name]
+        if not isinstance(conv, nn.Conv2d):
+            continue
+        own = conv.weight.detach().cpu()
+        if own.shape != weight.shape or not torch.equal(own, torch.from_numpy(weight.to_dense())):
+            raise ValueError(
+                f"the quantized weight of layer {name!r} differs from the layer's: quantize the model itself "
+                "(quantize_, or Quantizer.finish), and convert it unchanged"
+            )
+        weights[name] = weight
+    return weights
 
 
 def _copy(model: nn.Module) -> nn.Module:
@@ -327,16 +364,28 @@ def _replace(root: nn.Module, name: str, module: nn.Module) -> nn.Module:
     return root
 
 
-def _fold_batch_norms(model: nn.Module, chains: Mapping[str, _Chain]) -> nn.Module:
+def _fold_batch_norms(model: nn.Module, chains: Mapping[str, _Chain], weights: dict[str, SparseWeight]) -> nn.Module:
+    """Fold into the convolutions, and into their quantized ``weights``."""
     for chain in chains.values():
         if chain.batch_norm is None:
             continue
         conv, batch_norm = model.get_submodule(chain.conv), model.get_submodule(chain.batch_norm)
         assert isinstance(conv, nn.Conv2d)
         assert isinstance(batch_norm, nn.BatchNorm2d)
+        if chain.conv in weights:
+            weights[chain.conv] = weights[chain.conv].scaled(_factors(batch_norm))
         model = _replace(model, chain.conv, fuse_conv_bn_eval(_plain(conv), batch_norm))
         model = _replace(model, chain.batch_norm, nn.Identity().eval())
     return model
+
+
+def _factors(batch_norm: nn.BatchNorm2d) -> np.ndarray:
+    """What a batch normalization multiplies each channel by, float64 (K,)."""
+    assert batch_norm.running_var is not None
+    factors = torch.rsqrt(batch_norm.running_var.detach().double().cpu() + batch_norm.eps)
+    if batch_norm.weight is not None:
+        factors = factors * batch_norm.weight.detach().double().cpu()
+    return factors.numpy()
 
 
 def _plain(conv: nn.Conv2d) -> nn.Conv2d:
@@ -358,14 +407,16 @@ def _plain(conv: nn.Conv2d) -> nn.Conv2d:
     return made.eval()
 
 
-def _apply(model: nn.Module, name: str, decision: _Decision, chain: _Chain) -> tuple[nn.Module, ConvertedLayer]:
+def _apply(
+    model: nn.Module, name: str, decision: _Decision, chain: _Chain, weight: SparseWeight | None
+) -> tuple[nn.Module, ConvertedLayer]:
     record = ConvertedLayer(name, "dense", decision.reason, decision.sparsity, batch_norm=chain.batch_norm)
     if not decision.sparse:
         return model, record
     conv = model.get_submodule(name)
     assert isinstance(conv, nn.Conv2d)
     activation = None if chain.activation is None else _ACTIVATIONS[type(model.get_submodule(chain.activation))]
-    sparse = SparseConv2d.from_conv(conv, choice=decision.choice, activation=activation)
+    sparse = SparseConv2d.from_conv(conv, weight=weight, choice=decision.choice, activation=activation)
     model = _replace(model, name, sparse.eval())
     if chain.activation is not None:
         model = _replace(model, chain.activation, nn.Identity().eval())
@@ -377,7 +428,12 @@ def _apply(model: nn.Module, name: str, decision: _Decision, chain: _Chain) -> t
 
 
 def _decide(
-    model: nn.Module, names: list[str], kept: Mapping[str, str], tuned: Any, example_input: Any
+    model: nn.Module,
+    names: list[str],
+    kept: Mapping[str, str],
+    weights: Mapping[str, SparseWeight],
+    tuned: Any,
+    example_input: Any,
 ) -> dict[str, _Decision]:
     by_name = getattr(tuned, "choice_by_name", None) if example_input is None else None
     if tuned is not None and example_input is None and by_name is None:
@@ -392,17 +448,23 @@ def _decide(
         elif seen is not None and name not in seen:
             decisions[name] = _Decision(False, "example_input does not reach it")
         else:
-            decisions[name] = _decide_layer(model, name, None if seen is None else seen[name], tuned, by_name)
+            known = None if seen is None else seen[name]
+            decisions[name] = _decide_layer(model, name, weights.get(name), known, tuned, by_name)
     return decisions
 
 
 def _decide_layer(
-    model: nn.Module, name: str, seen: tuple[tuple[int, ...], str] | None, tuned: Any, by_name: Any
+    model: nn.Module,
+    name: str,
+    weight: SparseWeight | None,
+    seen: tuple[tuple[int, ...], str] | None,
+    tuned: Any,
+    by_name: Any,
 ) -> _Decision:
     conv = model.get_submodule(name)
     assert isinstance(conv, nn.Conv2d)
     try:
-        weight = SparseWeight.from_dense(conv.weight, conv.groups)
+        weight = SparseWeight.from_dense(conv.weight, conv.groups) if weight is None else weight
     except (TypeError, ValueError) as error:
         raise type(error)(f"{error} (layer {name!r})") from None
     spec = _spec(conv, weight, seen, name)
