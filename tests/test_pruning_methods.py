@@ -440,6 +440,12 @@ def test_configs_in_the_wrong_place() -> None:
         OBSPruning(0.5, damping=0.0)
     with pytest.raises(ValueError, match="block must be"):
         OBSPruning(0.5, block=0)
+    with pytest.raises(ValueError, match="not positive definite in float64: raise damping"):
+        prune_with_data_(regression(), [images()[0][:1]], OBSPruning(0.5, damping=1e-30))
+    model = small_model()
+    Pruner(model, MagnitudePruning(0.5)).begin()
+    with pytest.raises(ValueError, match=r"layer '2' is being pruned: call pruner\.finish"):
+        prune_with_data_(model, batches(), OBSPruning(0.5))
     model = small_model()
     put_nan(model)
     with pytest.raises(ValueError, match="layer '6' has 1 NaN"):

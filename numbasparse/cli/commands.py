@@ -72,7 +72,7 @@ def quickstart(out: Path, batch: int, images: int, trials: int, threads: int | N
 @main.command(help=f"Choose a kernel and config for every convolution of MODEL, by measurement.\n\n{MODEL_HELP}")
 @click.argument("model")
 @_input_option
-@click.option("--device", default="cpu", show_default=True, help="Kind of device to tune for.")
+@click.option("--device", default="cpu", show_default=True, help='"cpu", "cuda", or a certain GPU like "cuda:1".')
 @click.option("--weights", type=click.Path(path_type=Path), help="safetensors file with the model's state_dict.")
 @click.option("--trials", type=click.IntRange(1), default=160, show_default=True, help="Configs tried per layer.")
 @click.option("--timeout", type=float, default=None, help="Seconds for everything.")
@@ -115,15 +115,18 @@ def tune(
 @click.option("--tuned", type=click.Path(path_type=Path), help="Tuned file; the stated defaults if not given.")
 @click.option("--weights", type=click.Path(path_type=Path), help="safetensors file with the model's state_dict.")
 @click.option("--seconds", type=click.FloatRange(0.1), default=5.0, show_default=True, help="How long to measure.")
+@click.option("--device", default="cpu", show_default=True, help='"cpu", "cuda", or a certain GPU like "cuda:1".')
 @_threads_option
 @_clear_errors
 def bench(
-    model: str, shape: str, tuned: Path | None, weights: Path | None, seconds: float, threads: int | None
+    model: str, shape: str, tuned: Path | None, weights: Path | None, seconds: float, device: str, threads: int | None
 ) -> None:
-    from numbasparse.cli.models import bench_model, example_input, load_model
+    from numbasparse.cli.models import bench_model, check_device, example_input, load_model
 
+    check_device(device)
     module = load_model(model, weights)
-    bench_model(module, example_input(shape, module), tuned, seconds, threads)
+    x = example_input(shape, module)
+    bench_model(module.to(device), x.to(device), tuned, seconds, threads)
 
 
 @main.command()
@@ -180,7 +183,7 @@ def report(tuned: Path, plot: Path | None) -> None:
 )
 @click.option("--epochs", type=click.IntRange(1), default=10, show_default=True, help="Epochs of retraining.")
 @click.option("--lr", type=float, default=0.05, show_default=True, help="Learning rate of retraining.")
-@click.option("--device", default="cpu", show_default=True, help="Device of retraining.")
+@click.option("--device", default="cpu", show_default=True, help="Device of retraining or calibration.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("pruned.safetensors"), show_default=True)
 @_clear_errors
 def prune(
@@ -204,12 +207,14 @@ def prune(
 
     if train is not None and calibrate is not None:
         raise ValueError("--train and --calibrate exclude each other: prune with retraining, or at once with data")
+    if checkpoint is not None and train is None:
+        raise ValueError("--checkpoint needs --train: pruning at once has nothing to resume")
     check_out(out)
     check_device(device)
     data: Any = {"sparsity": sparsity, "vector": int(vector)} | ({} if scope is None else {"scope": scope})
     module = load_model(model, weights, trainable=train is not None)
     if calibrate is not None:
-        prune_with_calibration(module, load_object(calibrate), OBSPruning(**data))
+        prune_with_calibration(module, load_object(calibrate), OBSPruning(**data), device)
     elif train is not None:
         options = Retraining(schedule, epochs, lr, device, checkpoint)
         prune_with_retraining(module, load_object(train), MagnitudePruning(**data), options)
@@ -248,7 +253,7 @@ def prune(
 )
 @click.option("--epochs", type=click.IntRange(1), default=3, show_default=True, help="Epochs of retraining.")
 @click.option("--lr", type=float, default=0.005, show_default=True, help="Learning rate of retraining.")
-@click.option("--device", default="cpu", show_default=True, help="Device of retraining.")
+@click.option("--device", default="cpu", show_default=True, help="Device of retraining or calibration.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("quantized.safetensors"), show_default=True)
 @click.option(
     "--sparse", type=click.Path(path_type=Path), help="Also write the layers' codes, bit-packed, into this file."

@@ -157,16 +157,22 @@ def example_input(shape: str, model: nn.Module) -> torch.Tensor:
 
 
 def time_models(models: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
-    """Median seconds of each, called in turns for ``seconds``, after two calls that are not timed."""
+    """Median seconds of each, called in turns for ``seconds``, after two calls that are not timed.
+
+    A call ends when what it started on a GPU has ended.
+    """
+    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
     times: dict[str, list[float]] = {name: [] for name in models}
     for call in models.values():
         call()
         call()
+    wait()
     start = time.perf_counter()
     while time.perf_counter() - start < seconds or len(next(iter(times.values()))) < 3:
         for name, call in models.items():
             begin = time.perf_counter()
             call()
+            wait()
             times[name].append(time.perf_counter() - begin)
     return {name: statistics.median(values) for name, values in times.items()}
 
@@ -181,7 +187,7 @@ def dense_rivals(model: nn.Module, x: torch.Tensor) -> dict[str, Callable[[], An
 
 
 def bench_model(model: nn.Module, x: torch.Tensor, tuned: Path | None, seconds: float, threads: int | None) -> None:
-    """Print the times of the dense model in both layouts and of the converted one."""
+    """Print the times of the dense model in both layouts and of the converted one, on the device of both."""
     from rich.console import Console
     from rich.table import Table
 
@@ -190,6 +196,9 @@ def bench_model(model: nn.Module, x: torch.Tensor, tuned: Path | None, seconds: 
 
     if threads is not None:
         torch.set_num_threads(threads)
+    torch.backends.cudnn.benchmark = True  # dense at its best
+    if x.is_cuda:
+        torch.cuda.set_device(x.device)
     converted = convert(model, None if tuned is None else autotune.load(tuned), x)
     with torch.inference_mode():
         times = time_models(dense_rivals(model, x) | {"numbasparse": lambda: converted(x)}, seconds)

@@ -20,7 +20,7 @@ def layer_bars(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> Non
     height = 0.38
     dense = [row["dense_us"] or 0.0 for row in rows]
     chosen = [row["median_us"] for row in rows]
-    axes.barh([p - height / 2 for p in places], dense, height, color="#b0b7bf", label="dense (best of oneDNN)")
+    axes.barh([p - height / 2 for p in places], dense, height, color="#b0b7bf", label="dense (best of torch)")
     axes.barh([p + height / 2 for p in places], chosen, height, color="#1f77b4", label="chosen by the tuner")
     for p, row in zip(places, rows, strict=True):
         if row["ratio"]:

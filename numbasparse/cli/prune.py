@@ -39,11 +39,13 @@ def prune_at_once(model: nn.Module, config: MagnitudePruning) -> None:
     print_report(prune_(model, config))
 
 
-def prune_with_calibration(model: nn.Module, batches: Any, config: OBSPruning) -> None:
+def prune_with_calibration(model: nn.Module, batches: Any, config: OBSPruning, device: str) -> None:
     """Prune in place with data and no retraining, measure batch statistics anew, and print the report."""
     batches = _opened(batches)
+    model.to(device)
     report = prune_with_data_(model, batches, config)
     recalibrate_batch_norm_(model, batches)
+    model.to("cpu")
     print_report(report)
 
 

@@ -487,5 +487,7 @@ def _progress(show: bool, loop: _Loop) -> Iterator[Callable[[str], None]]:
 
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn()) as bar:
         total = loop.config.epochs * loop.length if loop.length else None
+        if loop.steps:
+            bar.console.print(f"resumed from {loop.config.checkpoint} after {loop.steps} steps")
         task = bar.add_task("training", total=total, completed=loop.steps)
         yield lambda text: bar.update(task, advance=1, description=text)

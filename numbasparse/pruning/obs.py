@@ -100,7 +100,7 @@ class OBSPruning(ScopedPruning):
         """Return each weight's cost as a share of the layer's output, so that layers can be compared."""
         weight = _matrix(layer)
         output = ((weight @ hessian) * weight).sum().clamp_min(torch.finfo(weight.dtype).tiny)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(_damped(hessian, self.damping)))
+        inverse = _inverse(_damped(hessian, self.damping))
         costs = weight.square() / inverse.diagonal(dim1=1, dim2=2)[:, None]
         return (costs / output).reshape(layer.weight.shape)
 
@@ -154,13 +154,23 @@ def _damped(hessian: Tensor, damping: float) -> Tensor:
     return damped
 
 
+def _inverse(hessian: Tensor) -> Tensor:
+    factor, failed = torch.linalg.cholesky_ex(hessian)
+    if bool(failed.any()):
+        raise ValueError(
+            "the Hessian of a layer's calibration inputs is not positive definite in float64: raise damping or give "
+            "more images"
+        )
+    return torch.cholesky_inverse(factor)
+
+
 def _choose(layer: Layer, dense: Tensor, hessian: Tensor, vector: int, keep: int, block: int) -> Tensor:
     """Return the mask of the weights kept, bool of the shape of ``dense``.
 
     Each block of columns gets as many weights as a ranking over the whole layer gives it; which ones is decided when
     the block is reached, after the errors of the blocks before it were moved into it.
     """
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    inverse = _inverse(hessian)
     upper = torch.linalg.cholesky(inverse, upper=True)
     saliency = dense.square() / inverse.diagonal(dim1=1, dim2=2)[:, None]
     overall = top_mask(_scores(layer, saliency, vector), keep).reshape(dense.shape)

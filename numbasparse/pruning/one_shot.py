@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from numbasparse.pruning.criteria import PruningConfig
 from numbasparse.pruning.layers import Layer, LayerFilter, select_layers, weights_of
-from numbasparse.pruning.masks import check_config, check_finite, compute_masks, set_masked
+from numbasparse.pruning.masks import check_config, check_finite, compute_masks, mask_of, set_masked
 from numbasparse.pruning.summary import PruningReport, count
 
 Batch = Any
@@ -107,7 +107,7 @@ def prune_with_data_(
         If an argument is of the wrong kind.
     ValueError
         If no layer is chosen or one never runs, there is no batch, a weight, an input or a gradient is NaN or infinite,
-        or the sparsity would empty a layer.
+        the sparsity would empty a layer, or a ``Pruner`` is at work on the model.
     """
     if isinstance(config, type) or not hasattr(config, "new_weights"):
         raise TypeError(
@@ -116,6 +116,9 @@ def prune_with_data_(
         )
     layers = select_layers(model, filter)
     check_finite(layers)
+    busy = [name for name, layer in layers.items() if mask_of(layer.module) is not None]
+    if busy:
+        raise ValueError(f"layer {busy[0]!r} is being pruned: call pruner.finish() or fold_masks(model) first")
     # A generator could be read once only, and some configs read the data several times.
     batches = list(batches) if isinstance(batches, Iterator) else batches
     modes = {module: module.training for module in model.modules()}

@@ -156,6 +156,7 @@ class Pruner:
 
     def apply(self) -> None:
         """Set pruned weights to zero in one in-place operation; fit for ``torch.compile`` and CUDA graphs."""
+        self._must_be_active("apply")
         self._masks.apply_fused()
 
     def check_zeros(self) -> None:
