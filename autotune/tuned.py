@@ -82,6 +82,8 @@ class CudaDevice(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fi
 
 Device = CpuDevice | CudaDevice
 
+_KINDS = (CpuDevice.kind, CudaDevice.kind)
+
 
 class Versions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Software that was measured; torch may not have been installed. The last three are of a GPU."""
@@ -169,9 +171,14 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     layers: list[Layer]
 
 
+class _Kind(msgspec.Struct, frozen=True):
+    kind: str
+
+
 class _Head(msgspec.Struct, frozen=True):
     format: str
     version: int
+    device: _Kind | None = None
 
 
 def bucket_of(sparsity: float) -> float:
@@ -367,6 +374,8 @@ def _parse(blob: bytes) -> _File:
         raise ValueError(f"its format is {head.format!r}, expected {FORMAT!r}")
     if head.version != VERSION:
         raise ValueError(f"its version is {head.version}, but this package reads only version {VERSION}")
+    if head.device is not None and head.device.kind not in _KINDS:
+        raise ValueError(f"it was made for a device of kind {head.device.kind!r}, expected one of {list(_KINDS)}")
     file = _decode(blob, _File)
     _check_device(file.device)
     for number, layer in enumerate(file.layers):

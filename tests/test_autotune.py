@@ -459,7 +459,7 @@ def _set(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         ("format", "other", "its format is 'other'"),
         ("version", 2, "its version is 2, but this package reads only version 1"),
         ("device.kind", "cuda", "device"),
-        ("device.kind", "tpu", "'tpu'"),
+        ("device.kind", "tpu", "made for a device of kind 'tpu'"),
         ("device.lanes", 3, "made for vectors of 3 float32 lanes"),
         ("device.arch", "vax", "made for architecture 'vax'"),
         ("layers.0.choice.kernel", "fast", "kernel 'fast' is unknown"),

@@ -479,7 +479,7 @@ def test_wrong_sparsities(folder: Path, sparsity: str) -> None:
 
 
 def test_wrong_devices(folder: Path) -> None:
-    assert "device must be one of 'cpu', got 'tpu'" in bad("tune", "nets.py:make", *SHAPE, "--device", "tpu")
+    assert "device must be 'cpu', 'cuda' or a certain GPU" in bad("tune", "nets.py:make", *SHAPE, "--device", "tpu")
     prune = ("prune", "nets.py:dense", "--sparsity", "0.5")
     for more in ((), ("--train", "nets.py:batches")):
         assert "device 'nonsense' cannot be used" in bad(*prune, *more, "--device", "nonsense")
