@@ -903,3 +903,45 @@ def test_convert_refuses_other_weights() -> None:
         model[2].weight *= 2
     with pytest.raises(ValueError, match="weight of layer '2' differs from the layer's"):
         convert(model, quantized=weights)
+
+
+@pytest.mark.filterwarnings("ignore:the machine was busy")
+def test_tuned_codes() -> None:
+    """A converted model is tuned with its codes; the result applies to the next conversion."""
+    autotune = pytest.importorskip("autotune")
+    pytest.importorskip("optuna")
+    from autotune.model import problems_of
+    from numbasparse.nn import convert
+
+    model = make(0.9).eval()
+    weights = quantize_(model, CodebookQuantization(4)).weights
+    x = batches(1)[0][0]
+    ready = convert(model, example_input=x, quantized=weights)
+    coded = {problem.name: problem.weight.levels is not None for problem in problems_of(ready, x)}
+    assert coded == {"0": False, "2": True, "5": True}
+    tuned = autotune.tune(ready, x, trials=3, threads=1, progress=False)
+    converted = convert(model, tuned, x, quantized=weights)
+    with torch.inference_mode():
+        torch.testing.assert_close(converted(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_conv2d_of_codes() -> None:
+    from numbasparse import conv2d
+
+    weight = SparseWeight.from_dense(dense_weight(0), quantization=LinearQuantization(4, granularity="channel"))
+    x = np.random.default_rng(0).standard_normal((2, 5, 9, 9)).astype(F32)
+    y = conv2d(x, weight, padding=1)
+    wanted = nn.functional.conv2d(torch.from_numpy(x), torch.from_numpy(weight.to_dense()), padding=1)
+    np.testing.assert_allclose(y, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_configs_need_no_torch(run_python: Any) -> None:
+    code = """
+import sys
+import numpy as np
+from numbasparse import SparseWeight
+from numbasparse.quantization import CodebookQuantization, LinearQuantization, huffman_nbytes
+w = SparseWeight.from_dense(np.ones((2, 2, 1, 1), np.float32), quantization=CodebookQuantization(4))
+print(huffman_nbytes(w) > 0, "torch" in sys.modules)
+"""
+    assert run_python(code) == "True False"

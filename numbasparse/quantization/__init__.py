@@ -9,7 +9,13 @@ All else is for PyTorch models. One call quantizes at once::
     report = quantize_(model, LinearQuantization(bits=8))
 
 Three calls retrain in a training loop of one's own: ``Quantizer.begin``, ``step`` and ``finish``;
-`QuantizerCallback` does so in ``numbasparse.pruning.fit``. ``quantize_activations_`` simulates activations of few bits.
+`QuantizerCallback` does so in ``numbasparse.pruning.fit``. The report's ``weights`` make a model that runs codes::
+
+    converted = convert(model, example_input=x, quantized=report.weights)
+    tuned = autotune.tune(converted, x)
+    converted = convert(model, tuned, x, quantized=report.weights)
+
+``quantize_activations_`` simulates activations of few bits.
 """
 
 from __future__ import annotations
