@@ -387,14 +387,11 @@ def bounds(
 
 def exact_conv2d(x: torch.Tensor, weight: torch.Tensor, spec: ConvSpec) -> torch.Tensor:
     """Convolution in float64 for any padding; batch sizes may differ from the spec's."""
-    import torch
     from torch.nn import functional as F
 
     (top, bottom), (left, right) = spec.padding
     padded = F.pad(x, (left, right, top, bottom))
-    # Without benchmark: it would try every algorithm for one call.
-    with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, benchmark=False):
-        return F.conv2d(padded, weight, None, spec.stride, 0, spec.dilation, spec.groups)
+    return F.conv2d(padded, weight, None, spec.stride, 0, spec.dilation, spec.groups)
 
 
 def _activated(y: torch.Tensor, activation: str | None) -> torch.Tensor:

@@ -536,7 +536,6 @@ def session(args: argparse.Namespace) -> Iterator[tuple[Gpu, Compilers]]:
     if reason is not None:
         raise SystemExit(f"no GPU to measure on: {reason} (--dry compiles without one)")
     args.tuned = None if args.tuned is None else autotune.load(args.tuned)
-    torch.backends.cuda.matmul.allow_tf32 = False
     warnings.filterwarnings("ignore", "Sparse CSR tensor support")
     warnings.filterwarnings("ignore", "the machine was busy")
     with allowed_tf32(False), torch.inference_mode(), Compilers(cuda.current(), args.workers) as compilers:
