@@ -49,6 +49,11 @@ def _input_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--input", "shape", required=True, help=text)(command)
 
 
+def _quantized_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    text = "File of `quantize --sparse`: run the codes of those layers."
+    return click.option("--quantized", type=click.Path(path_type=Path), help=text)(command)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="numbasparse")
 def main() -> None:
@@ -74,6 +79,7 @@ def quickstart(out: Path, batch: int, images: int, trials: int, threads: int | N
 @_input_option
 @click.option("--device", default="cpu", show_default=True, help='"cpu", "cuda", or a certain GPU like "cuda:1".')
 @click.option("--weights", type=click.Path(path_type=Path), help="safetensors file with the model's state_dict.")
+@_quantized_option
 @click.option("--trials", type=click.IntRange(1), default=160, show_default=True, help="Configs tried per layer.")
 @click.option("--timeout", type=float, default=None, help="Seconds for everything.")
 @click.option("--storage", type=click.Path(path_type=Path), help="Journal file: makes the run resumable.")
@@ -85,6 +91,7 @@ def tune(
     shape: str,
     device: str,
     weights: Path | None,
+    quantized: Path | None,
     trials: int,
     timeout: float | None,
     storage: Path | None,
@@ -92,13 +99,14 @@ def tune(
     threads: int | None,
 ) -> None:
     import autotune
-    from numbasparse.cli.models import check_out, example_input, load_model
+    from numbasparse.cli.models import check_out, convert_model, example_input, load_model
 
     check_out(out)
     module = load_model(model, weights)
+    x = example_input(shape, module)
     tuned = autotune.tune(
-        module,
-        example_input(shape, module),
+        module if quantized is None else convert_model(module, x, None, quantized),
+        x,
         device=device,
         trials=trials,
         timeout=timeout,
@@ -114,19 +122,27 @@ def tune(
 @_input_option
 @click.option("--tuned", type=click.Path(path_type=Path), help="Tuned file; the stated defaults if not given.")
 @click.option("--weights", type=click.Path(path_type=Path), help="safetensors file with the model's state_dict.")
+@_quantized_option
 @click.option("--seconds", type=click.FloatRange(0.1), default=5.0, show_default=True, help="How long to measure.")
 @click.option("--device", default="cpu", show_default=True, help='"cpu", "cuda", or a certain GPU like "cuda:1".')
 @_threads_option
 @_clear_errors
 def bench(
-    model: str, shape: str, tuned: Path | None, weights: Path | None, seconds: float, device: str, threads: int | None
+    model: str,
+    shape: str,
+    tuned: Path | None,
+    weights: Path | None,
+    quantized: Path | None,
+    seconds: float,
+    device: str,
+    threads: int | None,
 ) -> None:
     from numbasparse.cli.models import bench_model, check_device, example_input, load_model
 
     check_device(device)
     module = load_model(model, weights)
     x = example_input(shape, module)
-    bench_model(module.to(device), x.to(device), tuned, seconds, threads)
+    bench_model(module.to(device), x.to(device), tuned, seconds, threads, quantized)
 
 
 @main.command()

@@ -186,20 +186,34 @@ def dense_rivals(model: nn.Module, x: torch.Tensor) -> dict[str, Callable[[], An
     return {"dense, NCHW": lambda: model(x), "dense, channels-last": lambda: last(x_last)}
 
 
-def bench_model(model: nn.Module, x: torch.Tensor, tuned: Path | None, seconds: float, threads: int | None) -> None:
+def convert_model(model: nn.Module, x: torch.Tensor, tuned: Path | None, quantized: Path | None) -> nn.Module:
+    """The model converted by a tuned file, or by the stated defaults, with the codes of a file where there is one."""
+    import autotune
+    from numbasparse.nn import convert
+    from numbasparse.weight import load_weights
+
+    weights = None if quantized is None else load_weights(quantized)
+    return convert(model, None if tuned is None else autotune.load(tuned), x, quantized=weights)
+
+
+def bench_model(
+    model: nn.Module,
+    x: torch.Tensor,
+    tuned: Path | None,
+    seconds: float,
+    threads: int | None,
+    quantized: Path | None = None,
+) -> None:
     """Print the times of the dense model in both layouts and of the converted one, on the device of both."""
     from rich.console import Console
     from rich.table import Table
-
-    import autotune
-    from numbasparse.nn import convert
 
     if threads is not None:
         torch.set_num_threads(threads)
     torch.backends.cudnn.benchmark = True  # dense at its best
     if x.is_cuda:
         torch.cuda.set_device(x.device)
-    converted = convert(model, None if tuned is None else autotune.load(tuned), x)
+    converted = convert_model(model, x, tuned, quantized)
     with torch.inference_mode():
         times = time_models(dense_rivals(model, x) | {"numbasparse": lambda: converted(x)}, seconds)
     best = min(t for name, t in times.items() if name != "numbasparse")

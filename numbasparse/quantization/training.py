@@ -53,7 +53,8 @@ class Quantizer:
     weights away from where training had taken them: train on after it.
 
     Weights that are zero at ``begin()``, and those that a `numbasparse.pruning.Pruner` prunes later (call its
-    ``step()`` first), stay exactly zero. ``step()`` waits for no result of a GPU, and all its sums are exact, so
+    ``step()`` first), stay exactly zero. A pruner whose schedule still prunes ranks quantized weights, of which many
+    are equal: better prune first and quantize then. ``step()`` waits for no result of a GPU, and all its sums are exact, so
     that data-parallel ranks stay equal; ``refit()`` and ``finish()`` work on the host.
 
     To resume from a checkpoint made while training: build model and quantizer, call ``begin()``, then
