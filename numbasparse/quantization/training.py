@@ -54,8 +54,8 @@ class Quantizer:
 
     Weights that are zero at ``begin()``, and those that a `numbasparse.pruning.Pruner` prunes later (call its
     ``step()`` first), stay exactly zero. A pruner whose schedule still prunes ranks quantized weights, of which many
-    are equal: better prune first and quantize then. ``step()`` waits for no result of a GPU, and all its sums are exact, so
-    that data-parallel ranks stay equal; ``refit()`` and ``finish()`` work on the host.
+    are equal: better prune first and quantize then. ``step()`` waits for no result of a GPU, and its sums do not
+    depend on their order, so that data-parallel ranks stay equal; ``refit()`` and ``finish()`` work on the host.
 
     To resume from a checkpoint made while training: build model and quantizer, call ``begin()``, then
     ``model.load_state_dict(...)``.
