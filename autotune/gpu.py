@@ -66,6 +66,8 @@ class Gpu:
         self._stream = torch.cuda.Stream()
         self._pool = torch.cuda.graph_pool_handle()  # graphs never run at once, so they share their memory
         self._beyond_l2 = torch.empty(2 * cuda.current().l2_bytes, dtype=torch.uint8, device=self.device)
+        # The pool goes with the last graph of it, and no other can then be recorded: one stays.
+        self._anchor = self._capture(lambda: self._beyond_l2[:1].zero_(), 1)
         self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def convert(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
@@ -78,6 +80,9 @@ class Gpu:
 
     def record(self, call: Callable[[], Any], repeats: int) -> Callable[[], None]:
         """Capture ``repeats`` calls as a graph; returns what replays it."""
+        return self._capture(call, repeats).replay
+
+    def _capture(self, call: Callable[[], Any], repeats: int) -> torch.cuda.CUDAGraph:
         import torch
 
         self._stream.wait_stream(torch.cuda.current_stream())
@@ -93,7 +98,7 @@ class Gpu:
                         call()
                 finally:
                     graph.capture_end()
-        return graph.replay
+        return graph
 
     def us(self, work: Callable[[], Any]) -> float:
         """Microseconds that the GPU takes for what ``work`` starts."""

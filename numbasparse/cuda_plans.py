@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -214,27 +216,30 @@ def cuda_plan(
         choice = resolve(config, computed, weight, 1, "cuda")
         check_kind(choice, "cuda")
         try:
-            with _packing(index):
-                return CudaPlan(computed, weight, choice, activation, index)
+            return _apart(lambda: CudaPlan(computed, weight, choice, activation, index), index)
         except torch.OutOfMemoryError as error:
             error.add_note(f"numbasparse: while packing the weight of {spec.key} for {device}")
             raise
 
 
-@contextmanager
-def _packing(index: int) -> Iterator[None]:
-    """Take memory for a packed weight that nothing else gets while a kernel may still read it.
+def _apart(make: Callable[[], CudaPlan], index: int) -> CudaPlan:
+    """Make a plan whose packed weight has memory that nothing else gets while a kernel may still read it.
 
     torch's allocator gives freed memory to the next tensor of the stream that it was taken on, while plans run on
-    any stream; and memory that is taken on the current stream while ``torch.compile`` warms up belongs to its CUDA
-    graph.  So weights are taken on a stream of their own, when no kernel runs.
+    any stream; so weights are taken on a stream of their own, when no kernel runs.  And what a thread takes while
+    ``torch.compile`` warms up in it belongs to a CUDA graph; so weights are taken in a thread of their own.
     """
     import torch
 
-    torch.cuda.synchronize(index)
-    with torch.cuda.stream(_packing_stream(index)):
-        yield
-    torch.cuda.synchronize(index)
+    def work() -> CudaPlan:
+        torch.cuda.synchronize(index)
+        with torch.cuda.device(index), torch.cuda.stream(_packing_stream(index)):
+            made = make()
+        torch.cuda.synchronize(index)
+        return made
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(work).result()
 
 
 @functools.cache
@@ -275,8 +280,13 @@ def from_array(x: Any) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
         raise TypeError(f"expected a CUDA tensor or an array with __dlpack__, got {type(x).__name__}")
     if not hasattr(x, "__dlpack__"):
         return torch.as_tensor(x, device="cuda"), _same
-    back = x.__array_namespace__().from_dlpack if hasattr(x, "__array_namespace__") else _same
-    return torch.from_dlpack(x), back
+    # CuPy's arrays do not name their library, but are in a module of it.
+    library = x.__array_namespace__() if hasattr(x, "__array_namespace__") else sys.modules.get(_root(type(x)))
+    return torch.from_dlpack(x), getattr(library, "from_dlpack", _same)
+
+
+def _root(kind: type) -> str:
+    return kind.__module__.partition(".")[0]
 
 
 def _same(t: torch.Tensor) -> torch.Tensor:
