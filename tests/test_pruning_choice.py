@@ -451,7 +451,7 @@ def test_a_chain_is_reordered_to_the_same_bits() -> None:
     before, expected = snapshot(model), model(x)
     assert expected.abs().max() < 2**22, "sums must be exact"
     assert expected.unique().numel() > 4
-    pruner = Pruner(model, MagnitudePruning(0.0), filter=convolutions)
+    pruner = Pruner(model, MagnitudePruning(0.3), filter=convolutions)  # of weights, 70 % are zero anyway
     pruner.begin()
     result = reorder_channels(model, convolutions, vector=4)
     # "res" feeds a grouped layer, whose inputs cannot move freely.

@@ -109,12 +109,13 @@ def test_erk_follows_the_dimensions() -> None:
 def test_lamp_scores_by_hand() -> None:
     model: Any = nn.Sequential(nn.Conv2d(4, 1, 1, bias=False), nn.Conv2d(4, 1, 1, bias=False))
     with torch.no_grad():
-        model[0].weight.copy_(torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 4, 1, 1))
-        model[1].weight.copy_(torch.tensor([10.0, 10.1, 10.2, 80.0]).view(1, 4, 1, 1))
-    # Squares over the sums of squares as large: 1/30, 4/29, 9/25, 1 and 100/6706, 102/6606, 104/6504, 1.
-    prune_(model, MagnitudePruning(0.5, "lamp"))
-    assert model[0].weight.flatten().tolist() == [0.0, 2.0, 3.0, 4.0]
-    assert model[1].weight.flatten().tolist() == [0.0, 0.0, 0.0, 80.0]
+        model[0].weight.copy_(torch.tensor([1.0, 2.75, -3.0, 4.0]).view(1, 4, 1, 1))
+        model[1].weight.copy_(torch.tensor([0.01, 0.01, -0.01, 0.01]).view(1, 4, 1, 1))
+    # Squares over the sums of squares as large: 0.03, 0.23, 0.36, 1 and, of equal ones, 0.25, 0.33, 0.5, 1. With
+    # magnitudes instead of squares 2.75 would score 0.28 and stay.
+    prune_(model, MagnitudePruning(0.25, "lamp"))
+    assert model[0].weight.flatten().tolist() == [0.0, 0.0, -3.0, 4.0]
+    assert model[1].weight.count_nonzero() == 4
 
 
 def test_lamp_of_a_layer_of_zeros() -> None:
@@ -247,14 +248,14 @@ def output_error(model: nn.Module, dense: nn.Module, data: list[Tensor]) -> floa
 
 @pytest.mark.parametrize("vector", [1, 4])
 @pytest.mark.parametrize("scope", ["layer", "erk", "lamp", "uniform+", "global"])
-@pytest.mark.parametrize("sparsity", [0.5, 0.8])
-def test_obs_beats_magnitude(scope: Any, vector: int, sparsity: float) -> None:
+@pytest.mark.parametrize(("sparsity", "sequential"), [(0.5, True), (0.5, False), (0.8, False)])
+def test_obs_beats_magnitude(scope: Any, vector: int, sparsity: float, sequential: bool) -> None:
     dense, plain = regression(), regression()
     prune_(plain, MagnitudePruning(sparsity, scope, vector))
     model = regression()
     model.train()
     before = snapshot(model)
-    result = prune_with_data_(model, images(), OBSPruning(sparsity, scope, vector, block=16))
+    result = prune_with_data_(model, images(), OBSPruning(sparsity, scope, vector, block=16, sequential=sequential))
     assert result.sparsity == pytest.approx(sparsity, abs=0.02)
     share = 0.75 if scope != "global" else 0.9
     assert output_error(model, dense, images()) < share * output_error(plain, dense, images())
@@ -351,6 +352,22 @@ def test_obs_finds_the_best_single_weight_to_keep() -> None:
     assert min(errors) < 1.001
 
 
+@pytest.mark.parametrize("block", [1, 2, 128])
+def test_obs_keeps_one_of_two_equal_inputs(block: int) -> None:
+    """Each alone could go for nothing; when the first went, the second is worth much."""
+    torch.manual_seed(0)
+    x = torch.randn(200, 6)
+    x[:, 4] = x[:, 0]
+    module = nn.Linear(6, 1, bias=False)
+    with torch.no_grad():
+        module.weight.copy_(torch.tensor([[1.0, 0.3, -0.4, 0.5, 0.9, 0.2]]))
+    prune_with_data_(module, [x], OBSPruning(0.5, block=block, damping=1e-6), filter=lambda module, name: True)
+    pair = module.weight.detach()[0, [0, 4]]
+    assert float(pair.sum()) == pytest.approx(1.9, abs=0.15)
+    assert int((pair != 0).sum()) == 1
+    assert module.weight.detach()[0, [2, 3]].all()
+
+
 def test_obs_with_one_image_warns_and_works() -> None:
     model, dense = regression(), regression()
     with pytest.warns(UserWarning, match="saw .* input vectors of length"):
@@ -406,7 +423,7 @@ DATA_ERRORS: list[tuple[str, Any, Any, Any, str]] = [
     ("obs none", OBSPruning(0.5), [], None, "no batches|no images"),
     ("first none", FirstOrderPruning(0.5), [], None, "no batches"),
     ("obs infinite", OBSPruning(0.5), "infinite", None, "calibration inputs of layer '2' are NaN or infinite"),
-    ("obs infinite at once", OBSPruning(0.5, sequential=False), "infinite", None, "are NaN or infinite"),
+    ("obs infinite in turn", OBSPruning(0.5, sequential=True), "infinite", None, "are NaN or infinite"),
     ("first infinite", FirstOrderPruning(0.5), "infinite", None, "gradients of layer '2' are NaN or infinite"),
     ("first plain", FirstOrderPruning(0.5), [torch.zeros(1, 3, 6, 6)], None, r"needs batches of \(inputs, targets\)"),
     ("no match", OBSPruning(0.5), batches(), lambda m, n: False, "no layer of Sequential was chosen"),
@@ -462,7 +479,7 @@ def test_a_layer_that_never_runs() -> None:
             return self.used(x).mean((2, 3))
 
     data = [(torch.randn(8, 4, 6, 6), torch.zeros(8, dtype=torch.int64))]
-    for config in (OBSPruning(0.5), OBSPruning(0.5, sequential=False)):
+    for config in (OBSPruning(0.5), OBSPruning(0.5, sequential=True)):
         with pytest.raises(ValueError, match="layer 'idle' is not used"):
             prune_with_data_(Idle(), data, config)
     with pytest.raises(ValueError, match="does not depend on layer 'idle'"):

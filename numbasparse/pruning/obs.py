@@ -48,8 +48,9 @@ class OBSPruning(ScopedPruning):
     block : int
         Columns between two updates of the columns to the right; the mask of a block is chosen when it is reached.
     sequential : bool
-        Take each layer's inputs from the model whose earlier layers are already pruned, which costs one run over the
-        data per layer; otherwise from the dense model, in one run.
+        Take each layer's inputs from the model whose earlier layers are already pruned (as SparseGPT does), which costs
+        one run over the data per layer but holds one Hessian at a time; otherwise from the dense model (as Optimal
+        Brain Compression does), in one run, with the Hessians of all layers in memory.
 
     Raises
     ------
@@ -60,7 +61,7 @@ class OBSPruning(ScopedPruning):
     scope: Scope = "layer"
     damping: float = 0.01
     block: int = 128
-    sequential: bool = True
+    sequential: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -167,23 +168,24 @@ def _inverse(hessian: Tensor) -> Tensor:
 def _choose(layer: Layer, dense: Tensor, hessian: Tensor, vector: int, keep: int, block: int) -> Tensor:
     """Return the mask of the weights kept, bool of the shape of ``dense``.
 
-    Each block of columns gets as many weights as a ranking over the whole layer gives it; which ones is decided when
-    the block is reached, after the errors of the blocks before it were moved into it.
+    When a block of columns is reached, the errors of the blocks before it have been moved into the weights from there
+    on. These are ranked anew, by what each would cost with the columns before it fixed, and the block gets its share
+    of what may still be kept; within it the order of the columns counts too.
     """
-    inverse = _inverse(hessian)
-    upper = torch.linalg.cholesky(inverse, upper=True)
-    saliency = dense.square() / inverse.diagonal(dim1=1, dim2=2)[:, None]
-    overall = top_mask(_scores(layer, saliency, vector), keep).reshape(dense.shape)
+    upper = torch.linalg.cholesky(_inverse(hessian), upper=True)
     columns = dense.shape[2]
-    starts = range(0, columns, block)
-    budgets = torch.stack([overall[:, :, at : at + block].sum() for at in starts]).tolist()
-    weight, mask = dense.clone(), torch.zeros_like(overall)
-    for start, budget in zip(starts, budgets, strict=True):
-        part = slice(start, min(start + block, columns))
+    weight, mask = dense.clone(), torch.zeros_like(dense, dtype=torch.bool)
+    for start in range(0, columns, block):
+        part, rest = slice(start, min(start + block, columns)), slice(start, columns)
+        # The inverse of the Hessian of the columns from here on, which this factor holds.
+        inverse = upper[:, rest, rest].square().sum(1)
+        best = top_mask(_scores(layer, weight[:, :, rest].square() / inverse[:, None], vector), keep)
+        share = int(best.reshape(*dense.shape[:2], -1)[:, :, : part.stop - start].sum()) if keep else 0
         own = upper[:, part, part]
-        scores = weight[:, :, part].square() / own.diagonal(dim1=1, dim2=2)[:, None].square()
-        if budget:
-            mask[:, :, part] = top_mask(_scores(layer, scores, vector), budget).reshape(scores.shape)
+        if share:
+            scores = weight[:, :, part].square() / own.diagonal(dim1=1, dim2=2)[:, None].square()
+            mask[:, :, part] = top_mask(_scores(layer, scores, vector), share).reshape(scores.shape)
+        keep -= share
         errors = _sweep(weight[:, :, part], mask[:, :, part], own)
         weight[:, :, part.stop :] -= errors @ upper[:, part, part.stop :]
     return mask
