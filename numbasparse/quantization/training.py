@@ -45,12 +45,12 @@ class Quantizer:
 
     Gradients are those at the quantized weight, applied to the one in full precision (the straight-through
     estimator): ``step()`` adds to the master what the optimizer changed and quantizes it again. Linear levels stay
-    as ``begin()`` or the last ``refit()`` chose them. With a codebook each weight keeps its code, and each entry
-    moves by the mean of what the optimizer did to its members: their summed gradients, divided by their number so
-    that one learning rate suits entries of many members and of few.
+    as ``begin()`` or the last ``refit()`` chose them. With a codebook each entry moves by the mean of what the
+    optimizer did to its members: their summed gradients, divided by their number so that one learning rate suits
+    entries of many members and of few; then each weight takes the entry nearest to its master.
 
-    ``refit()`` chooses levels anew from the masters (ranges; codebooks and codes by exact k-means). It moves
-    weights away from where training had taken them: train on after it.
+    ``refit()`` chooses levels anew from the masters (ranges; codebooks by exact k-means). It moves weights away from
+    where training had taken them: train on after it.
 
     Weights that are zero at ``begin()``, and those that a `numbasparse.pruning.Pruner` prunes later (call its
     ``step()`` first), stay exactly zero. A pruner whose schedule still prunes ranks quantized weights, of which many
@@ -89,8 +89,6 @@ class Quantizer:
     ...         loss(model(x), y).backward()
     ...         optimizer.step()
     ...         quantizer.step()
-    ...     if epoch < epochs // 2:
-    ...         quantizer.refit()
     >>> print(quantizer.finish())
     """
 
@@ -209,6 +207,7 @@ class Quantizer:
         master.add_(change)
         if _has_codebook(module):
             _move_entries(module.get_buffer(ENTRIES), module.get_buffer(CODES), change, alive)
+            _take_nearest(module, getattr(self.config, "group", None) or len(master))
         self._quantize(module)
 
     def _must_be_active(self, call: str) -> None:
@@ -324,3 +323,16 @@ def _move_entries(entries: Tensor, codes: Tensor, change: Tensor, alive: Tensor)
     )
     moved = sums.double() / members.clamp(min=1) * (largest / _UNITS)
     entries.add_(moved.float().view_as(entries))
+
+
+def _take_nearest(module: nn.Module, channels_per_table: int) -> None:
+    """Give every weight the code of the entry nearest to its master; sorts the entries."""
+    entries, codes = module.get_buffer(ENTRIES), module.get_buffer(CODES)
+    tables, size = entries.shape
+    entries.copy_(entries.sort(dim=1).values)
+    middles = (entries[:, 1:] + entries[:, :-1]) / 2
+    master = module.get_buffer(MASTER).flatten(1)
+    # The last table may have fewer channels than the others.
+    rows = torch.nn.functional.pad(master, (0, 0, 0, tables * channels_per_table - len(master))).view(tables, -1)
+    places = torch.searchsorted(middles, rows) + size * torch.arange(tables, device=entries.device)[:, None]
+    codes.copy_(places.view(tables * channels_per_table, -1)[: len(master)])
