@@ -181,7 +181,8 @@ def _lamp(values: Tensor) -> Tensor:
     squares = flat.masked_fill(dead, 0.0).double().square()
     order = torch.sort(squares, descending=True, stable=True).indices
     # Of the sums over entries at least as large; the tiny number is for layers of zeros alone.
-    sums = squares[order].cumsum(0).clamp_min(torch.finfo(torch.float64).tiny)
+    # On the CPU, because a GPU adds floats in a new order each time: masks would not be the same again.
+    sums = squares[order].cpu().cumsum(0).clamp_min(torch.finfo(torch.float64).tiny).to(squares.device)
     result = torch.empty_like(squares)
     result[order] = squares[order] / sums
     return result.masked_fill(dead, -torch.inf).view(values.shape)
