@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
 
 import torch
 from common import RESULTS, environment
-from pruning_fashion import core, retrain_after, single
+from pruning_fashion import core, retrain_after, search, single
 from pruning_pool import Job, Pool, Results
 from pruning_realesrgan import realesrgan
 from pruning_train import Recipe
@@ -54,11 +54,11 @@ def common_parameters(args: argparse.Namespace) -> dict[str, Any]:
     """Return what every job on Fashion-MNIST has."""
     return {
         "folder": str(args.data),
-        "limit": 64 if args.tiny else None,
+        "limit": 160 if args.tiny else None,
         "epochs": args.epochs,
         "fine_epochs": args.fine_epochs,
         "fine_lr": args.fine_lr,
-        "recipe": asdict(Recipe(lr=args.lr, weight_decay=args.weight_decay, batch=16 if args.tiny else 480)),
+        "recipe": asdict(Recipe(lr=args.lr, weight_decay=args.weight_decay, batch=40 if args.tiny else 480)),
         "method": "gradual",
         "scope": args.scope,
         "vector": 1,
@@ -79,12 +79,12 @@ def calibrate_jobs(args: argparse.Namespace) -> Iterator[Job]:
 
 def core_jobs(args: argparse.Namespace) -> Iterator[Job]:
     """Dense and pruned networks, each quantized; the first dense one is also pruned at once."""
-    for network in ("resnet18", "vgg16"):
-        for seed in range(args.seeds):
+    for network in args.networks:
+        for seed in range(args.first_seed, args.first_seed + args.seeds):
             for sparsity in (0.0, *(SPARSITIES[:1] if args.tiny else SPARSITIES)):
                 p = common_parameters(args) | {"group": "core", "network": network, "seed": seed, "sparsity": sparsity}
                 p["quantizations"] = QUANTIZATIONS[:2] if args.tiny else QUANTIZATIONS
-                first = network == "resnet18" and seed == 0 and sparsity == 0.0
+                first = args.one_shot and network == "resnet18" and seed == 0 and sparsity == 0.0
                 p["one_shot"] = ((0.9,) if args.tiny else (0.5, 0.7, 0.8, *SPARSITIES)) if first else ()
                 yield Job(f"core {network} {sparsity:.0%} seed {seed} {args.epochs} epochs", core, p)
 
@@ -102,11 +102,21 @@ def methods_jobs(args: argparse.Namespace) -> Iterator[Job]:
 
 def realesrgan_jobs(args: argparse.Namespace) -> Iterator[Job]:
     """Both sparsities of Real-ESRGAN's network."""
-    size = {"steps": 3, "batch": 1, "size": 16, "calibration": 2, "limit": 2} if args.tiny else {}
+    size = {"steps": 3, "batch": 1, "size": 32, "calibration": 2, "limit": 2} if args.tiny else {}
     full = {"steps": args.steps, "batch": 16, "size": 64, "calibration": 32, "limit": None}
     for sparsity in (0.9, 0.8):
         p = {"sparsity": sparsity, "scope": "global", "seed": 0, "lr": 5e-4, "pictures": str(args.out), **full, **size}
         yield Job(f"realesrgan {sparsity:.0%} {p['steps']} steps", realesrgan, p)
+
+
+def search_jobs(args: argparse.Namespace) -> Iterator[Job]:
+    """The search for the highest sparsity without a drop, on the quickstart's network."""
+    p = common_parameters(args) | {"group": "search", "network": "fashion", "seed": 0, "sparsity": 0.0}
+    p |= {"validation": True, "log": str(args.out / "pruning_search")}
+    p |= {"epochs": min(args.epochs, 20), "retrain_epochs": min(args.epochs, 2), "fine_lr": 0.05}
+    p |= {"levels": (0.5, 0.9) if args.tiny else (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)}
+    p |= {"max_rounds": 2 if args.tiny else None}
+    yield Job("search", search, p)
 
 
 GROUPS = {
@@ -114,6 +124,7 @@ GROUPS = {
     "core": core_jobs,
     "methods": methods_jobs,
     "realesrgan": realesrgan_jobs,
+    "search": search_jobs,
 }
 
 
@@ -128,8 +139,7 @@ def describe(args: argparse.Namespace, workers: list[str]) -> dict[str, Any]:
     """Return what a run was made with."""
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    private = ("data", "out")
-    kept = {name: value for name, value in settings.items() if name not in private}
+    kept = {name: value for name, value in settings.items() if name not in ("data", "out")}
     return {**environment(), "gpus": gpus, "cuda": torch.version.cuda, "workers": workers, "settings": kept}
 
 
@@ -146,6 +156,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--weight-decay", type=float, default=Recipe.weight_decay)
     parser.add_argument("--scope", default="global", help="of the pruned networks of core")
     parser.add_argument("--seeds", type=int, default=3, help="of core")
+    parser.add_argument("--first-seed", type=int, default=0, help="of core")
+    parser.add_argument("--networks", nargs="+", default=["resnet18", "vgg16"], choices=("resnet18", "vgg16"))
+    parser.add_argument("--one-shot", action=argparse.BooleanOptionalAction, default=True, help="prune one at once too")
     parser.add_argument("--method-seeds", type=int, default=2, help="of methods")
     parser.add_argument("--steps", type=int, default=1500, help="of Real-ESRGAN's distillation")
     parser.add_argument("--data", type=Path, default=ROOT / ".data" / "fashion-mnist", help="Fashion-MNIST's folder")

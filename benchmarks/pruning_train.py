@@ -118,7 +118,6 @@ def train(
     recipe: Recipe,
     pruner: Pruner | None = None,
     quantizer: Quantizer | None = None,
-    refit: bool = False,
 ) -> float:
     """Train a classifier in place; return the mean loss of the last epoch.
 
@@ -131,8 +130,7 @@ def train(
     recipe : Recipe
     pruner : Pruner, optional
     quantizer : Quantizer, optional
-        Both are begun before the first step and finished after the last. The quantizer's levels are chosen anew
-        after each epoch but the last.
+        Both are begun before the first step and finished after the last.
 
     Raises
     ------
@@ -176,8 +174,6 @@ def train(
             run()
             if pruner is not None:
                 pruner.step(apply=False)
-        if quantizer is not None and refit and epoch < epochs - 1:
-            quantizer.refit()
     loss = float(losses) / steps
     if not np.isfinite(loss):
         raise RuntimeError(f"training diverged: the mean loss of the last epoch is {loss}")

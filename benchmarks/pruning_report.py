@@ -1,0 +1,199 @@
+"""Tables and the plot of ``benchmarks/results/pruning.json``.
+
+python benchmarks/pruning_report.py [--results FILE] [--plot PNG]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+Row = dict[str, Any]
+
+FORMS = [("codebook", 8), ("codebook", 4), ("codebook", 3), ("linear", 8), ("linear", 4), ("linear", 3)]
+NETWORKS = {"resnet18": "ResNet-18, half width", "vgg16": "VGG-16, half width"}
+
+
+def spread(values: Iterable[float]) -> str:
+    """Mean, sample standard deviation and number of accuracies, in percent."""
+    percents = [100.0 * value for value in values]
+    if not percents:
+        return ""
+    mean = f"{statistics.mean(percents):.2f}"
+    return f"{mean} ± {statistics.stdev(percents):.2f} ({len(percents)})" if len(percents) > 1 else f"{mean} (1)"
+
+
+def chosen(rows: Iterable[Row], **wanted: Any) -> list[Row]:
+    """Return the rows that have these values."""
+    return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
+
+
+def accuracies(rows: Iterable[Row], **wanted: Any) -> list[float]:
+    return [row["accuracy"] for row in chosen(rows, **wanted)]
+
+
+def table(head: list[str], body: Iterable[list[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *body)]
+
+
+def core(rows: list[Row]) -> list[str]:
+    """Accuracy of dense and pruned networks, as trained, trained longer, and quantized."""
+    head = ["sparsity", "as trained", "longer", *(f"{kind} {bits} bit" for kind, bits in FORMS)]
+    lines: list[str] = []
+    for network, title in NETWORKS.items():
+        mine = chosen(rows, group="core", network=network)
+        body = []
+        for sparsity in sorted({row["sparsity"] for row in mine if "one-shot" not in row["method"]}):
+            here = chosen(mine, sparsity=sparsity)
+            trained = accuracies(here, method="gradual" if sparsity else "dense")
+            cells = [spread(trained), spread(accuracies(here, method="longer"))]
+            cells += [spread(accuracies(here, quantization=kind, bits=bits)) for kind, bits in FORMS]
+            body.append([f"{sparsity:.0%}" if sparsity else "dense", *cells])
+        if body:
+            lines += ["", title + ":", "", *table(head, body)]
+    return lines
+
+
+AIMS = ((0.9, 0.0), (0.95, 0.0), (0.98, 0.5))
+"""Sparsity, and the points that its mean with a 4-bit codebook may lie below dense at the same total of epochs."""
+
+
+def aims(rows: list[Row]) -> list[str]:
+    """Say of each aim whether it was reached."""
+    lines = []
+    for network, title in NETWORKS.items():
+        mine = chosen(rows, group="core", network=network)
+        dense = accuracies(mine, sparsity=0.0, method="longer")
+        for sparsity, allowed in AIMS:
+            values = accuracies(mine, sparsity=sparsity, quantization="codebook", bits=4)
+            if not dense or not values:
+                continue
+            points = 100.0 * (statistics.mean(values) - statistics.mean(dense))
+            word = "reached" if points >= -allowed else "NOT reached"
+            lines.append(
+                f"- {title}, {sparsity:.0%} with a 4-bit codebook: {points:+.2f} points to dense "
+                f"(aim: at most {allowed} below): {word}"
+            )
+    return lines
+
+
+def by_sparsity(rows: list[Row], name: Callable[[Row], str], key: str = "accuracy") -> list[str]:
+    """A row for each name, a column for each sparsity."""
+    sparsities = sorted({row["sparsity"] for row in rows})
+    names = dict.fromkeys(name(row) for row in rows)
+    body = [
+        [who, *(spread(row[key] for row in rows if name(row) == who and row["sparsity"] == s) for s in sparsities)]
+        for who in names
+    ]
+    return table(["", *(f"{s:.0%}" for s in sparsities)], body)
+
+
+def methods(rows: list[Row]) -> list[str]:
+    """Pruning methods with the same total of epochs, and at once without retraining."""
+    trained = [r for r in rows if r["group"] == "methods" or (r["group"] == "core" and r["method"] == "gradual")]
+    trained = chosen(trained, network="resnet18")
+    at_once = [row for row in rows if row["method"].endswith("one-shot") and row["group"] == "core"]
+    lines: list[str] = []
+    if trained:
+        lines += ["", "Methods, same epochs:", ""]
+        lines += by_sparsity(trained, lambda row: f"{row['method']}, {row['scope']}, V = {row['vector']}")
+    if at_once:
+        lines += ["", "At once, no retraining; batch norm's statistics measured anew:", ""]
+        lines += by_sparsity(at_once, lambda row: f"{row['method']}, {row['scope']}")
+        lines += ["", "The same with batch norm as it was:", ""]
+        lines += by_sparsity(at_once, lambda row: f"{row['method']}, {row['scope']}", "accuracy_as_pruned")
+    return lines
+
+
+def realesrgan(rows: list[Row]) -> list[str]:
+    """PSNR to the dense network's output on held-out pictures."""
+    mine = [row for row in rows if "psnr" in row]
+    body = [[f"{r['sparsity']:.0%}", r["method"], f"{r['psnr']:.2f}", f"{min(r['each']):.2f}"] for r in mine]
+    return ["", *table(["sparsity", "method", "PSNR to dense, dB", "worst picture"], body)] if body else []
+
+
+def search(rows: list[Row]) -> list[str]:
+    """Where the search ended."""
+    lines = []
+    for row in chosen(rows, method="search"):
+        validation = f"validation accuracy {row['baseline']:.4f} -> {row['validation_accuracy']:.4f}"
+        test = f"test accuracy {row['test_baseline']:.4f} -> {row['accuracy']:.4f}"
+        lines.append(f"- search: {row['reached']:.2%} sparse after {row['rounds']} rounds; {validation}, {test}")
+    return lines
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Draw mean and spread of accuracy against sparsity, for each form of the weights, into a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    forms = [("float", {"method": "longer"})]
+    forms += [(f"{kind} {bits} bit", {"quantization": kind, "bits": bits}) for kind, bits in FORMS]
+    networks = [n for n in NETWORKS if chosen(rows, group="core", network=n)]
+    figure, axes = plt.subplots(1, len(networks), figsize=(5.5 * len(networks), 4), layout="constrained", squeeze=False)
+    colors = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
+    for axis, network in zip(axes[0], networks, strict=True):
+        mine = chosen(rows, group="core", network=network)
+        sparsities = sorted({row["sparsity"] for row in chosen(mine, method="longer")})
+        for number, (label, wanted) in enumerate(forms):
+            found = [[100.0 * x for x in accuracies(mine, sparsity=s, **wanted)] for s in sparsities]
+            places = [p + 0.08 * (number - 3) for p, values in enumerate(found) if values]
+            means = [statistics.mean(values) for values in found if values]
+            errors = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in found if values]
+            style = "--" if label.startswith("linear") else "-"
+            axis.errorbar(places, means, errors, label=label, color=colors[number], linestyle=style, marker="o", ms=4)
+        axis.set_xticks(range(len(sparsities)), [f"{s:.0%}" if s else "dense" for s in sparsities])
+        axis.set_title(NETWORKS[network])
+        axis.set_xlabel("sparsity")
+        axis.set_ylabel("test accuracy, % (mean, standard deviation)")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].legend(fontsize=8, frameon=False)
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        figure.savefig(beside, dpi=130, format="png")
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    finally:
+        plt.close(figure)
+
+
+def report(content: Row) -> list[str]:
+    """All tables of a results file."""
+    rows = [row for row in content["rows"] if row.get("group") != "calibrate"]
+    fashion = [row for row in rows if "group" in row and row.get("judged_by") == "test"]
+    last = content["runs"][-1]
+    lines = [f"{', '.join(last['gpus']) or last['processor']}; torch {last['versions']['torch']}; {last['date'][:10]}"]
+    return [*lines, *core(fashion), "", *aims(fashion), *methods(fashion), *realesrgan(rows), "", *search(rows)]
+
+
+def calibration(content: Row) -> list[str]:
+    """What ``calibrate`` found, on held-back training images."""
+    rows = chosen(content["rows"], group="calibrate")
+    body = [[r["job"], f"{r['accuracy']:.2%}", f"{r['reached']:.2%}", f"{r['seconds']:.0f}"] for r in rows]
+    return table(["", "accuracy", "sparsity", "seconds"], body) if rows else []
+
+
+def main() -> None:
+    """Run the script."""
+    parser = argparse.ArgumentParser(description="Tables and plot of the pruning benchmark.")
+    parser.add_argument("--results", type=Path, default=RESULTS / "pruning.json")
+    parser.add_argument("--plot", type=Path, help="write the plot here")
+    args = parser.parse_args()
+    content = json.loads(args.results.read_text())
+    print("\n".join([*calibration(content), *report(content)]))
+    if args.plot:
+        plot([row for row in content["rows"] if "group" in row], args.plot)
+
+
+if __name__ == "__main__":
+    main()
