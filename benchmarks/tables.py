@@ -54,6 +54,31 @@ def awkward(name: str) -> list[str]:
     return lines
 
 
+def gpu_layers(name: str) -> list[str]:
+    """Ratios to the best cuDNN of the same precision, layer by layer, and what else there is to compare with."""
+    content = load(name)
+    kinds = ("native", "alone")
+    head = ["layer", "cuDNN µs", *(f"{kind} {' / '.join(SPARSITIES)}" for kind in kinds)]
+    head += ["plain CSR 90%", "cuSPARSE 90%", "cuDNN TF32", "cuDNN float16"]
+    versions = content["gpu_versions"]
+    gpu = ", ".join(f"{key} {value}" for key, value in versions.items())
+    lines = [f"{content['gpu']['name']}; {gpu}; {content['environment']['date'][:10]}", "", f"| {' | '.join(head)} |"]
+    lines.append("|---" * len(head) + "|")
+    for row in content["rows"]:
+        times, ratio = row["times"], row["ratios"]
+        best = min(times["cudnn NCHW"]["us"], times["cudnn NHWC"]["us"])
+        cells = [row["layer"], f"{best:.0f}"]
+        cells += [" / ".join(f"{ratio[f'ours {kind} {s}']:.1f}" for s in SPARSITIES) for kind in kinds]
+        cells += [f"{ratio['plain 90%']:.2f}", f"{ratio['cusparse 90%']:.2f}"]
+        cells += [f"{max(ratio[f'{p} {layout}'] for layout in ('NCHW', 'NHWC')):.1f}" for p in ("tf32", "float16")]
+        lines.append("| " + " | ".join(cells) + " |")
+    for case, means in content["geometric_means"].items():
+        cells = [f"**geometric mean**, {case}", ""]
+        cells += ["**" + " / ".join(f"{means[f'{kind} {s}']:.1f}" for s in SPARSITIES) + "**" for kind in kinds]
+        lines.append("| " + " | ".join([*cells, "", "", "", ""]) + " |")
+    return lines
+
+
 def describe(content: dict[str, Any]) -> str:
     env = content["environment"]
     versions = env["versions"]
@@ -67,6 +92,8 @@ def main() -> None:
     for name in ("cpu_layers.json", "cpu_layers_avx512.json"):
         if (RESULTS / name).exists():
             print(f"\n`benchmarks/results/{name}`: " + "\n".join(layers(name)))
+    if (RESULTS / "cuda_layers.json").exists():
+        print("\n`benchmarks/results/cuda_layers.json`: " + "\n".join(gpu_layers("cuda_layers.json")))
     if (RESULTS / "cpu_awkward.json").exists():
         print("\n`benchmarks/results/cpu_awkward.json`: " + "\n".join(awkward("cpu_awkward.json")))
 

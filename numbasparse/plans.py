@@ -24,9 +24,9 @@ DENSE_ABOVE = 0.4
 DENSE_ABOVE_CUDA = {"float32": 0.12, "float64": 0.12, "float16": 0.0, "bfloat16": 0.0}
 """The same for GPUs, by dtype.
 
-Careful, as these are not fitted to measurements of all layers: a prototype on an H100 ran 3x3 layers in float32 at 1.2
-times cuDNN's speed (geometric mean, batch of 32) at density 0.1; in 16 bits cuDNN runs on tensor cores, five times as
-fast, and only tuning tells where a sparse kernel wins.
+In float32, 3x3 layers from and to NCHW, conversions counted, ran at 1.2 times cuDNN's speed at density 0.2 and 1.7
+times at 0.1 (geometric means of six layers on an H100, batch of 32, tuned: benchmarks/results/cuda_layers.json), single
+layers at 0.8 and 1.2.  In 16 bits cuDNN runs on tensor cores, and only tuning tells where a sparse kernel wins.
 """
 
 
