@@ -15,11 +15,15 @@ from llvmlite import ir
 from numba import types
 from numba.cuda.extending import intrinsic
 
-from numbasparse.runtime.cuda import MAP_PARAMETER, SHARED_SYMBOL
-
 _I32, _I64, _F32, _VOID = ir.IntType(32), ir.IntType(64), ir.FloatType(), ir.VoidType()
 _LETTER = {types.int32: "r", types.uint32: "r", types.int64: "l", types.uint64: "l", types.float32: "f"}
 _LLVM = {types.int32: _I32, types.uint32: _I32, types.int64: _I64, types.uint64: _I64, types.float32: _F32}
+
+SHARED_SYMBOL = "numbasparse_shared"
+"""Name under which a kernel finds its dynamic shared memory; declared in the PTX of a kernel that uses it."""
+
+MAP_PARAMETER = "numbasparse_tensor_map"
+"""Name under which a kernel finds the tensor map of its launch; declared likewise, after the other parameters."""
 
 DTYPES = ("float32", "float16", "bfloat16")
 """Storage types; arithmetic is in float32."""

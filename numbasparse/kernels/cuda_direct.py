@@ -724,6 +724,7 @@ def _reduce_code(shape: _Shape) -> Callable[..., None]:
 @functools.cache
 def _compile(shape: _Shape, capability: tuple[int, int]) -> tuple[cuda.Ptx, cuda.Ptx | None]:
     """PTX of the kernel, and of the second one of a split."""
+    cuda.numba_cuda()  # prepares NumPy for it, before codegen.ptx imports it
     box = shape.copy == "box"
     code = (_ring_code if box else _threads_code)(shape)
     main = cuda.compile_ptx(

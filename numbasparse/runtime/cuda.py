@@ -46,12 +46,6 @@ __all__ = [
 
 Capability = tuple[int, int]
 
-SHARED_SYMBOL = "numbasparse_shared"
-"""Name under which a kernel finds its dynamic shared memory; declared in the PTX of a kernel that uses it."""
-
-MAP_PARAMETER = "numbasparse_tensor_map"
-"""Name under which a kernel finds the tensor map of its launch; declared likewise, after the other parameters."""
-
 LOWEST: Capability = (7, 5)
 """Lowest compute capability that NVVM of CUDA 13 compiles for."""
 
@@ -479,6 +473,8 @@ def _finished(text: str, entry: str, max_registers: int | None) -> str:
     if len(found) != 1:
         raise CudaError(f"expected PTX with one entry, got {found}")
     text = text.replace(found[0], entry)
+    from numbasparse.codegen.ptx import MAP_PARAMETER, SHARED_SYMBOL
+
     if SHARED_SYMBOL in text:
         declaration = f".extern .shared .align 128 .b8 {SHARED_SYMBOL}[];\n\n.visible .entry"
         text = text.replace(".visible .entry", declaration, 1)
