@@ -194,6 +194,15 @@ def test_boxes_need_aligned_rows() -> None:
     assert KERNEL.default(spec, weight, 1)["copy"] == "async"
 
 
+@pytest.mark.parametrize("n", [1, 3, 8, 32])
+@pytest.mark.parametrize(("c", "h", "r"), [(64, 56, 3), (512, 7, 3), (1024, 14, 1), (3, 5, 1)])
+def test_common_layers_have_configs(n: int, c: int, h: int, r: int) -> None:
+    spec = ConvSpec.create((n, c, h, h), (64, c, r, r), padding=r // 2)
+    weight = SparseWeight.from_dense(random_weight(spec, 0.1, np.random.default_rng(0)))
+    assert next(KERNEL.configs(spec, weight, 1), None) is not None
+    assert KERNEL.check(spec, weight, KERNEL.default(spec, weight, 1)) is None
+
+
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0)], ids=["sm_75", "sm_80"])
 def test_older_gpus_copy_otherwise(capability: tuple[int, int]) -> None:
     spec = ConvSpec.create((32, 8, 14, 14), (16, 8, 3, 3), padding=1)

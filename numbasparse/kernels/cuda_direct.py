@@ -45,6 +45,7 @@ The idea is that of Escoin (Chen, arXiv 1802.10280) and of Pietron and Zurek (ar
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import gcd
@@ -948,8 +949,8 @@ class CudaDirect(CudaKernel):
             batches.append(1)
         return {
             "batch": tuple(batches),
-            "vector": (1, 4),
-            "tile": _tiles(spec),
+            "vector": _VECTORS,
+            "tile": _tiles(spec, batches),
             "warps": (4, 8, 16),
             "parts": (1,),
             "rows": (1, 2, 4, 8),
@@ -969,25 +970,25 @@ class CudaDirect(CudaKernel):
 
     def default(self, spec: ConvSpec, weight: SparseWeight, threads: int) -> Config:
         # Merged lists multiply with zeros, so an infinity would reach outputs that it does not belong to: only a
-        # tuner takes them.
-        found = self._ranked(spec, weight, threads)
+        # tuner takes them.  The rest of what is left out matters little.
+        space = dict(self.space(spec, weight, threads))
+        space |= {"share": (1,), "stages": space["stages"][:1], "channels": space["channels"][1:]}
+        found = self._ranked(spec, weight, space) or self._ranked(spec, weight, self.space(spec, weight, threads))
         return next((config for config in found if config["share"] == 1), dict(_FALLBACK))
 
     def suggest(self, spec: ConvSpec, weight: SparseWeight, threads: int, count: int) -> list[Config]:
-        return self._ranked(spec, weight, threads)[:count]
+        ranked = self._ranked(spec, weight, self.space(spec, weight, threads))
+        return ranked[:count] or [dict(_FALLBACK)]
 
-    def _ranked(self, spec: ConvSpec, weight: SparseWeight, threads: int) -> list[Config]:
-        """Every config, the fastest by the estimate first."""
+    def _ranked(self, spec: ConvSpec, weight: SparseWeight, space: Space) -> list[Config]:
+        """Every valid config of a space, the fastest by the estimate first."""
         device = cuda.current()
-        ranked = sorted(
-            (_estimate(spec, weight, config, device), number, config)
-            for number, config in enumerate(self.configs(spec, weight, threads))
-        )
-        return [config for _, _, config in ranked] or [dict(_FALLBACK)]
-
-    def layouts(self, spec: ConvSpec, config: Config) -> tuple[layouts.Layout, layouts.Layout]:
-        layout: layouts.Layout = "CHWN" if int(config["batch"]) > 1 else "NCHW"
-        return layout, layout
+        ranked = []
+        for number, values in enumerate(itertools.product(*space.values())):
+            config = dict(zip(space, values, strict=True))
+            if self.check(spec, weight, config) is None:
+                ranked.append((_estimate(spec, weight, config, device), number, config))
+        return [config for _, _, config in sorted(ranked)]
 
     def ptx(
         self, spec: ConvSpec, weight: SparseWeight, config: Config, activation: Activation = "none"
@@ -1115,20 +1116,36 @@ def _kept(weight: SparseWeight, share: int) -> float:
     return 1.0 - (1.0 - weight.density) ** share
 
 
-def _tiles(spec: ConvSpec) -> tuple[str, ...]:
-    """Tiles worth trying: of 4 to 128 pixels, that fit the output with little left over, the best first."""
+def _tiles(spec: ConvSpec, batches: list[int]) -> tuple[str, ...]:
+    """Tiles worth trying: for each number of images the best few, of little left over and little halo."""
+    chosen: dict[str, None] = {}
+    for batch in batches:
+        chosen |= dict.fromkeys(_tiles_of(spec, batch)[:_TILES])
+    return tuple(chosen) or ("4x8",)
+
+
+def _tiles_of(spec: ConvSpec, batch: int) -> list[str]:
+    """Tiles of 4 to 128 pixels whose lanes fit, the best first."""
     found = []
+    # What a tile of 4 rows and 8 columns wastes is allowed.
+    allowed = max(1.34, _waste(spec, 4, 8))
     for h in (1, 2, 4, 7, 8, 14, 16):
         for w in (1, 2, 4, 7, 8, 14, 16, 28, 32):
-            pixels = -(-spec.out_h // h) * h * -(-spec.out_w // w) * w
-            waste = pixels / (spec.out_h * spec.out_w)
-            needed = -(-spec.out_h // 4) * 4 * -(-spec.out_w // 8) * 8 / (spec.out_h * spec.out_w)
-            if 4 <= h * w <= 128 and waste <= max(1.34, needed) and max(h, w) <= 8 * min(h, w):
+            lanes = {32 * vector // batch for vector in _VECTORS if 32 * vector >= batch >= vector}
+            fits = any(h % (n // gcd(n, w)) == 0 for n in lanes)
+            if fits and 4 <= h * w <= 128 and max(h, w) <= 8 * min(h, w) and _waste(spec, h, w) <= allowed:
                 halo = (h * spec.stride[0] + spec.r) * (w * spec.stride[1] + spec.s) / (h * w)
-                found.append((waste * halo, f"{h}x{w}"))
-    return tuple(name for _, name in sorted(found)[:8]) or ("4x8",)
+                found.append((_waste(spec, h, w) * halo, f"{h}x{w}"))
+    return [name for _, name in sorted(found)]
 
 
+def _waste(spec: ConvSpec, h: int, w: int) -> float:
+    """Pixels that tiles of ``h`` rows and ``w`` columns compute, for each of the output."""
+    return -(-spec.out_h // h) * h * -(-spec.out_w // w) * w / (spec.out_h * spec.out_w)
+
+
+_TILES = 7
+_VECTORS = (1, 4)
 _L2_BYTES_PER_CLOCK = 28.0
 """What a multiprocessor gets from the second cache while all ask (measured with cp.async on an H100: 24)."""
 _STEP_CLOCKS, _START_CLOCKS = 250.0, 3000.0
