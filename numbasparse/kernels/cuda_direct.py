@@ -990,6 +990,10 @@ class CudaDirect(CudaKernel):
                 ranked.append((_estimate(spec, weight, config, device), number, config))
         return [config for _, _, config in sorted(ranked)]
 
+    def layouts(self, spec: ConvSpec, config: Config) -> tuple[layouts.Layout, layouts.Layout]:
+        layout: layouts.Layout = "CHWN" if int(config["batch"]) > 1 else "NCHW"
+        return layout, layout
+
     def ptx(
         self, spec: ConvSpec, weight: SparseWeight, config: Config, activation: Activation = "none"
     ) -> tuple[cuda.Ptx, ...]:
