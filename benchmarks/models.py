@@ -237,7 +237,9 @@ def model_row(name: str, make: Callable[[], nn.Module], shape: tuple[int, ...], 
     for key, found in dense_times.items():
         print(f"{name} {key}: {found['median_us'] / 1000:.1f} ms")
     for key in ours:
-        print(f"{name} {key}: {times[key]['median_us'] / 1000:.1f} ms, {details[key]['ratio']} times {best}", flush=True)
+        print(
+            f"{name} {key}: {times[key]['median_us'] / 1000:.1f} ms, {details[key]['ratio']} times {best}", flush=True
+        )
     return {"model": name, "shape": list(shape), "best_torch": best, "dense": dense_times, "ours": details}
 
 
