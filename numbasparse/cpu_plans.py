@@ -80,9 +80,9 @@ class Plan:
             float32; float64, float16 and bfloat16 are computed in float32 and rounded back.
         bias : array or tensor, (K,), optional
         out : like ``x``, (N, K, OH, OW), optional
-            C-contiguous; must not share memory with ``x``.
-        residual
-            Only for plans on a GPU.
+            C-contiguous; must not share memory with ``x`` or ``residual``.
+        residual : like ``x``, (N, K, OH, OW), optional
+            Added before the activation.
         out_layout
             Here always NCHW.
 
@@ -91,17 +91,15 @@ class Plan:
         array or tensor, (N, K, OH, OW)
             Of the kind and dtype of ``x``; ``out`` where given.
         """
-        if residual is not None:
-            raise ValueError("a residual is added by plans on a GPU only: add it to the result")
         if out_layout not in (None, "native", "NCHW"):
             raise ValueError(f"on the CPU the layout of a result is NCHW, got out_layout={out_layout!r}")
         if is_tensor(x):
-            return self._call_torch(x, bias, out)
+            return self._call_torch(x, bias, out, residual)
         if not isinstance(x, np.ndarray):
             raise TypeError(f"x must be a NumPy array or a torch CPU tensor, got {type(x).__name__}")
-        return self._call_numpy(x, bias, out)
+        return self._call_numpy(x, bias, out, residual)
 
-    def _call_numpy(self, x: np.ndarray, bias: Any, out: np.ndarray | None) -> np.ndarray:
+    def _call_numpy(self, x: np.ndarray, bias: Any, out: np.ndarray | None, residual: Any) -> np.ndarray:
         if x.shape != self._x_shape:
             self.spec.check_x_shape(x.shape)
         dtype = x.dtype
@@ -109,12 +107,14 @@ class Plan:
             check_float(dtype.name)
         a = np.ascontiguousarray(x, np.float32)
         b = None if bias is None else self._numpy_bias(bias)
+        added = None if residual is None else self._numpy_residual(residual)
         if out is not None:
-            self._check_numpy_out(out, x)
+            self._check_numpy_out(out, x, added)
         if isinstance(self._runner, TorchRunner):
-            return self._dense_numpy(a, self._zero_bias if b is None else b, dtype, out)
+            return self._dense_numpy(a, self._zero_bias if b is None else b, dtype, out, added)
         y = out if out is not None and dtype == np.float32 else np.empty(self._out_shape, np.float32)
-        self._runner.run(_address(a), _address(y), self._zero_address if b is None else _address(b), self.threads)
+        bias_address = self._zero_address if b is None else _address(b)
+        self._runner.run(_address(a), _address(y), bias_address, self.threads, 0 if added is None else _address(added))
         if out is not None:
             if y is not out:
                 out[...] = y
@@ -129,7 +129,19 @@ class Plan:
             self.spec.check_bias_shape(b.shape)
         return b
 
-    def _check_numpy_out(self, out: Any, x: np.ndarray) -> None:
+    def _numpy_residual(self, residual: Any) -> np.ndarray:
+        if not isinstance(residual, np.ndarray):
+            raise TypeError(f"residual must be a NumPy array like x, got {type(residual).__name__}")
+        if not np.issubdtype(residual.dtype, np.floating):
+            raise TypeError(f"residual must have a floating dtype like x, got {residual.dtype}")
+        self._check_residual_shape(residual.shape)
+        return np.ascontiguousarray(residual, np.float32)
+
+    def _check_residual_shape(self, shape: tuple[int, ...]) -> None:
+        if shape != self._out_shape:
+            raise ValueError(f"residual must have the output's shape {self._out_shape}, got {shape}: expand it first")
+
+    def _check_numpy_out(self, out: Any, x: np.ndarray, residual: np.ndarray | None) -> None:
         if not isinstance(out, np.ndarray):
             raise TypeError(f"out must be a NumPy array like x, got {type(out).__name__}")
         self._check_out(out, x.dtype, out.flags.c_contiguous)
@@ -137,8 +149,10 @@ class Plan:
             raise ValueError("out is read-only: give a writeable array")
         if np.may_share_memory(out, x):
             raise ValueError("out shares memory with x: give a separate array")
+        if residual is not None and np.may_share_memory(out, residual):
+            raise ValueError("out shares memory with residual: give a separate array")
 
-    def _check_torch_out(self, out: Any, x: torch.Tensor) -> None:
+    def _check_torch_out(self, out: Any, x: torch.Tensor, residual: torch.Tensor | None) -> None:
         if not is_tensor(out):
             raise TypeError(f"out must be a torch tensor like x, got {type(out).__name__}")
         if not out.is_cpu:
@@ -146,27 +160,32 @@ class Plan:
         self._check_out(out, x.dtype, out.is_contiguous())
         if overlap(out, x):
             raise ValueError("out shares memory with x: give a separate tensor")
+        if residual is not None and overlap(out, residual):
+            raise ValueError("out shares memory with residual: give a separate tensor")
 
     def _check_out(self, out: Any, dtype: Any, contiguous: bool) -> None:
         self.spec.check_out_shape(tuple(out.shape))
         if out.dtype != dtype or not contiguous:
             raise ValueError(f"out must be C-contiguous {dtype} like x, got {out.dtype}, contiguous: {contiguous}")
 
-    def _dense_numpy(self, x: np.ndarray, bias: np.ndarray, dtype: Any, out: np.ndarray | None) -> np.ndarray:
+    def _dense_numpy(
+        self, x: np.ndarray, bias: np.ndarray, dtype: Any, out: np.ndarray | None, residual: np.ndarray | None
+    ) -> np.ndarray:
         import torch
 
-        # torch takes no read-only arrays without a warning; the operation only reads.
-        if not x.flags.writeable:
-            x = x.copy()
+        def tensor(array: np.ndarray) -> torch.Tensor:
+            # torch takes no read-only arrays without a warning; the operation only reads.
+            return torch.from_numpy(array if array.flags.writeable else array.copy())
+
         with torch.inference_mode():
             runner = cast(TorchRunner, self._runner)
-            y = runner.apply(torch.from_numpy(x), torch.from_numpy(bias)).numpy()
+            y = runner.apply(tensor(x), tensor(bias), None if residual is None else tensor(residual)).numpy()
         if out is None:
             return y if dtype == np.float32 else y.astype(dtype)
         out[...] = y
         return out
 
-    def _call_torch(self, x: torch.Tensor, bias: Any, out: torch.Tensor | None) -> torch.Tensor:
+    def _call_torch(self, x: torch.Tensor, bias: Any, out: torch.Tensor | None, residual: Any) -> torch.Tensor:
         import torch
 
         # Cheap tests first: this is the path of every layer of a model.
@@ -181,19 +200,35 @@ class Plan:
         if not single:
             check_float(str(dtype).removeprefix("torch."))
         a = x if single and x.is_contiguous() else x.detach().to(torch.float32).contiguous()
+        added = None if residual is None else self._torch_residual(residual)
         if out is not None:
-            self._check_torch_out(out, x)
+            self._check_torch_out(out, x, added)
         if isinstance(self._runner, TorchRunner):
             with torch.no_grad():
-                y = self._runner.apply(a.detach(), None if bias is None else self._torch_bias(bias))
+                y = self._runner.apply(a.detach(), None if bias is None else self._torch_bias(bias), added)
         else:
             y = out if out is not None and single else torch.empty(self._out_shape, dtype=torch.float32)
             b = None if bias is None else self._torch_bias(bias)
             address = self._zero_address if b is None else b.data_ptr()
-            self._runner.run(a.data_ptr(), y.data_ptr(), address, self.threads)
+            self._runner.run(
+                a.data_ptr(), y.data_ptr(), address, self.threads, 0 if added is None else added.data_ptr()
+            )
         if out is not None:
             return out if y is out else out.copy_(y)
         return y if single else y.to(dtype)
+
+    def _torch_residual(self, residual: Any) -> torch.Tensor:
+        import torch
+
+        if not is_tensor(residual) or not residual.is_cpu:
+            found = f"one on device {residual.device}" if is_tensor(residual) else type(residual).__name__
+            raise TypeError(f"residual must be a torch CPU tensor like x, got {found}")
+        if residual.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError("a plan has no gradient, and residual asks for one: use torch.no_grad(), or detach it")
+        if not residual.is_floating_point():
+            raise TypeError(f"residual must have a floating dtype like x, got {residual.dtype}")
+        self._check_residual_shape(tuple(residual.shape))
+        return residual.detach().to(torch.float32).contiguous()
 
     def _torch_bias(self, bias: Any) -> torch.Tensor:
         import torch

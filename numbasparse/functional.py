@@ -102,11 +102,11 @@ def conv2d(
         Which kernel to run: see `numbasparse.plans.ConfigLike`.  None takes the stated default; a tuned model
         takes what was measured best for this shape and sparsity.
     out : like ``x``, (N, K, OH, OW), optional
-        C-contiguous on the CPU; must not share memory with ``x``.
+        C-contiguous on the CPU; must not share memory with ``x`` or ``residual``.
     kernel_shape : (C/groups, R, S)
         Needed, and allowed, only where ``weight`` is a SciPy matrix of shape (K, C/groups*R*S).
     residual : like ``x``, (N, K, OH, OW), optional
-        On a GPU: added before the activation.
+        Added before the activation.
     out_layout : "NCHW", "NHWC", "CHWN" or "native", optional
         On a GPU: layout of the result in memory; None is that of ``x``, "native" what the kernel writes without a
         conversion.

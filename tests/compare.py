@@ -16,19 +16,21 @@ def assert_close(
     bias: np.ndarray | None = None,
     activation: str | None = None,
     *,
+    residual: np.ndarray | None = None,
     rtol: float = 1e-5,
 ) -> None:
     """Assert that `actual` is the convolution up to float32 rounding, and holds nothing left unwritten.
 
     An error of float32 sums grows with the sum of the ABSOLUTE products, not with the result, which may be
-    near zero. So the bound of each output is ``rtol * (conv(|x|, |w|) + |bias| + 1)``; 1e-5 is about 170 units
-    in the last place. The activations have slopes of at most 1.1 and so need no other bound. Outputs that are
-    NaN or infinite must be so in the reference too: fill buffers with NaN before a kernel writes into them.
+    near zero. So the bound of each output is ``rtol * (conv(|x|, |w|) + |bias| + |residual| + 1)``; 1e-5 is about
+    170 units in the last place. The activations have slopes of at most 1.1 and so need no other bound. Outputs that
+    are NaN or infinite must be so in the reference too: fill buffers with NaN before a kernel writes into them.
     """
     assert actual.dtype == np.float32, f"expected float32, got {actual.dtype} for {spec.key}"
     assert actual.shape == spec.out_shape, f"expected {spec.out_shape}, got {actual.shape} for {spec.key}"
-    expected = conv2d_reference(x, weight_dense, bias, spec, activation)
-    magnitude = conv2d_reference(np.abs(x), np.abs(weight_dense), None if bias is None else np.abs(bias), spec)
+    expected = conv2d_reference(x, weight_dense, bias, spec, activation, residual)
+    sizes = (np.abs(x), np.abs(weight_dense), None if bias is None else np.abs(bias))
+    magnitude = conv2d_reference(*sizes, spec, residual=None if residual is None else np.abs(residual))
     finite = np.isfinite(expected)
     _assert_none(np.isfinite(actual) != finite, "are NaN or infinite in only one of the two", actual, expected, spec)
     _assert_none(

@@ -193,7 +193,7 @@ class _FakeRunner(Runner):
     def __init__(self, run: Callable[[int], None]) -> None:
         self._run = run
 
-    def run(self, x: int, y: int, bias: int, threads: int) -> None:
+    def run(self, x: int, y: int, bias: int, threads: int, residual: int = 0) -> None:
         self._run(y)
 
 

@@ -84,8 +84,6 @@ def test_other_devices_are_refused() -> None:
 
 def test_cpu_plans_have_no_options_of_gpus() -> None:
     x = np.ones(SPEC.x_shape, np.float32)
-    with pytest.raises(ValueError, match="a residual is added by plans on a GPU only"):
-        conv2d(x, WEIGHT, padding=1, residual=x)
     with pytest.raises(ValueError, match="on the CPU the layout of a result is NCHW"):
         conv2d(x, WEIGHT, padding=1, out_layout="CHWN")
     assert conv2d(x, WEIGHT, padding=1, out_layout="native").shape == SPEC.out_shape

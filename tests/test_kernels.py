@@ -39,6 +39,8 @@ def check(
 ) -> Plan:
     """Run on poisoned output, with each array once before and once after a forbidden page; compare.
 
+    Without and with a residual.
+
     Parameters that `config` leaves out are those of the default config.
     """
     weight = SparseWeight.from_dense(dense, spec.groups, quantization)
@@ -46,19 +48,21 @@ def check(
     chosen = KERNELS[name].default(spec, weight, threads) | (config or {})
     plan = Plan(spec, weight, Choice(name, chosen), activation, threads)  # type: ignore[arg-type]
     rng = np.random.default_rng(1)
-    for here, there in (("start", "end"), ("end", "start")):
+    for (here, there), residual in itertools.product((("start", "end"), ("end", "start")), (False, True)):
         x, y, b = Guarded(spec.x_shape, here), Guarded(spec.out_shape, there), Guarded((spec.k,), here)
-        x.array[...] = rng.standard_normal(spec.x_shape)
-        b.array[...] = rng.standard_normal(spec.k)
+        added = Guarded(spec.out_shape, here)
+        for memory in (x, b, added):
+            memory.array[...] = rng.standard_normal(memory.array.shape)
         y.array[...] = np.nan
-        before = x.array.copy(), b.array.copy()
-        assert plan(x.array, b.array if bias else None, out=y.array) is y.array
-        for memory in (x, y, b):
+        before = [memory.array.copy() for memory in (x, b, added)]
+        used = b.array if bias else None, added.array if residual else None
+        assert plan(x.array, used[0], out=y.array, residual=used[1]) is y.array
+        for memory in (x, y, b, added):
             memory.check()
-        assert np.array_equal(x.array, before[0])
-        assert np.array_equal(b.array, before[1])
-        used = b.array if bias else None
-        assert_close(y.array, spec, x.array, dense, used, None if activation == "none" else activation)
+        for memory, old in zip((x, b, added), before, strict=True):
+            assert np.array_equal(memory.array, old)
+        name_or_none = None if activation == "none" else activation
+        assert_close(y.array, spec, x.array, dense, used[0], name_or_none, residual=used[1])
     return plan
 
 

@@ -167,6 +167,8 @@ class RowKernel:
         Byte distance of each vector of a row from the row's output address, if not simply one after another.
     entries
         Form of the non-zeros.
+    residual
+        Whether a tensor like the output is added to the sums before the activation.
     """
 
     lanes: int
@@ -182,6 +184,7 @@ class RowKernel:
     finish: Literal["store", "spill"]
     out_displacements: tuple[int, ...] = ()
     entries: Entries = "wide"
+    residual: bool = False
 
 
 ROWS_ARGUMENTS = 14
@@ -197,7 +200,8 @@ def rows_function(kernels: Sequence[RowKernel]) -> Callable[..., None]:
     Runs ``kernels[role]`` over the pieces of rows ``low`` .. ``high`` (see `kernels.cpu_rows.PackedRows`): for
     each, ``acc[t] += value * input[offset + displacements[t]]`` over its entries.  ``partials`` holds partial
     sums of output channels from ``base``; ``bias`` is the bias' address, ``outs`` a table of
-    ``lanes // chunk`` output addresses, ``plane`` and ``pitch`` the bytes of an output channel and row.
+    ``lanes // chunk`` output addresses and after them the distance in bytes from an output to its residual, which
+    is read only where one is added, ``plane`` and ``pitch`` the bytes of an output channel and row.
 
     ``decoder`` depends on the form of the entries. ``"wide"``: not used. ``"coded"``: the table, float32 (256,) or
     as many codes as there are. ``"scaled"``: for each output channel 8 bytes, int32 byte offset of its table from
@@ -417,6 +421,8 @@ def _loop(bd: Any, start: Any, limit: Any, stride: int, values: list[Any], body:
 
 
 def _write_tile(bd: Any, k: RowKernel, accs: list[Any], outs: Any, out_offset: Any, out_pitch: Any) -> None:
+    if k.residual:
+        accs = _add_residual(bd, k, accs, outs, out_offset, out_pitch)
     for run in range(k.lanes // k.chunk):
         address = bd.add(_load(bd, _I64, _plus(bd, outs, 8 * run), 8), out_offset)
         for y in range(k.rows):
@@ -426,9 +432,53 @@ def _write_tile(bd: Any, k: RowKernel, accs: list[Any], outs: Any, out_offset: A
                     continue
                 if run == 0:
                     accs[y * k.columns + v] = _activate(bd, k.activation, accs[y * k.columns + v])
-                place = k.out_displacements[v] if k.out_displacements else 4 * v * k.chunk
-                _store_run(bd, accs[y * k.columns + v], run * k.chunk, columns, _plus(bd, address, place))
+                _store_run(bd, accs[y * k.columns + v], run * k.chunk, columns, _plus(bd, address, _place(k, v)))
             address = bd.add(address, out_pitch)
+
+
+def _place(k: RowKernel, column: int) -> int:
+    """Bytes from a row's output address to a vector of it."""
+    return k.out_displacements[column] if k.out_displacements else 4 * column * k.chunk
+
+
+def _add_residual(bd: Any, k: RowKernel, accs: list[Any], outs: Any, out_offset: Any, out_pitch: Any) -> list[Any]:
+    """Add what lies where the outputs will, a fixed distance away; lanes that are not stored are not read."""
+    runs = k.lanes // k.chunk
+    distance = bd.add(_load(bd, _I64, _plus(bd, outs, 8 * runs), 8), out_offset)
+    addresses = [bd.add(_load(bd, _I64, _plus(bd, outs, 8 * run), 8), distance) for run in range(runs)]
+    sums = list(accs)
+    for y in range(k.rows):
+        for v in range(k.columns):
+            columns = min(k.chunk, k.valid - v * k.chunk)
+            if columns <= 0:
+                continue
+            added = _constants(k.lanes, 0.0)
+            for run, address in enumerate(addresses):
+                added = _load_run(bd, added, run * k.chunk, columns, _plus(bd, address, _place(k, v)))
+            sums[y * k.columns + v] = bd.fadd(sums[y * k.columns + v], added)
+        addresses = [bd.add(address, out_pitch) for address in addresses]
+    return sums
+
+
+def _load_run(bd: Any, value: Any, first: int, count: int, address: Any) -> Any:
+    """Replace ``count`` lanes from ``first`` by what lies at ``address``, read in powers of two as `_store_run`."""
+    lanes = value.type.count
+    done = 0
+    while done < count:
+        piece = 1 << ((count - done).bit_length() - 1)
+        at, source = first + done, _plus(bd, address, 4 * done)
+        if piece == lanes:
+            return _load(bd, value.type, source, 4)
+        if piece == 1:
+            value = bd.insert_element(value, _load(bd, _F32, source, 4), ir.Constant(_I32, at))
+        else:
+            part = _load(bd, _vector(piece), source, 4)
+            wide = _shuffle(bd, part, part, [j % piece for j in range(lanes)])
+            # A choice of `lanes` or more is one of the second vector's lanes.
+            chosen = [lanes + j - at if at <= j < at + piece else j for j in range(lanes)]
+            value = _shuffle(bd, value, wide, chosen)
+        done += piece
+    return value
 
 
 def _store_run(bd: Any, value: Any, first: int, count: int, address: Any) -> None:

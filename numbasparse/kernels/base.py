@@ -43,10 +43,12 @@ class Runner(ABC):
     workspace: int
 
     @abstractmethod
-    def run(self, x: int, y: int, bias: int, threads: int) -> None:
+    def run(self, x: int, y: int, bias: int, threads: int, residual: int = 0) -> None:
         """Convolve into ``y``.
 
-        All are addresses of float32 in C order: ``x`` (N, C, H, W), ``y`` (N, K, OH, OW), ``bias`` (K,).
+        All are addresses of float32 in C order: ``x`` (N, C, H, W), ``y`` (N, K, OH, OW), ``bias`` (K,), and
+        ``residual`` (N, K, OH, OW), which is added before the activation; 0 for none.  Outputs may be written
+        more than once: ``y`` must not overlap ``x`` or ``residual``.
         """
 
 
@@ -60,8 +62,11 @@ class TorchRunner(ABC):
     workspace: int = 0
 
     @abstractmethod
-    def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Convolve a float32 tensor (N, C, H, W) and apply the activation; returns (N, K, OH, OW), contiguous."""
+    def apply(self, x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """Convolve a float32 tensor (N, C, H, W), add ``residual``, like the result, and apply the activation.
+
+        Returns (N, K, OH, OW), contiguous.
+        """
 
 
 class CudaRunner(TorchRunner):

@@ -69,6 +69,7 @@ from numbasparse.kernels.cpu_rows import (
     reason_not_coded,
     reason_unsupported,
     with_entries,
+    with_residual,
 )
 from numbasparse.runtime import cpu
 from numbasparse.spec import ConvSpec
@@ -80,8 +81,8 @@ from numbasparse.weight import SparseWeight
     _IN_PLANE, _OUT_PLANE, _OUT_PITCH, _PATCH_ROWS, _ROW_STEP, _ROW_STEP_BYTES, _CHANNEL_BYTES,
     _ENTRIES, _DECODER, _ROWS, _STARTS, _SEGMENTS, _CHANNEL_LIST, _RUN_TABLE, _MASKS, _ZERO_MASK,
     _PACK_CODE, _ROWS_CODE, _RUNS_PER_VECTOR,
-    _OUTS_AT, _PACKED_AT, _PARTIAL_AT, _WORDS,
-) = range(31)  # fmt: skip
+    _OUTS_AT, _PACKED_AT, _PARTIAL_AT, _RESIDUAL, _WORDS,
+) = range(32)  # fmt: skip
 
 _MAX_WORKSPACE = 64 << 20
 
@@ -250,7 +251,8 @@ class _Runner(Runner):
         tiling = Tiling.of(spec, geometry)
         runs_per_vector = geometry.lanes // geometry.chunk
         zero_mask = np.zeros(len(geometry.line_x) * mask_length(geometry.chunk, spec.stride[1]), np.int32)
-        rows_code = _rows_code(geometry, tiling.valid, activation, packed.form)
+        self._rows_code = functools.partial(_rows_code, geometry, tiling.valid, activation, packed.form)
+        rows_code = self._rows_code(False)
         displacements = tuple(4 * x for x in geometry.line_x)
         pack_code = _pack_code(geometry.lanes, geometry.chunk, spec.stride[1], displacements, geometry.ahead)
         self._code = _entry_code()
@@ -273,18 +275,22 @@ class _Runner(Runner):
         words[_PACK_CODE], words[_ROWS_CODE] = pack_code.address, rows_code.address
         # Scratch: the table of packed rows, output addresses, the packed block, partial sums.
         outs_at = 16 * geometry.patch_rows * runs_per_vector
-        packed_at = -(-(outs_at + 8 * runs_per_vector) // 64) * 64
+        packed_at = -(-(outs_at + 8 * (runs_per_vector + 1)) // 64) * 64
         partial_at = -(-(packed_at + packed.block * geometry.channel_bytes) // 64) * 64
         rows = -(-spec.k // packed.splits) + 1 if packed.blocks > 1 else 0
         words[_OUTS_AT], words[_PACKED_AT], words[_PARTIAL_AT] = outs_at, packed_at, partial_at
         self.workspace = partial_at + rows * len(geometry.displacements) * geometry.vector_bytes
         self._address = words.ctypes.data
 
-    def run(self, x: int, y: int, bias: int, threads: int) -> None:
-        cpu.run(self._code.address, self._address, x, y, bias, threads, self.workspace)
+    def run(self, x: int, y: int, bias: int, threads: int, residual: int = 0) -> None:
+        if residual:
+            words = with_residual(self._words, {_RESIDUAL: residual, _ROWS_CODE: self._rows_code(True).address})
+            cpu.run(self._code.address, words.ctypes.data, x, y, bias, threads, self.workspace)
+        else:
+            cpu.run(self._code.address, self._address, x, y, bias, threads, self.workspace)
 
 
-def _rows_code(geometry: Geometry, valid: int, activation: Activation, entries: Entries) -> Code:
+def _rows_code(geometry: Geometry, valid: int, activation: Activation, entries: Entries, residual: bool) -> Code:
     g = geometry
     return compile_rows(
         lanes=g.lanes,
@@ -296,6 +302,7 @@ def _rows_code(geometry: Geometry, valid: int, activation: Activation, entries: 
         aligned=g.aligned,
         activation=activation,
         entries=entries,
+        residual=residual,
     )
 
 
@@ -332,6 +339,7 @@ def _entry(params: int, x: int, y: int, bias: int, arena: int, counters: int, th
     outs = arena + load_i64(params + 8 * _OUTS_AT)
     packed = arena + load_i64(params + 8 * _PACKED_AT)
     partials = arena + load_i64(params + 8 * _PARTIAL_AT)
+    store_i64(outs + 8 * runs_per_vector, load_i64(params + 8 * _RESIDUAL) - y)
     while True:
         unit = cpu.next_unit(counters, thread, threads, units)
         if unit < 0:

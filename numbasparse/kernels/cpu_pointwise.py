@@ -53,6 +53,7 @@ from numbasparse.kernels.cpu_rows import (
     reason_not_coded,
     reason_unsupported,
     with_entries,
+    with_residual,
 )
 from numbasparse.runtime import cpu
 from numbasparse.spec import ConvSpec
@@ -61,8 +62,9 @@ from numbasparse.weight import SparseWeight
 # Words of the parameter block (int64 each).
 (
     _UNITS, _SPLITS, _TILES, _BLOCKS, _BLOCK, _K, _PIXELS, _IN_IMAGE, _OUT_IMAGE,
-    _ENTRIES, _DECODER, _ROWS, _STARTS, _SEGMENTS, _BASES, _CHANNELS, _CHANNEL_LIST, _ROWS_CODE, _TILE_PIXELS, _WORDS,
-) = range(20)  # fmt: skip
+    _ENTRIES, _DECODER, _ROWS, _STARTS, _SEGMENTS, _BASES, _CHANNELS, _CHANNEL_LIST, _ROWS_CODE, _TILE_PIXELS,
+    _RESIDUAL, _WORDS,
+) = range(21)  # fmt: skip
 
 
 class _Runner(Runner):
@@ -74,7 +76,9 @@ class _Runner(Runner):
         first = packed.channels[:: packed.block].astype(np.int64) if len(packed.channels) else np.zeros(1, np.int64)
         bases = first * 4 * pixels
         self._code = _entry_code()
-        rows_code = _rows_code(lanes, vectors, min(pixels, vectors * lanes), activation, packed.form)
+        shape = (lanes, vectors, min(pixels, vectors * lanes), activation, packed.form)
+        self._rows_code = functools.partial(_rows_code, *shape)
+        rows_code = self._rows_code(False)
         self._keep = (packed, bases, rows_code)
         self.nbytes = packed.nbytes
         words = self._words = np.zeros(_WORDS, np.int64)
@@ -91,11 +95,15 @@ class _Runner(Runner):
         self.workspace = 64 + rows * vectors * 4 * lanes
         self._address = words.ctypes.data
 
-    def run(self, x: int, y: int, bias: int, threads: int) -> None:
-        cpu.run(self._code.address, self._address, x, y, bias, threads, self.workspace)
+    def run(self, x: int, y: int, bias: int, threads: int, residual: int = 0) -> None:
+        if residual:
+            words = with_residual(self._words, {_RESIDUAL: residual, _ROWS_CODE: self._rows_code(True).address})
+            cpu.run(self._code.address, words.ctypes.data, x, y, bias, threads, self.workspace)
+        else:
+            cpu.run(self._code.address, self._address, x, y, bias, threads, self.workspace)
 
 
-def _rows_code(lanes: int, vectors: int, pixels: int, activation: Activation, entries: Entries) -> Code:
+def _rows_code(lanes: int, vectors: int, pixels: int, activation: Activation, entries: Entries, residual: bool) -> Code:
     """The inner loop for a tile of ``vectors``, in images of ``pixels``."""
     # In a small image the last vector overlaps the one before: nothing outside is read or written.
     last_start = min((vectors - 1) * lanes, pixels - lanes)
@@ -110,6 +118,7 @@ def _rows_code(lanes: int, vectors: int, pixels: int, activation: Activation, en
         aligned=False,
         activation=activation,
         entries=entries,
+        residual=residual,
         out_displacements=displacements,
     )
 
@@ -135,6 +144,7 @@ def _entry(params: int, x: int, y: int, bias: int, arena: int, counters: int, th
     channels, channel_list = load_i64(params + 8 * _CHANNELS), load_i64(params + 8 * _CHANNEL_LIST)
     step = load_i64(params + 8 * _TILE_PIXELS)
     plane, partials = 4 * image, arena + 64
+    store_i64(arena + 8, load_i64(params + 8 * _RESIDUAL) - y)
     while True:
         unit = cpu.next_unit(counters, thread, threads, units)
         if unit < 0:

@@ -93,6 +93,7 @@ def compile_rows(
     aligned: bool,
     activation: Activation,
     entries: Entries,
+    residual: bool,
     out_displacements: tuple[int, ...] = (),
 ) -> Code:
     """The inner loop in its four roles (`ONLY` ...) as one function of `rows_function`'s arguments."""
@@ -111,10 +112,19 @@ def compile_rows(
             finish="store" if role in (ONLY, LAST) else "spill",
             out_displacements=out_displacements,
             entries=entries,
+            residual=residual,
         )
         for role in range(4)
     ]
     return compile_c(rows_function(kernels), ROWS_SIGNATURE, repr(kernels))
+
+
+def with_residual(words: np.ndarray, changed: dict[int, int]) -> np.ndarray:
+    """A parameter block of one call's own, since several threads may call a runner at once."""
+    block = words.copy()
+    for place, value in changed.items():
+        block[place] = value
+    return block
 
 
 def reason_unsupported(spec: ConvSpec, weight: SparseWeight) -> str | None:

@@ -24,7 +24,7 @@ class _Runner(TorchRunner):
         self._activation = activation
         self.nbytes = dense.numel() * 4
 
-    def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def apply(self, x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None = None) -> torch.Tensor:
         import torch
         from torch.nn import functional as F
 
@@ -35,6 +35,8 @@ class _Runner(TorchRunner):
             top = left = 0
         x = x.contiguous(memory_format=self._format)
         y = F.conv2d(x, self._weight, bias, spec.stride, (top, left), spec.dilation, spec.groups)
+        if residual is not None:
+            y.add_(residual)
         if self._activation == "relu":
             y = torch.relu_(y)
         elif self._activation == "relu6":

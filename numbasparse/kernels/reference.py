@@ -16,6 +16,7 @@ def conv2d_reference(
     bias: NDArray[np.floating] | None,
     spec: ConvSpec,
     activation: str | None = None,
+    residual: NDArray[np.floating] | None = None,
 ) -> NDArray[np.float64]:
     """Convolve with float64 products and sums.
 
@@ -31,7 +32,9 @@ def conv2d_reference(
     spec : ConvSpec
         Its dtype is not looked at.
     activation : {None, "relu", "relu6", "silu"}
-        Applied after the bias.
+        Applied after the bias and the residual.
+    residual : ndarray, shape (N, K, OH, OW), or None
+        Added like the bias.
 
     Returns
     -------
@@ -53,6 +56,9 @@ def conv2d_reference(
     if bias is not None:
         spec.check_bias_shape(np.shape(bias))
         out += np.asarray(bias, np.float64)[:, None, None]
+    if residual is not None:
+        spec.check_out_shape(np.shape(residual))
+        out += np.asarray(residual, np.float64)
     return _activate(out, activation)
 
 

@@ -1,4 +1,4 @@
-"""Gradient of ``numbasparse::conv2d`` with respect to its input and bias, through the dense transpose.
+"""Gradient of ``numbasparse::conv2d`` with respect to its input, bias and residual, through the dense transpose.
 
 For fine-tuning what stands before a converted layer, for attribution, for adversarial examples.  The convolution
 back is torch's dense one, in its precision; the sparse weight itself has no gradient.  Nothing here but operations
@@ -13,22 +13,23 @@ import torch
 from torch import Tensor
 from torch.nn.grad import conv2d_input
 
-_INPUTS = 13
-_X, _VALUES, _BIAS = 0, 1, 4
+_INPUTS = 14
+_X, _VALUES, _BIAS, _RESIDUAL = 0, 1, 4, 13
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """Keep what `backward` needs: the weight; the result, or for SiLU the input."""
-    x, values, indices, indptr, bias, *_, groups, activation, _, _ = inputs
+    x, values, indices, indptr, bias, *_, groups, activation, _, _, residual = inputs
     kept = {"none": None, "relu": output, "relu6": output, "silu": x}[activation]
-    ctx.save_for_backward(values, indices, indptr, bias, kept)
+    ctx.save_for_backward(values, indices, indptr, bias, kept, residual if activation == "silu" else None)
+    ctx.residual_dtype = None if residual is None else residual.dtype
     ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
     ctx.kernel_shape, ctx.stride, ctx.padding, ctx.dilation = inputs[5:9]
     ctx.groups, ctx.activation = groups, activation
 
 
 def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of the operator's inputs; None for all but input and bias.
+    """Gradients of the operator's inputs; None for all but input, bias and residual.
 
     Raises
     ------
@@ -40,13 +41,16 @@ def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             "numbasparse::conv2d has no gradient for its sparse weight: train the dense model (see "
             "numbasparse.pruning) and convert it afterwards"
         )
-    values, indices, indptr, bias, kept = ctx.saved_tensors
+    values, indices, indptr, bias, kept, _ = ctx.saved_tensors
     wanted: list[Tensor | None] = [None] * _INPUTS
     grad = _through_activation(ctx, grad, kept)
     if ctx.needs_input_grad[_X]:
         wanted[_X] = _of_input(ctx, grad, _dense(ctx, values, indices, indptr))
     if ctx.needs_input_grad[_BIAS]:
         wanted[_BIAS] = grad.sum((0, 2, 3)).to(bias.dtype)
+    # An argument that was left out is not among the inputs.
+    if any(ctx.needs_input_grad[_RESIDUAL:]):
+        wanted[_RESIDUAL] = grad.to(ctx.residual_dtype)
     return tuple(wanted)
 
 
@@ -55,9 +59,9 @@ def _through_activation(ctx: Any, grad: Tensor, kept: Tensor | None) -> Tensor:
         return grad
     if ctx.activation == "silu":
         # The sum before the activation is not kept: it takes as much memory as the result.
-        values, indices, indptr, bias, x = ctx.saved_tensors
+        values, indices, indptr, bias, x, residual = ctx.saved_tensors
         shape = (ctx.kernel_shape, ctx.stride, ctx.padding, ctx.dilation, ctx.groups)
-        y = torch.ops.numbasparse.conv2d.default(x, values, indices, indptr, bias, *shape, "none", "")
+        y = torch.ops.numbasparse.conv2d.default(x, values, indices, indptr, bias, *shape, "none", "", "", residual)
         sigmoid = torch.sigmoid(y)
         return grad * sigmoid * (1 + y * (1 - sigmoid))
     inside = kept > 0 if ctx.activation == "relu" else (kept > 0) & (kept < 6)

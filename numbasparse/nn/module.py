@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from numbasparse.kernels import kernel
 from numbasparse.nn.operator import conv2d
@@ -20,6 +21,13 @@ ChoiceLike = Choice | Mapping[str, Any] | str | None
 """A `Choice`, ``{"kernel": name, "config": {...}}``, a kernel's name, or None for the stated default."""
 
 _ARRAYS = ("values", "indices", "indptr")
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda y: y,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+}
 
 
 class SparseConv2d(nn.Module):
@@ -165,11 +173,31 @@ class SparseConv2d(nn.Module):
         c_per_group, r, s = self.kernel_shape
         return 1.0 - self.indices.numel() / (self.out_channels * c_per_group * r * s)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve (N, C, H, W), or (C, H, W) like ``nn.Conv2d``; the result has ``x``'s dtype."""
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Convolve (N, C, H, W), or (C, H, W) like ``nn.Conv2d``; the result has ``x``'s dtype.
+
+        ``residual`` is added before the activation, within the kernel if it is of the result's shape, dtype and
+        device; otherwise as torch adds, broadcasting and promoting.
+        """
         batched = x if x.dim() != 3 else x.unsqueeze(0)
-        y = conv2d(
-            batched,
+        if residual is None or self._fits(residual, x):
+            y = self._convolve(batched, self.activation, residual)
+            return y if x.dim() != 3 else y.squeeze(0)
+        y = self._convolve(batched, "none", None)
+        return _ACTIVATIONS[self.activation]((y if x.dim() != 3 else y.squeeze(0)) + residual)
+
+    def _fits(self, residual: Tensor, x: Tensor) -> bool:
+        """Whether a residual is exactly like the result."""
+        if x.dim() != 4 or residual.dtype != x.dtype or residual.device != x.device:
+            return False
+        (top, bottom, left, right), (r, s) = self.padding, self.kernel_size
+        out_h = (x.shape[2] + top + bottom - self.dilation[0] * (r - 1) - 1) // self.stride[0] + 1
+        out_w = (x.shape[3] + left + right - self.dilation[1] * (s - 1) - 1) // self.stride[1] + 1
+        return residual.shape == (x.shape[0], self.out_channels, out_h, out_w)
+
+    def _convolve(self, x: Tensor, activation: str, residual: Tensor | None) -> Tensor:
+        return conv2d(
+            x,
             self.values,
             self.indices,
             self.indptr,
@@ -179,11 +207,11 @@ class SparseConv2d(nn.Module):
             self.padding,
             self.dilation,
             self.groups,
-            self.activation,
+            activation,
             self._config,
             self.out_layout or "",
+            residual,
         )
-        return y if x.dim() != 3 else y.squeeze(0)
 
     def weight_matrix(self) -> SparseWeight:
         """Return the weight; its ``to_scipy()`` is the SciPy matrix."""

@@ -18,12 +18,13 @@ groups
 activation     "none", "relu", "relu6" or "silu"
 config         JSON ``{"kernel": name, "config": {...}}``, or "" for the stated default
 out_layout     on a GPU: "NCHW", "NHWC" or "CHWN", or "" for that of ``x`` (NCHW where it has none)
+residual       like the result, or None: added before the activation
 =============  =====================================================================================
 
 The result is (N, K, OH, OW) of ``x``'s dtype, on the CPU contiguous. All tensors are on one device. A config that
 cannot run the problem at hand (it was tuned for another batch, image size or device) gives way to the stated
 default for that problem. On a GPU the first call with a shape packs the weight, and cannot be captured in a graph.
-There are gradients with respect to ``x`` and ``bias``, see `numbasparse.nn.gradient`.
+There are gradients with respect to ``x``, ``bias`` and ``residual``, see `numbasparse.nn.gradient`.
 
 The operator is registered with `torch.library.Library` and not `torch.library.custom_op`: the latter's wrappers
 cost as much again at each call as all the rest of the path.
@@ -51,7 +52,8 @@ from numbasparse.weight import SparseWeight
 
 _SCHEMA = (
     "(Tensor x, Tensor values, Tensor indices, Tensor indptr, Tensor? bias, int[] kernel_shape, int[] stride, "
-    "int[] padding, int[] dilation, int groups, str activation, str config, str out_layout='') -> Tensor"
+    "int[] padding, int[] dilation, int groups, str activation, str config, str out_layout='', "
+    "Tensor? residual=None) -> Tensor"
 )
 
 _MAX_BYTES = 1 << 30
@@ -134,6 +136,7 @@ def _conv2d(
     activation: str,
     config: str,
     out_layout: str = "",
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Run the convolution with a cached plan; see the module's text for the arguments."""
     weight = (values, indices, indptr)
@@ -156,8 +159,9 @@ def _conv2d(
         entry = _Entry(made, weight)
         _plans.put(key, entry)
     bias = None if bias is None else bias.detach()
+    residual = None if residual is None else residual.detach()
     layout = (out_layout or None) if x.is_cuda else None
-    return entry.plan(x.detach(), bias, None, None, cast("layouts.Layout | None", layout))
+    return entry.plan(x.detach(), bias, None, residual, cast("layouts.Layout | None", layout))
 
 
 def _check_devices(x: Tensor, weight: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -234,6 +238,7 @@ def _conv2d_fake(
     activation: str,
     config: str,
     out_layout: str = "",
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Make an output without content.  Sizes may be symbols: arithmetic only, no question that needs a number."""
     if x.dim() != 4:
@@ -249,10 +254,21 @@ def _conv2d_fake(
     out_h = (h + top + bottom - dilation[0] * (r - 1) - 1) // stride[0] + 1
     out_w = (w + left + right - dilation[1] * (s - 1) - 1) // stride[1] + 1
     shape = (n, indptr.shape[0] - 1, out_h, out_w)
+    if residual is not None:
+        _check_residual(residual, shape)
     if not x.is_cuda:
         return x.new_empty(shape)
     layout = cast("layouts.Layout", out_layout) or layouts.layout_of(x) or "NCHW"
     return layouts.empty(shape, layout, dtype=x.dtype, device=x.device)
+
+
+def _check_residual(residual: Tensor, shape: tuple[Any, ...]) -> None:
+    torch._check(residual.dim() == 4, lambda: f"residual must have four sizes, got {tuple(residual.shape)}")
+    for got, expected in zip(residual.shape, shape, strict=True):
+        torch._check(
+            got == expected,
+            lambda: f"residual must have the output's shape {shape}, got {tuple(residual.shape)}: expand it first",
+        )
 
 
 def _dense_weight(values: Tensor, indices: Tensor, indptr: Tensor, kernel_shape: Sequence[int], groups: int) -> Tensor:
