@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils._pytree import tree_leaves
 
 from numbasparse.kernels import CudaKernel, kernel
+from numbasparse.nn.epilogue import ACTIVATIONS, Fused, calls_of, fuse_epilogues
 from numbasparse.nn.module import SparseConv2d
 from numbasparse.nn.native import Tracer, keep_native
 from numbasparse.plans import Choice, default_choice
@@ -26,9 +28,6 @@ from numbasparse.spec import DTYPES, ConvSpec
 from numbasparse.weight import SparseWeight
 
 _REPORT = "_numbasparse_conversion"
-
-# Exact types: a subclass may compute something else.
-_ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu"}
 
 _STAND_IN_SIZE = 32
 
@@ -50,7 +49,10 @@ class ConvertedLayer:
     kernel
         Kernel that was chosen for a sparse layer; None leaves it to the stated default at each input shape.
     batch_norm, activation
-        Names of the modules that were folded into the convolution (``nn.Identity`` now), or None.
+        Names of the modules that were folded into the convolution, or None. They are ``nn.Identity`` now, but for an
+        activation that several layers share, or that is a function: there the calls are gone.
+    residual
+        Whether the convolution adds another tensor before its activation.
     """
 
     name: str
@@ -60,6 +62,7 @@ class ConvertedLayer:
     kernel: str | None = None
     batch_norm: str | None = None
     activation: str | None = None
+    residual: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,10 @@ def convert(
     fuse : bool
         Fold an ``nn.BatchNorm2d`` that follows a convolution into its weights, and compute a following
         ``nn.ReLU``, ``nn.ReLU6`` or ``nn.SiLU`` in the sparse convolution. The modules so folded become
-        ``nn.Identity``. Activations that are function calls (``F.relu``) stay.
+        ``nn.Identity``. With an ``example_input``, so do activations that layers share or that are functions
+        (``F.relu``), and a sum with another tensor before them, as at the end of a residual block: a module whose
+        ``forward`` has such calls becomes an ``fx.GraphModule`` with the same children, if it takes one argument and
+        torch.fx can trace it. The rewritten model must give what it gave before on the example.
     quantized : mapping of str to SparseWeight, optional
         Quantized weights of layers by name: the ``weights`` of what ``numbasparse.quantization`` reported when it
         quantized the model, or a file of them. Sparse layers then keep codes; a batch normalization is folded into
@@ -128,7 +134,8 @@ def convert(
     Warns
     -----
     UserWarning
-        If torch.fx cannot trace the model: then only direct neighbours in an ``nn.Sequential`` are folded. If
+        If a rewritten ``forward`` gave something else on the example, and was put back. If torch.fx cannot trace
+        the model: then only direct neighbours in an ``nn.Sequential`` are folded. If
         ``tuned`` chose no sparse kernel at all.
 
     Notes
@@ -158,6 +165,9 @@ def convert(
         chain = chains.get(name, _Chain(name, None, None))
         converted, record = _apply(converted, name, decision, chain, weights.get(name))
         records.append(record)
+    if fuse and example_input is not None:
+        converted, fused = _fuse_epilogues(converted, example_input)
+        records = [_with_epilogue(record, fused.get(record.name)) for record in records]
     keep_native(converted, {name: d.gives for name, d in decisions.items() if d.sparse and d.gives}, _trace)
     setattr(converted, _REPORT, tuple(records))
     return converted
@@ -330,7 +340,7 @@ def _chain(name: str, conv: nn.Module, followers: list[tuple[str, nn.Module]]) -
     rest = list(followers)
     if rest and _is_foldable(conv, rest[0][1]):
         batch_norm = rest.pop(0)[0]
-    if rest and type(rest[0][1]) in _ACTIVATIONS and not _has_hooks(rest[0][1]):
+    if rest and type(rest[0][1]) in ACTIVATIONS and not _has_hooks(rest[0][1]):
         activation = rest[0][0]
     return _Chain(name, batch_norm, activation)
 
@@ -415,13 +425,60 @@ def _apply(
         return model, record
     conv = model.get_submodule(name)
     assert isinstance(conv, nn.Conv2d)
-    activation = None if chain.activation is None else _ACTIVATIONS[type(model.get_submodule(chain.activation))]
+    activation = None if chain.activation is None else ACTIVATIONS[type(model.get_submodule(chain.activation))]
     sparse = SparseConv2d.from_conv(conv, weight=weight, choice=decision.choice, activation=activation)
     model = _replace(model, name, sparse.eval())
     if chain.activation is not None:
         model = _replace(model, chain.activation, nn.Identity().eval())
     chosen = None if decision.choice is None else decision.choice.kernel
     return model, replace(record, decision="sparse", kernel=chosen, activation=chain.activation)
+
+
+def _fuse_epilogues(model: nn.Module, example_input: Any) -> tuple[nn.Module, dict[str, Fused]]:
+    """`fuse_epilogues`, unless it changes what the model gives on the example."""
+    try:
+        graphs = _trace(model)
+    except Exception:
+        return model, {}  # `convert` has warned
+    once = set.intersection(*({name for name, count in calls_of(graph).items() if count == 1} for graph in graphs))
+    rewritten, fused = fuse_epilogues(model, once)
+    if not fused:
+        return model, {}
+    with torch.no_grad():
+        before, after = (_tensors(_call(m, example_input)) for m in (model, rewritten))
+    if not _close(before, after):
+        warnings.warn(
+            "sums and activations stay outside of the convolutions: the model with them inside gave another result "
+            "on example_input",
+            stacklevel=3,
+        )
+        return model, {}
+    return rewritten, fused
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+
+
+def _close(before: list[Tensor], after: list[Tensor]) -> bool:
+    """Whether results agree up to rounding, a thousandth of the largest value of each."""
+    if len(before) != len(after):
+        return False
+    return all(
+        a.shape == b.shape and torch.allclose(a, b, rtol=0.0, atol=1e-3 * _largest(a), equal_nan=True)
+        for a, b in zip(before, after, strict=True)
+    )
+
+
+def _largest(values: Tensor) -> float:
+    finite = values[values.isfinite()].abs()
+    return float(finite.max()) if finite.numel() else 0.0
+
+
+def _with_epilogue(record: ConvertedLayer, fused: Fused | None) -> ConvertedLayer:
+    if fused is None:
+        return record
+    return replace(record, activation=fused.activation, residual=fused.residual)
 
 
 # ---- deciding -----------------------------------------------------------------------------------------------
@@ -526,18 +583,17 @@ def _input_shapes(model: nn.Module, names: list[str], example_input: Any) -> dic
     return seen
 
 
-def _call(model: nn.Module, example_input: Any) -> None:
+def _call(model: nn.Module, example_input: Any) -> Any:
     if isinstance(example_input, Tensor):
-        model(example_input)
-    elif isinstance(example_input, tuple):
-        model(*example_input)
-    elif isinstance(example_input, Mapping):
-        model(**example_input)
-    else:
-        raise TypeError(
-            f"example_input must be a tensor, a tuple of arguments or a dict of keyword arguments, got "
-            f"{type(example_input).__name__}"
-        )
+        return model(example_input)
+    if isinstance(example_input, tuple):
+        return model(*example_input)
+    if isinstance(example_input, Mapping):
+        return model(**example_input)
+    raise TypeError(
+        f"example_input must be a tensor, a tuple of arguments or a dict of keyword arguments, got "
+        f"{type(example_input).__name__}"
+    )
 
 
 def _check_decisions(decisions: Mapping[str, _Decision], tuned: Any) -> None:
