@@ -100,10 +100,11 @@ def fuse_epilogues(model: nn.Module, once: set[str]) -> tuple[nn.Module, dict[st
         graph = _own_graph(owner) if owners[id(owner)] == 1 and (name or isinstance(owner, fx.GraphModule)) else None
         if graph is None:
             continue
-        here = dict(_fuse_graph(graph, owner, {c.removeprefix(f"{name}.") if name else c for c in once}))
+        prefix = f"{name}." if name else ""
+        here = dict(_fuse_graph(graph, owner, once, prefix))
         if here:
             made = _put(made, name, _graph_module(owner, graph))
-            found.update({f"{name}.{conv}" if name else conv: fused for conv, fused in here.items()})
+            found.update(here)
     return (made, found) if found else (model, {})
 
 
@@ -168,20 +169,25 @@ def _put(root: nn.Module, name: str, module: nn.Module) -> nn.Module:
 # ---- one graph ----------------------------------------------------------------------------------------------
 
 
-def _fuse_graph(graph: fx.Graph, owner: nn.Module, once: set[str]) -> Iterator[tuple[str, Fused]]:
-    """Fuse in a graph and in the convolutions that it calls; yields what each took over."""
+def _fuse_graph(graph: fx.Graph, owner: nn.Module, once: set[str], prefix: str) -> Iterator[tuple[str, Fused]]:
+    """Fuse in a graph and in the convolutions that it calls; yields what each took over.
+
+    ``prefix`` is what stands before the owner's names in the whole model.
+    """
     modules = dict(owner.named_modules(remove_duplicate=False))
     calls = calls_of(graph)
     for node in list(graph.nodes):
         conv = modules.get(str(node.target)) if node.op == "call_module" else None
-        if not isinstance(conv, SparseConv2d) or str(node.target) not in once or calls[str(node.target)] != 1:
+        name = f"{prefix}{node.target}"
+        if not isinstance(conv, SparseConv2d) or name not in once or calls[str(node.target)] != 1:
             continue
         match = _match(node, conv, modules)
         if match is None:
             continue
         conv.activation = match.name or "none"
+        source = f"{prefix}{match.source}" if match.after[-1].op == "call_module" else match.source
         _rewrite(graph, match)
-        yield str(node.target), Fused(match.source, match.add is not None)
+        yield name, Fused(source if match.name else None, match.add is not None)
     graph.lint()
 
 
