@@ -11,6 +11,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from numbasparse.nn.module import SparseConv2d
+from numbasparse.nn.pooling import SeparableMaxPool2d
 from numbasparse.runtime.layouts import Layout
 
 # What computes each value from those at its place, and so keeps the order in memory.  Exact types, as in `convert`.
@@ -20,10 +21,10 @@ _METHODS = ("add", "add_", "relu", "relu_")
 
 
 class Tracer(fx.Tracer):
-    """A tracer that does not look into sparse convolutions."""
+    """A tracer that does not look into the modules of this package."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, SparseConv2d) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, (SparseConv2d, SeparableMaxPool2d)) or super().is_leaf_module(m, module_qualified_name)
 
 
 def keep_native(model: nn.Module, gives: Mapping[str, Layout], trace: Callable[[nn.Module], list[fx.Graph]]) -> None:
