@@ -2,6 +2,7 @@
 
     python benchmarks/pruning.py calibrate            # recipes compared on held-back training images
     python benchmarks/pruning.py core methods         # what README's tables are made of
+    python benchmarks/pruning.py distilled --epochs 60  # pruned from a dense checkpoint, which is also the teacher
     python benchmarks/pruning.py realesrgan search
     python benchmarks/pruning.py core methods search realesrgan --tiny   # every path in a few steps, also on a CPU
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
 
 import torch
 from common import RESULTS, environment
-from pruning_fashion import core, retrain_after, search, single
+from pruning_fashion import core, from_checkpoint, retrain_after, search, single
 from pruning_pool import Job, Pool, Results
 from pruning_realesrgan import realesrgan
 from pruning_train import Recipe
@@ -62,6 +64,7 @@ def common_parameters(args: argparse.Namespace) -> dict[str, Any]:
         "method": "gradual",
         "scope": args.scope,
         "vector": 1,
+        "ramp": (0.05, 0.6),
     }
 
 
@@ -89,6 +92,23 @@ def core_jobs(args: argparse.Namespace) -> Iterator[Job]:
                 yield Job(f"core {network} {sparsity:.0%} seed {seed} {args.epochs} epochs", core, p)
 
 
+def distilled_jobs(args: argparse.Namespace) -> Iterator[Job]:
+    """As ``core``, but all from the same dense checkpoint of half of the epochs, which also teaches the pruned ones."""
+    for network in args.networks:
+        for seed in range(args.first_seed, args.first_seed + args.seeds):
+            common = common_parameters(args) | {"group": "distilled", "network": network, "seed": seed}
+            common |= {"first_epochs": args.epochs // 2, "checkpoints": str(args.checkpoints), "distil": True}
+            common["ramp"] = tuple(args.ramp)
+            common["quantizations"] = QUANTIZATIONS[:2] if args.tiny else QUANTIZATIONS
+            name = f"distilled {network} seed {seed} {args.epochs} epochs"
+            dense = common | {"sparsity": 0.0, "distil": False}
+            yield Job(f"{name} dense", from_checkpoint, dense)
+            for sparsity in SPARSITIES[:1] if args.tiny else SPARSITIES:
+                yield Job(f"{name} {sparsity:.0%}", from_checkpoint, common | {"sparsity": sparsity}, f"{name} dense")
+            taught = common | {"sparsity": 0.0, "quantizations": ()}
+            yield Job(f"{name} dense, taught", from_checkpoint, taught, f"{name} dense")
+
+
 def methods_jobs(args: argparse.Namespace) -> Iterator[Job]:
     """One network, pruned by each method."""
     for seed in range(args.method_seeds):
@@ -112,8 +132,8 @@ def realesrgan_jobs(args: argparse.Namespace) -> Iterator[Job]:
 def search_jobs(args: argparse.Namespace) -> Iterator[Job]:
     """The search for the highest sparsity without a drop, on the quickstart's network."""
     p = common_parameters(args) | {"group": "search", "network": "fashion", "seed": 0, "sparsity": 0.0}
-    p |= {"validation": True, "log": str(args.out / "pruning_search")}
-    p |= {"epochs": min(args.epochs, 20), "retrain_epochs": min(args.epochs, 2), "fine_lr": 0.05}
+    p |= {"log": str(args.out / "pruning_search"), "retrain_steps": 3 if args.tiny else args.search_steps}
+    p |= {"fine_lr": args.search_lr, "recipe": p["recipe"] | {"batch": 40 if args.tiny else args.search_batch}}
     p |= {"levels": (0.5, 0.9) if args.tiny else (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)}
     p |= {"max_rounds": 2 if args.tiny else None}
     yield Job("search", search, p)
@@ -122,6 +142,7 @@ def search_jobs(args: argparse.Namespace) -> Iterator[Job]:
 GROUPS = {
     "calibrate": calibrate_jobs,
     "core": core_jobs,
+    "distilled": distilled_jobs,
     "methods": methods_jobs,
     "realesrgan": realesrgan_jobs,
     "search": search_jobs,
@@ -139,7 +160,7 @@ def describe(args: argparse.Namespace, workers: list[str]) -> dict[str, Any]:
     """Return what a run was made with."""
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    kept = {name: value for name, value in settings.items() if name not in ("data", "out")}
+    kept = {name: value for name, value in settings.items() if name not in ("data", "out", "checkpoints")}
     return {**environment(), "gpus": gpus, "cuda": torch.version.cuda, "workers": workers, "settings": kept}
 
 
@@ -161,6 +182,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--one-shot", action=argparse.BooleanOptionalAction, default=True, help="prune one at once too")
     parser.add_argument("--method-seeds", type=int, default=2, help="of methods")
     parser.add_argument("--steps", type=int, default=1500, help="of Real-ESRGAN's distillation")
+    parser.add_argument("--ramp", type=float, nargs=2, default=(0.0, 0.5), help="of distilled: shares of its steps")
+    parser.add_argument("--search-steps", type=int, default=375, help="of retraining in each round of the search")
+    parser.add_argument("--search-lr", type=float, default=0.05)
+    parser.add_argument("--search-batch", type=int, default=480)
+    parser.add_argument(
+        "--checkpoints", type=Path, default=Path(tempfile.gettempdir()) / "numbasparse-checkpoints", help="of distilled"
+    )
     parser.add_argument("--data", type=Path, default=ROOT / ".data" / "fashion-mnist", help="Fashion-MNIST's folder")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where to write")
     parser.add_argument("--tiny", action="store_true", help="try every path on a few images; results mean nothing")

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fashion import fashion_resnet
+from fashion import load_model
 from fashion_large import build
 from pruning_pool import Emit, Job, Row
 from pruning_train import Images, Recipe, accuracy, train
+from safetensors.torch import load_file, save
 from torch import nn
 
+from numbasparse.files import write_whole
 from numbasparse.pruning import (
     ACDCSchedule,
     CubicSchedule,
@@ -85,14 +87,14 @@ def method_config(p: dict[str, Any]) -> MagnitudePruning:
 def method_pruner(model: nn.Module, p: dict[str, Any], steps: int) -> Pruner | None:
     """Return the pruner of a job's method for a training of so many steps.
 
-    Gradual: cubic from 5 to 60 % of the steps. AC/DC: dense for a tenth, then in turns compressed and dense for an
-    eighth each, compressed from 85 % on, as its paper has it.
+    Gradual: cubic from ``ramp[0]`` to ``ramp[1]`` of the steps, in 60 updates of the masks. AC/DC: dense for a tenth,
+    then in turns compressed and dense for an eighth each, compressed from 85 % on, as its paper has it.
     """
     if not p["sparsity"]:
         return None
     if p["method"] == "gradual":
-        begin = round(0.05 * steps)
-        schedule = CubicSchedule(begin, max(begin + 1, round(0.6 * steps)), every=max(1, steps // 200))
+        begin, end = (round(part * steps) for part in p["ramp"])
+        schedule = CubicSchedule(begin, max(begin + 1, end), every=max(1, (end - begin) // 60))
         return Pruner(model, method_config(p), schedule)
     if p["method"] == "acdc":
         phase = max(1, steps // 8)
@@ -113,12 +115,19 @@ def train_once(e: Experiment) -> nn.Module:
     return model
 
 
-def train_pruned(model: nn.Module, e: Experiment, recipe: Recipe, epochs: int, pruner: Pruner | None) -> float:
+def train_pruned(
+    model: nn.Module,
+    e: Experiment,
+    recipe: Recipe,
+    epochs: int,
+    pruner: Pruner | None,
+    teacher: nn.Module | None = None,
+) -> float:
     """Train, with a pruner from its beginning to its end; return the last epoch's mean loss."""
     if pruner is None:
-        return train(model, e.data, epochs=epochs, recipe=recipe)
+        return train(model, e.data, epochs=epochs, recipe=recipe, teacher=teacher)
     pruner.begin()
-    loss = train(model, e.data, epochs=epochs, recipe=recipe, pruner=pruner)
+    loss = train(model, e.data, epochs=epochs, recipe=recipe, pruner=pruner, teacher=teacher)
     pruner.finish()
     return loss
 
@@ -134,21 +143,63 @@ def single(job: Job, device: torch.device, emit: Emit) -> None:
 
 
 def core(job: Job, device: torch.device, emit: Emit) -> None:
-    """Train once; then, each from there, train a little longer as it is and quantized in every way."""
+    """Train once from scratch; then, each from there, train a little longer as it is and quantized in every way."""
     e = Experiment(job, device, emit)
     model = train_once(e)
-    p = e.p
-    longer = copy.deepcopy(model)
-    train_pruned(longer, e, e.fine, p["fine_epochs"], Pruner(longer, method_config(p)) if p["sparsity"] else None)
-    e.row(longer, method="longer", fine_epochs=p["fine_epochs"], fine_lr=p["fine_lr"])
-    del longer
-    for kind, bits in p["quantizations"]:
-        quantized(e, model, kind, bits)
-    if p["one_shot"]:
+    fine_tune(e, model)
+    if e.p["one_shot"]:
         one_shot(e, model)
 
 
-def quantized(e: Experiment, model: nn.Module, kind: str, bits: int) -> None:
+def fine_tune(e: Experiment, model: nn.Module, teacher: nn.Module | None = None) -> None:
+    """Train copies of a network a little longer: one as it is, and one quantized in each way."""
+    p = e.p
+    longer = copy.deepcopy(model)
+    pruner = Pruner(longer, method_config(p)) if p["sparsity"] else None
+    train_pruned(longer, e, e.fine, p["fine_epochs"], pruner, teacher)
+    e.row(longer, method="longer", fine_epochs=p["fine_epochs"], fine_lr=p["fine_lr"])
+    del longer, pruner
+    for kind, bits in p["quantizations"]:
+        quantized(e, model, kind, bits, teacher)
+
+
+def checkpoint(e: Experiment) -> nn.Module:
+    """Return the dense network of a job's seed: trained here, or read from the file that an earlier job left."""
+    p = e.p
+    model = e.network()
+    path = Path(p["checkpoints"]) / f"{p['network']}-{p['seed']}-{p['first_epochs']}.safetensors"
+    if path.exists():
+        model.load_state_dict(load_file(path, device=str(e.device)))
+        return model
+    train(model, e.data, epochs=p["first_epochs"], recipe=e.recipe)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, save({key: value.contiguous() for key, value in model.state_dict().items()}))
+    return model
+
+
+def from_checkpoint(job: Job, device: torch.device, emit: Emit) -> None:
+    """Go on from a dense checkpoint, pruning on the way to the job's sparsity; then as ``core``.
+
+    All have the same total of epochs, the dense one too. With ``distil`` the checkpoint is also the teacher, for the
+    quantized networks too.
+    """
+    e = Experiment(job, device, emit)
+    p = e.p
+    model = checkpoint(e)
+    if not p["sparsity"] and not p["distil"]:
+        e.row(model, method="checkpoint", first_epochs=p["first_epochs"], recipe=asdict(e.recipe))
+    teacher = copy.deepcopy(model).requires_grad_(False) if p["distil"] else None
+    epochs = p["epochs"] - p["first_epochs"]
+    pruner = method_pruner(model, p, len(e.data) // e.recipe.batch * epochs)
+    loss = train_pruned(model, e, e.recipe, epochs, pruner, teacher)
+    method = {"method": "gradual", "scope": p["scope"], "vector": p["vector"]} if p["sparsity"] else {"method": "dense"}
+    more = {"first_epochs": p["first_epochs"], "distilled": p["distil"], "loss": round(loss, 4)}
+    e.row(model, **method, **more, recipe=asdict(e.recipe), by_layer=by_layer(model))
+    if p["quantizations"]:
+        fine_tune(e, model, teacher)
+
+
+def quantized(e: Experiment, model: nn.Module, kind: str, bits: int, teacher: nn.Module | None) -> None:
     """Quantize a copy of a trained network, retrain it so, and emit the accuracy before and after retraining.
 
     ``kind`` is ``"codebook"`` (exact k-means, one codebook a layer) or ``"linear"`` (symmetric, a scale for each output
@@ -164,7 +215,7 @@ def quantized(e: Experiment, model: nn.Module, kind: str, bits: int) -> None:
     quantizer = Quantizer(model, config)
     quantizer.begin()
     more = {"fine_epochs": p["fine_epochs"], "fine_lr": p["fine_lr"], "accuracy_at_once": accuracy(model, e.test)}
-    train(model, e.data, epochs=p["fine_epochs"], recipe=e.fine, quantizer=quantizer)
+    train(model, e.data, epochs=p["fine_epochs"], recipe=e.fine, quantizer=quantizer, teacher=teacher)
     layers = quantizer.finish().layers
     for size in ("dense_nbytes", "nbytes", "huffman_nbytes"):
         more[size] = sum(getattr(layer, size) for layer in layers)
@@ -208,37 +259,30 @@ def one_shot(e: Experiment, dense: nn.Module) -> None:
 
 
 def search(job: Job, device: torch.device, emit: Emit) -> None:
-    """Search the sparsest form of the quickstart's network that is not worse than it on held-back images.
+    """Search the sparsest form of the quickstart's trained network that is not worse than it.
 
-    The network is first trained without the 5,000 validation images, by which the search decides; the test images are
-    looked at before and after. The log is also written to the folder ``log``.
+    The search decides by the first half of the test images, which were used for nothing before; the row that is
+    emitted gives the accuracy on the other half, before and after. Every step of the search is a row too, and a line
+    in the folder ``log``, from which an interrupted search goes on.
     """
     e = Experiment(job, device, emit)
     p = e.p
-    torch.manual_seed(p["seed"])
-    model = fashion_resnet().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    train(model, e.data, epochs=p["epochs"], recipe=e.recipe)
-    test = data_sets(p["folder"], device, p["limit"], validation=False)[1]
-    before = accuracy(model, test)
-    log: list[Row] = []
-
-    def tell(line: Row) -> None:
-        log.append(line)
-        print("search", line["event"], {k: v for k, v in line.items() if not isinstance(v, (dict, list))}, flush=True)
+    model = load_model("dense").to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    deciding, e.test = e.test.split(len(e.test) // 2)
+    before = accuracy(model, e.test)
 
     def retrain(model: nn.Module, pruner: Pruner) -> None:
-        train(model, e.data, epochs=p["retrain_epochs"], recipe=e.fine, pruner=pruner)
+        train(model, e.data, epochs=1, steps=p["retrain_steps"], recipe=e.fine, pruner=pruner)
 
     found = search_sparsity(
         model,
-        lambda model: accuracy(model, e.test),
+        lambda model: accuracy(model, deciding),
         max_drop=0.0,
         retrain=retrain,
         config=SearchConfig(levels=p["levels"], max_rounds=p["max_rounds"]),
         folder=p["log"],
-        tell=tell,
+        tell=lambda line: emit({"method": "search step", **line}),
     )
-    more = {"test_baseline": before, "validation_accuracy": found.accuracy, "baseline": found.baseline}
-    more |= {"rounds": found.rounds, "finished": found.finished, "retrain_epochs": p["retrain_epochs"]}
-    e.test, e.judge = test, "test"
-    e.row(model, method="search", **more, sparsities=found.sparsities, log=log)
+    more = {"baseline": before, "deciding": found.accuracy, "deciding_baseline": found.baseline}
+    more |= {"rounds": found.rounds, "finished": found.finished, "sparsities": found.sparsities}
+    e.row(model, method="search", retrain_steps=p["retrain_steps"], recipe=asdict(e.fine), **more)

@@ -24,12 +24,14 @@ Emit = Callable[[Row], None]
 class Job:
     """One unit of work: ``function(job, device, emit)`` computes rows and hands each to ``emit``.
 
-    Jobs go to other processes: the function must be one of a module, the parameters plain values.
+    Jobs go to other processes: the function must be one of a module, the parameters plain values. A job waits for the
+    one named by ``after`` to end, if that is to do at all.
     """
 
     name: str
     function: Callable[[Job, torch.device, Emit], None]
     parameters: dict[str, Any] = field(default_factory=dict)
+    after: str | None = None
 
 
 class Results:
@@ -154,12 +156,14 @@ class Pool:
         return left
 
     def _next(self, worker: _Worker) -> None:
-        job = self.todo.pop(0) if self.todo else None
+        """Give a worker that is free the first job that need not wait, if there is one."""
+        worker.job = None
+        unfinished = {job.name for job in self.todo} | {other.job.name for other in self.workers if other.job}
+        job = next((job for job in self.todo if job.after not in unfinished), None)
         if job is not None:
+            self.todo.remove(job)
             self.results.start(job)
             worker.give(job)
-        else:
-            worker.job = None
 
     def _hear(self, worker: _Worker) -> None:
         """Take one message of a worker."""
@@ -182,7 +186,9 @@ class Pool:
         else:
             self.results.fail(job, value)
             self._say(job.name, "FAILED:", value)
-        self._next(worker)
+        worker.job = None
+        for free in [other for other in self.workers if not other.job]:
+            self._next(free)
 
     def _say(self, *words: str) -> None:
         print(f"[{len(self.todo)} waiting, {self.end - time.monotonic():.0f} s left]", *words, flush=True)

@@ -42,21 +42,31 @@ def table(head: list[str], body: Iterable[list[str]]) -> list[str]:
     return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *body)]
 
 
-def core(rows: list[Row]) -> list[str]:
+GROUPS = {
+    "core": "Pruned from the start",
+    "distilled": "From a dense checkpoint of half of the epochs, which teaches the pruned networks",
+}
+
+
+def networks(rows: list[Row]) -> list[str]:
     """Accuracy of dense and pruned networks, as trained, trained longer, and quantized."""
     head = ["sparsity", "as trained", "longer", *(f"{kind} {bits} bit" for kind, bits in FORMS)]
     lines: list[str] = []
-    for network, title in NETWORKS.items():
-        mine = chosen(rows, group="core", network=network)
-        body = []
-        for sparsity in sorted({row["sparsity"] for row in mine if "one-shot" not in row["method"]}):
-            here = chosen(mine, sparsity=sparsity)
-            trained = accuracies(here, method="gradual" if sparsity else "dense")
-            cells = [spread(trained), spread(accuracies(here, method="longer"))]
-            cells += [spread(accuracies(here, quantization=kind, bits=bits)) for kind, bits in FORMS]
-            body.append([f"{sparsity:.0%}" if sparsity else "dense", *cells])
-        if body:
-            lines += ["", title + ":", "", *table(head, body)]
+    for group, what in GROUPS.items():
+        for network, title in NETWORKS.items():
+            mine = chosen(rows, group=group, network=network)
+            taught = [row for row in mine if row.get("distilled") and not row["sparsity"]]
+            rest = [row for row in mine if row not in taught and "one-shot" not in row["method"]]
+            body = []
+            for sparsity in sorted({row["sparsity"] for row in rest}):
+                here = chosen(rest, sparsity=sparsity)
+                cells = [accuracies(here, method="gradual" if sparsity else "dense"), accuracies(here, method="longer")]
+                cells += [accuracies(here, quantization=kind, bits=bits) for kind, bits in FORMS]
+                body.append([f"{sparsity:.0%}" if sparsity else "dense", *map(spread, cells)])
+            if taught:
+                body.append(["dense, taught too", spread(row["accuracy"] for row in taught), *[""] * (len(head) - 2)])
+            if body:
+                lines += ["", f"{title}. {what}:", "", *table(head, body)]
     return lines
 
 
@@ -67,19 +77,20 @@ AIMS = ((0.9, 0.0), (0.95, 0.0), (0.98, 0.5))
 def aims(rows: list[Row]) -> list[str]:
     """Say of each aim whether it was reached."""
     lines = []
-    for network, title in NETWORKS.items():
-        mine = chosen(rows, group="core", network=network)
-        dense = accuracies(mine, sparsity=0.0, method="longer")
-        for sparsity, allowed in AIMS:
-            values = accuracies(mine, sparsity=sparsity, quantization="codebook", bits=4)
-            if not dense or not values:
-                continue
-            points = 100.0 * (statistics.mean(values) - statistics.mean(dense))
-            word = "reached" if points >= -allowed else "NOT reached"
-            lines.append(
-                f"- {title}, {sparsity:.0%} with a 4-bit codebook: {points:+.2f} points to dense "
-                f"(aim: at most {allowed} below): {word}"
-            )
+    for group in GROUPS:
+        for network, title in NETWORKS.items():
+            mine = chosen(rows, group=group, network=network)
+            dense = accuracies(mine, sparsity=0.0, method="longer")
+            for sparsity, allowed in AIMS:
+                values = accuracies(mine, sparsity=sparsity, quantization="codebook", bits=4)
+                if not dense or not values:
+                    continue
+                points = 100.0 * (statistics.mean(values) - statistics.mean(dense))
+                word = "reached" if points >= -allowed else "NOT reached"
+                lines.append(
+                    f"- {group}, {title}, {sparsity:.0%} with a 4-bit codebook: {points:+.2f} points to dense "
+                    f"({len(values)} and {len(dense)} seeds; aim: at most {allowed} below): {word}"
+                )
     return lines
 
 
@@ -122,14 +133,17 @@ def search(rows: list[Row]) -> list[str]:
     """Where the search ended."""
     lines = []
     for row in chosen(rows, method="search"):
-        validation = f"validation accuracy {row['baseline']:.4f} -> {row['validation_accuracy']:.4f}"
-        test = f"test accuracy {row['test_baseline']:.4f} -> {row['accuracy']:.4f}"
-        lines.append(f"- search: {row['reached']:.2%} sparse after {row['rounds']} rounds; {validation}, {test}")
+        how = f"{row['rounds']} rounds of {row['retrain_steps']} steps" + ("" if row["finished"] else ", cut off")
+        lines.append(
+            f"- search: {row['reached']:.2%} sparse after {how}; accuracy on the deciding images "
+            f"{row['deciding_baseline']:.2%} -> {row['deciding']:.2%}, on the others "
+            f"{row['baseline']:.2%} -> {row['accuracy']:.2%}"
+        )
     return lines
 
 
-def plot(rows: list[Row], path: Path) -> None:
-    """Draw mean and spread of accuracy against sparsity, for each form of the weights, into a PNG."""
+def plot(rows: list[Row], path: Path, group: str = "core") -> None:
+    """Draw mean and spread of a group's accuracy against sparsity, for each form of the weights, into a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -137,11 +151,11 @@ def plot(rows: list[Row], path: Path) -> None:
 
     forms = [("float", {"method": "longer"})]
     forms += [(f"{kind} {bits} bit", {"quantization": kind, "bits": bits}) for kind, bits in FORMS]
-    networks = [n for n in NETWORKS if chosen(rows, group="core", network=n)]
-    figure, axes = plt.subplots(1, len(networks), figsize=(5.5 * len(networks), 4), layout="constrained", squeeze=False)
+    shown = [n for n in NETWORKS if chosen(rows, group=group, network=n)]
+    figure, axes = plt.subplots(1, len(shown), figsize=(5.5 * len(shown), 4), layout="constrained", squeeze=False)
     colors = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
-    for axis, network in zip(axes[0], networks, strict=True):
-        mine = chosen(rows, group="core", network=network)
+    for axis, network in zip(axes[0], shown, strict=True):
+        mine = chosen(rows, group=group, network=network)
         sparsities = sorted({row["sparsity"] for row in chosen(mine, method="longer")})
         for number, (label, wanted) in enumerate(forms):
             found = [[100.0 * x for x in accuracies(mine, sparsity=s, **wanted)] for s in sparsities]
@@ -169,11 +183,11 @@ def plot(rows: list[Row], path: Path) -> None:
 
 def report(content: Row) -> list[str]:
     """All tables of a results file."""
-    rows = [row for row in content["rows"] if row.get("group") != "calibrate"]
+    rows = [row for row in content["rows"] if row.get("group") != "calibrate" and row.get("method") != "search step"]
     fashion = [row for row in rows if "group" in row and row.get("judged_by") == "test"]
     last = content["runs"][-1]
     lines = [f"{', '.join(last['gpus']) or last['processor']}; torch {last['versions']['torch']}; {last['date'][:10]}"]
-    return [*lines, *core(fashion), "", *aims(fashion), *methods(fashion), *realesrgan(rows), "", *search(rows)]
+    return [*lines, *networks(fashion), "", *aims(fashion), *methods(fashion), *realesrgan(rows), "", *search(rows)]
 
 
 def calibration(content: Row) -> list[str]:
@@ -188,11 +202,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Tables and plot of the pruning benchmark.")
     parser.add_argument("--results", type=Path, default=RESULTS / "pruning.json")
     parser.add_argument("--plot", type=Path, help="write the plot here")
+    parser.add_argument("--group", choices=GROUPS, default="core", help="what to plot")
     args = parser.parse_args()
     content = json.loads(args.results.read_text())
     print("\n".join([*calibration(content), *report(content)]))
     if args.plot:
-        plot([row for row in content["rows"] if "group" in row], args.plot)
+        plot([row for row in content["rows"] if "group" in row], args.plot, args.group)
 
 
 if __name__ == "__main__":

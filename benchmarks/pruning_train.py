@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from numbasparse.pruning import Pruner
+from numbasparse.pruning import Distillation, Pruner
 from numbasparse.quantization import Quantizer
 
 DATA = Path(__file__).resolve().parent.parent / "data"
@@ -35,7 +35,8 @@ class Recipe:
 
     The rate rises from 0 to ``lr`` over the share ``warm_up`` of the steps, then falls to 0 at the end. Weight
     decay acts on weights of two or more dimensions. ``batch`` should divide the training set: the rest of each
-    epoch's random order is left out.
+    epoch's random order is left out. Where there is a teacher, the loss against its outputs (softened by
+    ``temperature``) has the share ``teacher_share``, that against the labels the rest.
     """
 
     lr: float = 0.2
@@ -44,6 +45,8 @@ class Recipe:
     weight_decay: float = 5e-4
     label_smoothing: float = 0.1
     batch: int = 480
+    teacher_share: float = 0.8
+    temperature: float = 2.0
 
 
 @dataclass(frozen=True)
@@ -116,8 +119,10 @@ def train(
     *,
     epochs: int,
     recipe: Recipe,
+    steps: int | None = None,
     pruner: Pruner | None = None,
     quantizer: Quantizer | None = None,
+    teacher: nn.Module | None = None,
 ) -> float:
     """Train a classifier in place; return the mean loss of the last epoch.
 
@@ -128,9 +133,13 @@ def train(
     data : Images
     epochs : int
     recipe : Recipe
+    steps : int, optional
+        Of an epoch; a whole pass over the data if not given.
     pruner : Pruner, optional
     quantizer : Quantizer, optional
-        Both are begun before the first step and finished after the last.
+        Both have begun, and are left for the caller to finish.
+    teacher : nn.Module, optional
+        The model learns from its outputs too, to the recipe's share.
 
     Raises
     ------
@@ -145,12 +154,17 @@ def train(
     losses = torch.zeros((), device=device)
     if pruner is not None:
         pruner.optimizer = optimizer
+    share, temperature = recipe.teacher_share, recipe.temperature
+    distillation = Distillation(model, teacher, weight=share, temperature=temperature) if teacher is not None else None
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         x = augment(data.x[chosen], None).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
-            loss = F.cross_entropy(model(x), data.y[chosen], label_smoothing=recipe.label_smoothing)
+            outputs = model(x)
+            loss = F.cross_entropy(outputs, data.y[chosen], label_smoothing=recipe.label_smoothing)
+            if distillation is not None:
+                loss = distillation(x, outputs, loss)
         loss.backward()
         optimizer.step()
         losses.add_(loss.detach())
@@ -164,7 +178,7 @@ def train(
         return [*model.parameters(), *model.buffers(), losses, *momenta]
 
     run = GraphStep(step, state, device)
-    steps = len(data) // recipe.batch
+    steps = steps or len(data) // recipe.batch
     for epoch in range(epochs):
         losses.zero_()
         order = torch.randperm(len(data), device=device)
