@@ -68,8 +68,14 @@ def common_parameters(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def checkpoint_parameters(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what every job has that starts from a dense checkpoint."""
+    p = common_parameters(args) | {"first_epochs": args.epochs // 2, "checkpoints": str(args.checkpoints)}
+    return p | {"distil": True, "ramp": tuple(args.ramp)}
+
+
 def calibrate_jobs(args: argparse.Namespace) -> Iterator[Job]:
-    """Recipes for the dense networks, and scopes at the highest sparsity."""
+    """Recipes for the dense networks, scopes at the highest sparsity, and what a teacher is worth."""
     for variant in ({}, {"lr": 0.1}, {"lr": 0.4}, {"weight_decay": 1e-3}):
         for network in ("resnet18", "vgg16"):
             p = common_parameters(args) | {"group": "calibrate", "network": network, "seed": 0, "sparsity": 0.0}
@@ -78,6 +84,13 @@ def calibrate_jobs(args: argparse.Namespace) -> Iterator[Job]:
     for scope in ("global", "lamp", "erk"):
         p = common_parameters(args) | {"group": "calibrate", "network": "resnet18", "seed": 0, "sparsity": 0.98}
         yield Job(f"calibrate 98% {scope} {args.epochs} epochs", single, p | {"validation": True, "scope": scope})
+    first = None
+    for variant in ({"teacher_share": 0.0}, {}, {"temperature": 4.0}, {"teacher_share": 0.5}):
+        p = checkpoint_parameters(args) | {"group": "calibrate", "network": "resnet18", "seed": 0, "sparsity": 0.95}
+        p |= {"validation": True, "recipe": p["recipe"] | variant, "quantizations": ()}
+        name = f"calibrate taught {variant or 'default'} {args.epochs} epochs"
+        yield Job(name, from_checkpoint, p, first)
+        first = first or name  # it makes the checkpoint
 
 
 def core_jobs(args: argparse.Namespace) -> Iterator[Job]:
@@ -96,9 +109,7 @@ def distilled_jobs(args: argparse.Namespace) -> Iterator[Job]:
     """As ``core``, but all from the same dense checkpoint of half of the epochs, which also teaches the pruned ones."""
     for network in args.networks:
         for seed in range(args.first_seed, args.first_seed + args.seeds):
-            common = common_parameters(args) | {"group": "distilled", "network": network, "seed": seed}
-            common |= {"first_epochs": args.epochs // 2, "checkpoints": str(args.checkpoints), "distil": True}
-            common["ramp"] = tuple(args.ramp)
+            common = checkpoint_parameters(args) | {"group": "distilled", "network": network, "seed": seed}
             common["quantizations"] = QUANTIZATIONS[:2] if args.tiny else QUANTIZATIONS
             name = f"distilled {network} seed {seed} {args.epochs} epochs"
             dense = common | {"sparsity": 0.0, "distil": False}
@@ -134,7 +145,7 @@ def search_jobs(args: argparse.Namespace) -> Iterator[Job]:
     p = common_parameters(args) | {"group": "search", "network": "fashion", "seed": 0, "sparsity": 0.0}
     p |= {"log": str(args.out / "pruning_search"), "retrain_steps": 3 if args.tiny else args.search_steps}
     p |= {"fine_lr": args.search_lr, "recipe": p["recipe"] | {"batch": 40 if args.tiny else args.search_batch}}
-    p |= {"levels": (0.5, 0.9) if args.tiny else (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)}
+    p |= {"levels": (0.5, 0.9) if args.tiny else tuple(args.search_levels)}
     p |= {"max_rounds": 2 if args.tiny else None}
     yield Job("search", search, p)
 
@@ -184,6 +195,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=1500, help="of Real-ESRGAN's distillation")
     parser.add_argument("--ramp", type=float, nargs=2, default=(0.0, 0.5), help="of distilled: shares of its steps")
     parser.add_argument("--search-steps", type=int, default=375, help="of retraining in each round of the search")
+    levels = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
+    parser.add_argument("--search-levels", type=float, nargs="+", default=levels, help="sparsities a layer may have")
     parser.add_argument("--search-lr", type=float, default=0.05)
     parser.add_argument("--search-batch", type=int, default=480)
     parser.add_argument(

@@ -167,7 +167,8 @@ def checkpoint(e: Experiment) -> nn.Module:
     """Return the dense network of a job's seed: trained here, or read from the file that an earlier job left."""
     p = e.p
     model = e.network()
-    path = Path(p["checkpoints"]) / f"{p['network']}-{p['seed']}-{p['first_epochs']}.safetensors"
+    name = f"{p['network']}-{p['seed']}-{p['first_epochs']}-{e.judge}{p['limit'] or ''}.safetensors"
+    path = Path(p["checkpoints"]) / name
     if path.exists():
         model.load_state_dict(load_file(path, device=str(e.device)))
         return model
