@@ -83,8 +83,8 @@ class Results:
 def _work(device: str, parent: Connection) -> None:
     """Do the jobs that come until None comes; an exception ends a job, not the worker."""
     where = torch.device(device)
-    torch.set_num_threads(4 if where.type == "cuda" else 1)
     if where.type == "cuda":
+        torch.set_num_threads(4)
         torch.cuda.set_device(where)
         torch.backends.cudnn.benchmark = True
     while (job := parent.recv()) is not None:
