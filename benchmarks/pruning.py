@@ -17,6 +17,7 @@ quantized in six ways. ``methods`` compares pruning methods on one network. Fash
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -215,6 +216,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     """Run the script; the exit code says whether a job failed or was left."""
+    # An ordinary exit, which ends the workers too: they would otherwise go on alone.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     args = parse()
     jobs = [job for group in args.groups for job in GROUPS[group](args)]
     workers = devices(args.workers)
