@@ -32,6 +32,8 @@ def _clear_errors(command: Callable[..., Any]) -> Callable[..., Any]:
         except _EXPECTED as error:
             if isinstance(error, ImportError) and error.name in ("torch", "optuna", "matplotlib"):
                 click.echo(f"error: {error.name} is not installed: pip install 'numbasparse[all]'", err=True)
+            elif isinstance(error, ImportError) and error.name in ("onnx", "onnxruntime", "onnxscript"):
+                click.echo(f"error: {error.name} is not installed: pip install 'numbasparse[onnx,all]'", err=True)
             else:
                 click.echo(f"error: {' '.join(str(error).split()) or type(error).__name__}", err=True)
             sys.exit(1)
@@ -311,3 +313,35 @@ def quantize(
     if sparse is not None:
         save_weights(sparse, report.weights)
         click.echo(f"wrote {sparse}")
+
+
+@main.command("import")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--input", "shape", help='Shape of the input where the file leaves it open, for example "1,3,224,224".')
+@click.option("--report", is_flag=True, help="Also print every layer that was made, with its share of zeros.")
+@click.option("--fallback", is_flag=True, help="Run a file that cannot be imported once through onnxruntime.")
+@_clear_errors
+def import_(model: Path, out: Path, shape: str | None, report: bool, fallback: bool) -> None:
+    """Import an ONNX file of a convolutional net as an exported program OUT (.pt2), which tune and bench take."""
+    from numbasparse.cli.onnx import import_file
+
+    if out.suffix != ".pt2":
+        raise ValueError(f"expected a file name that ends in .pt2, got {str(out)!r}")
+    import_file(model, out, shape, report, fallback)
+
+
+@main.command(
+    "export-onnx",
+    help=f"Write MODEL (or an .onnx file) as ONNX, pruned weights as sparse initializers.\n\n{MODEL_HELP}",
+)
+@click.argument("model")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--input", "shape", help='Shape of the input, for example "1,3,224,224"; not for an .onnx file.')
+@click.option("--weights", type=click.Path(path_type=Path), help="safetensors file with the model's state_dict.")
+@click.option("--threshold", type=click.FloatRange(0, 1), default=0.7, show_default=True, help="Least share of zeros.")
+@_clear_errors
+def export_onnx(model: str, out: Path, shape: str | None, weights: Path | None, threshold: float) -> None:
+    from numbasparse.cli.onnx import export_file
+
+    export_file(model, weights, shape, out, threshold)

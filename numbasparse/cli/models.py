@@ -132,6 +132,17 @@ def check_device(name: str) -> None:
         raise ValueError(f"device {name!r} cannot be used: {error}") from error
 
 
+def parse_shape(shape: str) -> list[int]:
+    """The sizes in a text like ``"1,3,224,224"``; ValueError if it is no shape."""
+    try:
+        sizes = [int(part) for part in shape.split(",")]
+    except ValueError:
+        sizes = []
+    if len(sizes) < 2 or min(sizes) < 1:
+        raise ValueError(f"expected the input's shape as positive numbers like '1,3,224,224', got {shape!r}")
+    return sizes
+
+
 def example_input(shape: str, model: nn.Module) -> torch.Tensor:
     """A random tensor of a shape written as ``"1,3,224,224"``, on which the model runs.
 
@@ -140,12 +151,7 @@ def example_input(shape: str, model: nn.Module) -> torch.Tensor:
     ValueError
         If it is no shape, or the model raises at such an input.
     """
-    try:
-        sizes = [int(part) for part in shape.split(",")]
-    except ValueError:
-        sizes = []
-    if len(sizes) < 2 or min(sizes) < 1:
-        raise ValueError(f"expected the input's shape as positive numbers like '1,3,224,224', got {shape!r}")
+    sizes = parse_shape(shape)
     try:
         x = torch.randn(sizes, generator=torch.Generator().manual_seed(0))
         with torch.inference_mode():
