@@ -29,8 +29,8 @@ import numpy as np
 from autotune.compiling import Compilers
 from autotune.measure import ABANDON, RTOL, Bench, DeviceLost, GpuTimes, Result, Timing, timing_of
 from autotune.space import Candidate, LayerProblem
+from numbasparse.activations import check_activation, in_torch
 from numbasparse.kernels import KERNELS, CudaRunner
-from numbasparse.plans import check_activation
 from numbasparse.runtime import cuda
 from numbasparse.runtime.layouts import Layout, to_layout
 from numbasparse.spec import ConvSpec
@@ -386,7 +386,7 @@ def bounds(
         rounding = (weight.to(images.dtype).double() - w).abs()
         slack += exact_conv2d(x.abs(), rounding, spec)
         slack += 4 * UNIT[spec.dtype] * (before.abs() + b.abs())
-    expected = _activated(before, problem.activation)
+    expected = in_torch(problem.activation or "none")(before)
     return (expected - slack).float(), (expected + slack).float()
 
 
@@ -397,13 +397,6 @@ def exact_conv2d(x: torch.Tensor, weight: torch.Tensor, spec: ConvSpec) -> torch
     (top, bottom), (left, right) = spec.padding
     padded = F.pad(x, (left, right, top, bottom))
     return F.conv2d(padded, weight, None, spec.stride, 0, spec.dilation, spec.groups)
-
-
-def _activated(y: torch.Tensor, activation: str | None) -> torch.Tensor:
-    from torch.nn import functional as F
-
-    acts: dict[str | None, Callable[[Any], Any]] = {"relu": F.relu, "relu6": F.relu6, "silu": F.silu}
-    return acts[activation](y) if activation in acts else y
 
 
 def _outside(y: torch.Tensor, low: torch.Tensor, high: torch.Tensor, places: torch.Tensor) -> str | None:

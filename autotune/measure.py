@@ -20,8 +20,9 @@ import msgspec
 import numpy as np
 
 from autotune.space import Candidate, LayerProblem
+from numbasparse.activations import check_activation, in_torch
 from numbasparse.kernels.reference import conv2d_reference
-from numbasparse.plans import Plan, check_activation
+from numbasparse.plans import Plan
 from numbasparse.runtime import cpu
 from numbasparse.spec import ConvSpec
 
@@ -263,8 +264,7 @@ def _stock(torch: Any, spec: ConvSpec, activation: str | None) -> Callable[[Any,
     (top, bottom), (left, right) = spec.padding
     even = top == bottom and left == right
     padding = (top, left) if even else (0, 0)
-    acts = {"relu": torch.relu_, "relu6": lambda y: F.hardtanh_(y, 0.0, 6.0), "silu": lambda y: F.silu(y, inplace=True)}
-    act = acts.get(activation or "", lambda y: y)
+    act = in_torch(activation or "none", inplace=True)
 
     def conv(x: Any, weight: Any, bias: Any) -> Any:
         x = x if even else F.pad(x, (left, right, top, bottom))

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from numbasparse.activations import check_activation
 from numbasparse.kernels import Config, Kernel, kernels_for
-from numbasparse.plans import Choice, check_activation
+from numbasparse.plans import Choice
 from numbasparse.spec import DTYPES, ConvSpec
 from numbasparse.weight import SparseWeight
 
@@ -52,7 +53,7 @@ class LayerProblem:
         Of the spec's weight shape.
     bias : float32, (K,), optional
     activation
-        None, ``"relu"``, ``"relu6"`` or ``"silu"``.
+        None, or as in `numbasparse.activations`.
     """
 
     name: str

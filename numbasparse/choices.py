@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, cast, get_args
+from typing import TYPE_CHECKING, Any, Protocol
 
-from numbasparse.kernels import Activation, Config, ConfigError, kernel, kernels_for
+from numbasparse.kernels import Config, ConfigError, kernel, kernels_for
 from numbasparse.spec import DTYPES, ConvSpec
 from numbasparse.weight import SparseWeight
 
@@ -100,14 +100,6 @@ def is_tensor(x: object) -> bool:
     """Whether ``x`` is a torch tensor, without importing torch."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(x, torch.Tensor)
-
-
-def check_activation(activation: str | None) -> Activation:
-    """The activation's name; None is "none"."""
-    name = "none" if activation is None else activation
-    if name not in get_args(Activation):
-        raise ValueError(f"activation must be None, 'relu', 'relu6' or 'silu', got {activation!r}")
-    return cast(Activation, name)
 
 
 def overlap(out: torch.Tensor, x: torch.Tensor) -> bool:

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
+from numbasparse.activations import Activation
 from numbasparse.choices import Choice, check_float, is_tensor, overlap
-from numbasparse.kernels import Activation, TorchRunner, kernel
+from numbasparse.kernels import TorchRunner, kernel
 from numbasparse.spec import ConvSpec
 from numbasparse.weight import SparseWeight
 

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from numbasparse.activations import Activation
 from numbasparse.choices import Choice, ConfigLike, check_kind, is_tensor, overlap, parse_device, resolve
 from numbasparse.cpu_plans import Plan
-from numbasparse.kernels import Activation, CudaRunner, kernel
+from numbasparse.kernels import CudaRunner, kernel
 from numbasparse.runtime import cuda
 from numbasparse.runtime.layouts import LAYOUTS, Layout, layout_of
 from numbasparse.spec import DTYPES, ConvSpec

@@ -96,7 +96,7 @@ def conv2d(
     stride, dilation : int or pair
     padding : int, pair, ``((top, bottom), (left, right))``, ``"same"`` or ``"valid"``
     groups : int
-    activation : None, "relu", "relu6" or "silu"
+    activation : None, "relu", "relu6", "silu" or "leaky_relu(SLOPE)"
         Applied to the output within the kernel.
     config
         Which kernel to run: see `numbasparse.plans.ConfigLike`.  None takes the stated default; a tuned model

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from numbasparse.activations import check_activation
 from numbasparse.choices import (
     DENSE_ABOVE,
     DENSE_ABOVE_CUDA,
     Choice,
     Chooser,
     ConfigLike,
-    check_activation,
     check_float,
     check_kind,
     default_choice,
@@ -49,7 +49,7 @@ def plan(
     config
         Which kernel and config (see `ConfigLike`); None takes `default_choice`.
     activation
-        None, ``"relu"``, ``"relu6"`` or ``"silu"``, applied to the output.
+        None, ``"relu"``, ``"relu6"``, ``"silu"`` or ``"leaky_relu(SLOPE)"``, applied to the output.
     threads
         How many threads at most; None takes `numbasparse.runtime.cpu.get_num_threads`.  Means nothing on a GPU.
 

@@ -144,7 +144,7 @@ def test_few_trials_still_measure_dense_and_the_default(counted: list[str]) -> N
 
 def test_activation_and_bias_are_verified() -> None:
     bias = np.linspace(-1, 1, SPEC.k, dtype=np.float32)
-    for activation in ("relu", "relu6", "silu"):
+    for activation in ("relu", "relu6", "silu", "leaky_relu(0.2)"):
         p = LayerProblem("a", SPEC, weight_of(SPEC, 0.9), bias, activation)
         layer = tune_layers([p], trials=3, progress=False).layers[0]
         assert layer.trials == 3

@@ -321,7 +321,7 @@ def test_epilogues(name: str) -> None:
     for spec in (SPEC, SPEC.with_batch(32)):
         for config in some_configs(name, spec, WEIGHT, 1):
             choice = Choice(name, config)
-            for activation in (None, "relu", "relu6", "silu"):
+            for activation in (None, "relu", "relu6", "silu", "leaky_relu(0.2)"):
                 for bias in (False, True):
                     check(spec, DENSE, choice, activation=activation, bias=bias)
             check(spec, DENSE, choice, residual=True)
@@ -708,7 +708,7 @@ def strict() -> Iterator[None]:
 
 @needs_gpu
 @pytest.mark.usefixtures("strict")
-@pytest.mark.parametrize("activation", ["none", "relu", "relu6", "silu"])
+@pytest.mark.parametrize("activation", ["none", "relu", "relu6", "silu", "leaky_relu(0.2)"])
 def test_gradients(activation: str) -> None:
     layer = SparseConv2d(WEIGHT, torch.randn(SPEC.k), padding=1, activation=activation)
     assert layer.bias is not None

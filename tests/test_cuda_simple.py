@@ -65,7 +65,7 @@ for density in (0.0, 0.05, 1.0):
     run(SIZES[0], density)
 run(SIZES[0], 0.5, empty_rows=True)
 run(SIZES[1], 0.5, bias=False, threads=32)
-for activation in ("relu", "relu6", "silu"):
+for activation in ("relu", "relu6", "silu", "leaky_relu(0.25)"):
     run(SIZES[0], 0.5, activation)
 run(SIZES[0], 0.5, residual=True)
 run(spec((1, 2, 5, 6), 3, 3, 3, 1, 1, dtype="float16"), 0.4)

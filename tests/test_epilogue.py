@@ -26,6 +26,7 @@ from numbasparse.nn import SparseConv2d, conv2d, conversion_report, convert
 from numbasparse.nn.exported import module_of
 from numbasparse.plans import plan
 from numbasparse.pruning import MagnitudePruning, prune_
+from numbasparse.quantization import LinearQuantization, quantize_
 from numbasparse.spec import ConvSpec
 from numbasparse.weight import SparseWeight
 
@@ -38,6 +39,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "relu6": F.relu6,
     "silu": F.silu,
+    "leaky_relu(0.1)": lambda y: F.leaky_relu(y, 0.1),
 }
 NAMES = [k.name for k in kernels_for("cpu")]
 SPEC = ConvSpec.create((2, 5, 6, 7), (4, 5, 1, 1))
@@ -225,6 +227,17 @@ BODIES: dict[str, tuple[Callable[[Any, Tensor], Any], tuple[str | None, bool], t
     "in place": (lambda m, x: m.b(m.in_place(m.a(x))).add_(x).relu_(), ("block.in_place", False), ("relu", True)),
     "shared": (lambda m, x: m.relu(x + m.b(m.relu(m.a(x)))), ("block.relu", False), ("block.relu", True)),
     "sum of both": (lambda m, x: F.silu(m.a(x) + m.b(x)), ("silu", True), (None, False)),
+    "leaky": (
+        lambda m, x: F.leaky_relu(m.b(F.leaky_relu(m.a(x))) + x, 0.2),
+        ("leaky_relu(0.01)", False),
+        ("leaky_relu(0.2)", True),
+    ),
+    "leaky, by name": (
+        lambda m, x: F.leaky_relu(m.a(x), negative_slope=0.3),
+        ("leaky_relu(0.3)", False),
+        (None, False),
+    ),
+    "leaky, below 0": (lambda m, x: F.leaky_relu(m.a(x), -0.5), (None, False), (None, False)),
     "no activation": (lambda m, x: m.b(m.a(x)) + x, (None, False), (None, True)),
     "broadcast": (lambda m, x: F.relu6(m.a(x) + m.b(m.pool(x))), ("relu6", True), (None, False)),
     "broadcast result": (lambda m, x: m.b(F.relu6(m.a(m.pool(x)) + x)), ("relu6", True), (None, False)),
@@ -261,6 +274,38 @@ def test_bodies(name: str) -> None:
     assert isinstance(block, fx.GraphModule) == (expected != [(None, False), (None, False)])
     assert block.body is body
     assert converted.state_dict().keys() == convert(model, None, x, fuse=False).state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("body", "scale", "residual"),
+    [
+        (lambda m, x: m.a(x) * 0.2 + x, 0.2, True),
+        (lambda m, x: F.relu(x + 2 * m.a(x)), 2.0, True),
+        (lambda m, x: torch.mul(m.a(x), -0.5), -0.5, False),
+        (lambda m, x: m.a(x).mul_(3), 3.0, False),
+        (lambda m, x: m.a(x) * x, None, False),
+        (lambda m, x: m.a(x) * 0.0, None, False),
+        (lambda m, x: m.a(x) * True, None, False),
+        (lambda m, x: 0.5 * (m.a(x) + x), None, True),
+    ],
+)
+@pytest.mark.parametrize("bits", [None, 4])
+def test_products_with_a_number(body: Callable[[Any, Tensor], Any], scale: Any, residual: bool, bits: Any) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(), torch.randn(2, 4, 5, 6)
+    model.add_module("block", Block(body))
+    quantized = None if bits is None else quantize_(model, LinearQuantization(bits=bits)).weights
+    converted = convert(model.eval(), None, x, quantized=quantized)
+    before = convert(model, None, x, fuse=False, quantized=quantized).state_dict()
+    with torch.inference_mode():
+        close(converted(x.clone()), model(x.clone()))
+    record = conversion_report(converted)[0]
+    assert (record.name, record.scale, record.residual) == ("block.a", scale, residual)
+    if bits is not None:
+        assert converted.get_submodule("block.a").values.dtype == torch.uint8
+    # The weights of the model that was not fused are its own.
+    again = convert(model, None, x, fuse=False, quantized=quantized).state_dict()
+    assert all(torch.equal(before[name], again[name]) for name in before)
 
 
 def asks_for_tensors(block: Any, x: Any) -> Any:

@@ -436,7 +436,7 @@ def apply(values: np.ndarray, activation: str, name: str, config: dict[str, Any]
 
 
 @pytest.mark.parametrize(("name", "config"), ACTIVATION_CONFIGS)
-@pytest.mark.parametrize("activation", ["none", "relu", "relu6", "silu"])
+@pytest.mark.parametrize("activation", ["none", "relu", "relu6", "silu", "leaky_relu(0.2)"])
 def test_activations(activation: str, name: str, config: dict[str, Any]) -> None:
     rng = np.random.default_rng(3)
     spec = ConvSpec(2, 5, 6, 9, 4, 1, 1)

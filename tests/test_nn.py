@@ -41,6 +41,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
     "relu6": F.relu6,
     "silu": F.silu,
+    "leaky_relu(0.2)": lambda y: F.leaky_relu(y, 0.2),
 }
 
 

@@ -15,6 +15,8 @@ from llvmlite import ir
 from numba import types
 from numba.cuda.extending import intrinsic
 
+from numbasparse.activations import slope_of
+
 _I32, _I64, _F32, _VOID = ir.IntType(32), ir.IntType(64), ir.FloatType(), ir.VoidType()
 _LETTER = {types.int32: "r", types.uint32: "r", types.int64: "l", types.uint64: "l", types.float32: "f"}
 _LLVM = {types.int32: _I32, types.uint32: _I32, types.int64: _I64, types.uint64: _I64, types.float32: _F32}
@@ -358,7 +360,7 @@ class Finish:
         Whether there is a float32 per row to add, a float32 per row to multiply with first, a value per element
         to add.
     activation
-        ``"none"``, ``"relu"``, ``"relu6"`` or ``"silu"``.
+        See `numbasparse.activations`.
     """
 
     bias: bool
@@ -512,8 +514,9 @@ def _activated(builder: ir.IRBuilder, value: Any, activation: str) -> Any:
             "rcp.approx.f32 e, e; mul.f32 $0, $1, e; }"
         )
         return _asm(builder, _F32, text, "=f,f", [(_F32, value)])
-    below = builder.fcmp_ordered("<", value, zero)
-    value = builder.select(below, zero, value)
+    slope = slope_of(activation)
+    below = zero if slope is None else builder.fmul(value, ir.Constant(_F32, slope))
+    value = builder.select(builder.fcmp_ordered("<", value, zero), below, value)
     if activation == "relu6":
         six = ir.Constant(_F32, 6.0)
         value = builder.select(builder.fcmp_ordered(">", value, six), six, value)

@@ -18,6 +18,8 @@ from llvmlite import ir
 from numba import extending, types
 from numba.core import cgutils
 
+from numbasparse.activations import Activation, slope_of
+
 Entries = Literal["wide", "coded", "scaled"]
 """Form of the entries of a packed weight, one for each non-zero.
 
@@ -40,8 +42,6 @@ ENTRIES_AFTER = 16
 
 # numba has no types for what it makes of these: an intrinsic is called from compiled code alone.
 intrinsic: Any = extending.intrinsic
-
-Activation = Literal["none", "relu", "relu6", "silu"]
 
 _I1, _I32, _I64, _F32 = ir.IntType(1), ir.IntType(32), ir.IntType(64), ir.FloatType()
 
@@ -509,7 +509,9 @@ def _activate(bd: Any, activation: Activation, x: Any) -> Any:
         one = _constants(lanes, 1.0)
         return bd.fdiv(x, bd.fadd(one, _exp(bd, bd.fsub(zero, x))))
     # An ordered comparison is false for NaN, so NaN passes through as in torch.
-    y = bd.select(bd.fcmp_ordered("<", x, zero), zero, x)
+    slope = slope_of(activation)
+    below = zero if slope is None else bd.fmul(x, _constants(lanes, slope))
+    y = bd.select(bd.fcmp_ordered("<", x, zero), below, x)
     if activation == "relu6":
         six = _constants(lanes, 6.0)
         y = bd.select(bd.fcmp_ordered(">", y, six), six, y)

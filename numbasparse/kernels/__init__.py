@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from numbasparse.kernels.base import (
-    Activation,
     Config,
     ConfigError,
     CudaKernel,
@@ -21,7 +20,6 @@ from numbasparse.kernels.dense import Dense
 
 __all__ = [
     "KERNELS",
-    "Activation",
     "Config",
     "ConfigError",
     "CudaKernel",

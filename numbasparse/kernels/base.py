@@ -5,7 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
+
+from numbasparse.activations import Activation
 
 if TYPE_CHECKING:
     import torch
@@ -20,8 +22,6 @@ Config = dict[str, int | str]
 
 Space = Mapping[str, Sequence[int | str]]
 """Search space: for each parameter its choices.  Not every combination is valid: see `Kernel.check`."""
-
-Activation = Literal["none", "relu", "relu6", "silu"]
 
 
 class ConfigError(ValueError):

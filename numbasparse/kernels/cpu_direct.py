@@ -44,6 +44,7 @@ from math import gcd
 
 import numpy as np
 
+from numbasparse.activations import Activation
 from numbasparse.codegen.jit import Code, compile_c
 from numbasparse.codegen.simd import (
     PACK_SIGNATURE,
@@ -56,7 +57,7 @@ from numbasparse.codegen.simd import (
     pack_function,
     store_i64,
 )
-from numbasparse.kernels.base import Activation, Config, Kernel, Runner, Space, check_fields
+from numbasparse.kernels.base import Config, Kernel, Runner, Space, check_fields
 from numbasparse.kernels.cpu_rows import (
     PackedRows,
     compile_rows,

@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from numbasparse.activations import Activation
 from numbasparse.codegen.jit import Code, compile_c
 from numbasparse.codegen.simd import (
     ROWS_ARGUMENTS,
@@ -39,7 +40,7 @@ from numbasparse.codegen.simd import (
     prefetch,
     store_i64,
 )
-from numbasparse.kernels.base import Activation, Config, Kernel, Runner, Space, check_fields
+from numbasparse.kernels.base import Config, Kernel, Runner, Space, check_fields
 from numbasparse.kernels.cpu_rows import (
     PackedRows,
     balanced_block,

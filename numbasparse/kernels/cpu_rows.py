@@ -14,13 +14,13 @@ from typing import cast
 
 import numpy as np
 
+from numbasparse.activations import Activation
 from numbasparse.codegen.jit import Code, compile_c
 from numbasparse.codegen.simd import (
     ENTRIES_AFTER,
     ENTRY_BYTES,
     OFFSET_BITS,
     ROWS_SIGNATURE,
-    Activation,
     Entries,
     RowKernel,
     rows_function,

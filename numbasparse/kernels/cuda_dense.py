@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from numbasparse.kernels.base import Activation, Config, CudaKernel, CudaRunner, Space, check_fields
+from numbasparse.activations import Activation, in_torch
+from numbasparse.kernels.base import Config, CudaKernel, CudaRunner, Space, check_fields
 from numbasparse.runtime import cuda
 from numbasparse.runtime.layouts import Layout, to_layout
 
@@ -48,7 +49,7 @@ class _Runner(CudaRunner):
         self._format = torch.channels_last if self.takes == "NHWC" else torch.contiguous_format
         self._weight = dense.to(memory_format=self._format)
         self._spec = spec
-        self._activation = activation
+        self._activate = in_torch(activation, inplace=True)
         self._tf32 = config["precision"] == "tf32"
         self.nbytes = self._weight.nbytes
 
@@ -84,12 +85,7 @@ class _Runner(CudaRunner):
             y.add_(bias.view(1, -1, 1, 1))
         if residual is not None:
             y.add_(residual)
-        if self._activation == "relu":
-            y = torch.relu_(y)
-        elif self._activation == "relu6":
-            y = F.hardtanh_(y, 0.0, 6.0)
-        elif self._activation == "silu":
-            y = F.silu(y, inplace=True)
+        y = self._activate(y)
         return to_layout(y, self.gives if out_layout is None else out_layout)
 
 

@@ -53,7 +53,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from numbasparse.kernels.base import Activation, Config, ConfigError, CudaKernel, CudaRunner, Space, check_fields
+from numbasparse.activations import Activation
+from numbasparse.kernels.base import Config, ConfigError, CudaKernel, CudaRunner, Space, check_fields
 from numbasparse.kernels.cpu_rows import coordinates
 from numbasparse.runtime import cuda, layouts
 from numbasparse.spec import ConvSpec

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from numbasparse.kernels.base import Activation, Config, CudaKernel, CudaRunner, Space, check_fields
+from numbasparse.activations import Activation, slope_of
+from numbasparse.kernels.base import Config, CudaKernel, CudaRunner, Space, check_fields
 from numbasparse.kernels.cpu_rows import coordinates
 from numbasparse.runtime import cuda
 from numbasparse.runtime.layouts import Layout, empty, to_layout
@@ -85,6 +86,8 @@ def build(spec: ConvSpec, activation: Activation) -> Callable[..., None]:
     # Everything is float32: a Python float would be a float64 in the kernel.
     zero, one, six = np.float32(0), np.float32(1), np.float32(6)
     relu, relu6, silu = (activation == name for name in ("relu", "relu6", "silu"))
+    leaky = slope_of(activation) is not None
+    slope = np.float32(slope_of(activation) or 0.0)
 
     def cuda_simple(x, values, offsets, taps, indptr, bias, residual, y):  # type: ignore[no-untyped-def]
         pixel = api.blockIdx.x * api.blockDim.x + api.threadIdx.x
@@ -109,6 +112,8 @@ def build(spec: ConvSpec, activation: Activation) -> Callable[..., None]:
         # Written so that NaN stays NaN, as in torch.
         if (relu or relu6) and total < zero:
             total = zero
+        if leaky and total < zero:
+            total = slope * total
         if relu6 and total > six:
             total = six
         if silu:

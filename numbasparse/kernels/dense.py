@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from numbasparse.kernels.base import Activation, Config, Kernel, Space, TorchRunner, check_fields
+from numbasparse.activations import Activation, in_torch
+from numbasparse.kernels.base import Config, Kernel, Space, TorchRunner, check_fields
 
 if TYPE_CHECKING:
     import torch
@@ -21,11 +22,10 @@ class _Runner(TorchRunner):
         dense = torch.from_numpy(weight.to_dense())
         self._weight = dense.to(memory_format=self._format)
         self._spec = spec
-        self._activation = activation
+        self._activate = in_torch(activation, inplace=True)
         self.nbytes = dense.numel() * 4
 
     def apply(self, x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None = None) -> torch.Tensor:
-        import torch
         from torch.nn import functional as F
 
         spec = self._spec
@@ -37,12 +37,7 @@ class _Runner(TorchRunner):
         y = F.conv2d(x, self._weight, bias, spec.stride, (top, left), spec.dilation, spec.groups)
         if residual is not None:
             y.add_(residual)
-        if self._activation == "relu":
-            y = torch.relu_(y)
-        elif self._activation == "relu6":
-            y = F.hardtanh_(y, 0.0, 6.0)
-        elif self._activation == "silu":
-            y = F.silu(y, inplace=True)
+        y = self._activate(y)
         return y.contiguous()
 
 

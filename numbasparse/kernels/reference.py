@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from numbasparse.activations import check_activation, slope_of
 from numbasparse.spec import ConvSpec
-
-ACTIVATIONS = (None, "relu", "relu6", "silu")
 
 
 def conv2d_reference(
@@ -31,7 +30,8 @@ def conv2d_reference(
     bias : ndarray, shape (K,), or None
     spec : ConvSpec
         Its dtype is not looked at.
-    activation : {None, "relu", "relu6", "silu"}
+    activation : str, optional
+        See `numbasparse.activations`.
         Applied after the bias and the residual.
     residual : ndarray, shape (N, K, OH, OW), or None
         Added like the bias.
@@ -77,14 +77,17 @@ def _tap(
 
 def _activate(y: NDArray[np.float64], activation: str | None) -> NDArray[np.float64]:
     """Apply the activation; np.maximum and np.minimum keep NaN, as torch does."""
-    if activation is None:
+    name = check_activation(activation)
+    slope = slope_of(name)
+    if slope is not None:
+        # not min and max: slope * -inf is NaN for a slope of 0, as in torch
+        with np.errstate(invalid="ignore"):
+            return np.where(y < 0, slope * y, y)
+    if name == "none":
         return y
-    if activation == "relu":
-        return np.maximum(y, 0.0)
-    if activation == "relu6":
-        return np.minimum(np.maximum(y, 0.0), 6.0)
-    if activation == "silu":
+    if name == "silu":
         # exp(-y) is infinite for very negative y, and y / inf is right; -inf gives NaN, as in torch
         with np.errstate(over="ignore", invalid="ignore"):
             return y / (1.0 + np.exp(-y))
-    raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
+    positive = np.maximum(y, 0.0)
+    return positive if name == "relu" else np.minimum(positive, 6.0)

@@ -18,7 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils._pytree import tree_leaves
 
 from numbasparse.kernels import CudaKernel, kernel
-from numbasparse.nn.epilogue import ACTIVATIONS, Fused, calls_of, fuse_epilogues
+from numbasparse.nn.epilogue import Fused, activation_of, calls_of, fuse_epilogues
 from numbasparse.nn.module import SparseConv2d
 from numbasparse.nn.native import Tracer, keep_native
 from numbasparse.nn.pooling import SeparableMaxPool2d
@@ -54,6 +54,8 @@ class ConvertedLayer:
         activation that several layers share, or that is a function: there the calls are gone.
     residual
         Whether the convolution adds another tensor before its activation.
+    scale
+        Number by which the convolution's result was multiplied, now a part of its weight and bias; None without.
     """
 
     name: str
@@ -64,6 +66,7 @@ class ConvertedLayer:
     batch_norm: str | None = None
     activation: str | None = None
     residual: bool = False
+    scale: float | None = None
 
 
 @dataclass(frozen=True)
@@ -107,9 +110,10 @@ def convert(
         The model is run on it once to learn the input shape of every layer.
     fuse : bool
         Fold an ``nn.BatchNorm2d`` that follows a convolution into its weights, and compute a following
-        ``nn.ReLU``, ``nn.ReLU6`` or ``nn.SiLU`` in the sparse convolution. The modules so folded become
-        ``nn.Identity``. With an ``example_input``, so do activations that layers share or that are functions
-        (``F.relu``), and a sum with another tensor before them, as at the end of a residual block: a module whose
+        ``nn.ReLU``, ``nn.ReLU6``, ``nn.SiLU`` or ``nn.LeakyReLU`` in the sparse convolution. The modules so folded
+        become ``nn.Identity``. With an ``example_input``, so do activations that layers share or that are functions
+        (``F.relu``), and before them a sum with another tensor or a product with a number, as at the end of a residual
+        block: a module whose
         ``forward`` has such calls becomes an ``fx.GraphModule`` with the same children, if it takes one argument and
         torch.fx can trace it. The rewritten model must give what it gave before on the example. An
         ``nn.MaxPool2d`` becomes a `SeparableMaxPool2d`, which gives the same in less time on a CPU.
@@ -344,7 +348,7 @@ def _chain(name: str, conv: nn.Module, followers: list[tuple[str, nn.Module]]) -
     rest = list(followers)
     if rest and _is_foldable(conv, rest[0][1]):
         batch_norm = rest.pop(0)[0]
-    if rest and type(rest[0][1]) in ACTIVATIONS and not _has_hooks(rest[0][1]):
+    if rest and activation_of(rest[0][1]) is not None and not _has_hooks(rest[0][1]):
         activation = rest[0][0]
     return _Chain(name, batch_norm, activation)
 
@@ -429,7 +433,7 @@ def _apply(
         return model, record
     conv = model.get_submodule(name)
     assert isinstance(conv, nn.Conv2d)
-    activation = None if chain.activation is None else ACTIVATIONS[type(model.get_submodule(chain.activation))]
+    activation = None if chain.activation is None else activation_of(model.get_submodule(chain.activation))
     sparse = SparseConv2d.from_conv(conv, weight=weight, choice=decision.choice, activation=activation)
     model = _replace(model, name, sparse.eval())
     if chain.activation is not None:
@@ -489,7 +493,7 @@ def _largest(values: Tensor) -> float:
 def _with_epilogue(record: ConvertedLayer, fused: Fused | None) -> ConvertedLayer:
     if fused is None:
         return record
-    return replace(record, activation=fused.activation, residual=fused.residual)
+    return replace(record, activation=fused.activation, residual=fused.residual, scale=fused.scale)
 
 
 # ---- deciding -----------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """What follows a sparse convolution in its module's ``forward``, computed where the convolution writes its result.
 
-`convert` folds modules by replacing them.  Here the calls between modules go: a sum with a residual, and
-activations that are functions or modules that several layers share.  The module whose ``forward`` makes those calls
-becomes an ``fx.GraphModule`` with the same children, without them.
+`convert` folds modules by replacing them.  Here the calls between modules go: a product with a number, a sum with a
+residual, and activations that are functions or modules that several layers share.  The module whose ``forward`` makes
+those calls becomes an ``fx.GraphModule`` with the same children, without them.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from numbasparse.activations import Activation, leaky_relu
 from numbasparse.nn.module import SparseConv2d
 
 aten = torch.ops.aten
 
 # Exact types: a subclass may compute something else.
-ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu"}
+_ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu"}
 
 _FUNCTIONS: dict[Any, str] = {
     torch.relu: "relu",
@@ -35,21 +36,40 @@ _FUNCTIONS: dict[Any, str] = {
     aten.relu.default: "relu",
     aten.relu_.default: "relu",
 }
+_LEAKY = (F.leaky_relu, aten.leaky_relu.default, aten.leaky_relu_.default)
+_USUAL_SLOPE = 0.01
 _METHODS = {"relu": "relu", "relu_": "relu"}
 
 _SUMS: tuple[Any, ...] = (operator.add, torch.add, aten.add.Tensor, "add")
 _SUMS_IN_PLACE: tuple[Any, ...] = (operator.iadd, aten.add_.Tensor, "add_")
+_PRODUCTS: tuple[Any, ...] = (operator.mul, operator.imul, torch.mul, aten.mul.Tensor, aten.mul_.Tensor, "mul", "mul_")
 
 # What changes none of its inputs in eval mode.
 _PURE = (nn.Sequential, nn.Identity, nn.Conv2d, SparseConv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d)
 
 
+def activation_of(module: nn.Module) -> Activation | None:
+    """The activation that a module is, and a sparse convolution can compute; None for any other module."""
+    if type(module) is nn.LeakyReLU:
+        return _leaky(module.negative_slope)
+    return _ACTIVATIONS.get(type(module))
+
+
+def _leaky(slope: Any) -> Activation | None:
+    try:
+        return leaky_relu(slope)
+    except (TypeError, ValueError):
+        return None  # a slope that is negative, or known only when the model runs
+
+
 @dataclass(frozen=True)
 class Fused:
-    """What a sparse convolution now computes besides: an activation (the module or function that did), a sum."""
+    """What a sparse convolution now computes besides: an activation (the module or function that did), a sum, a
+    product with a number."""
 
     activation: str | None
     residual: bool
+    scale: float | None = None
 
 
 @dataclass(frozen=True)
@@ -57,11 +77,12 @@ class _Match:
     """A convolution in a graph, and the nodes after it that it can compute.
 
     ``after`` are those nodes in their order, each the only user of the one before; ``name`` is the activation's as
-    `SparseConv2d` knows it, ``source`` what computed it.
+    `SparseConv2d` knows it, ``source`` what computed it.  ``scale`` goes into the weight and the bias.
     """
 
     conv: fx.Node
     after: tuple[fx.Node, ...]
+    scale: float | None
     add: fx.Node | None
     residual: fx.Node | None
     name: str | None
@@ -185,9 +206,11 @@ def _fuse_graph(graph: fx.Graph, owner: nn.Module, once: set[str], prefix: str) 
         if match is None:
             continue
         conv.activation = match.name or "none"
+        if match.scale is not None:
+            conv.scale(match.scale)
         source = f"{prefix}{match.source}" if match.after[-1].op == "call_module" else match.source
         _rewrite(graph, match)
-        yield name, Fused(source if match.name else None, match.add is not None)
+        yield name, Fused(source if match.name else None, match.add is not None, match.scale)
     graph.lint()
 
 
@@ -195,14 +218,17 @@ def _match(node: fx.Node, conv: SparseConv2d, modules: Mapping[str, nn.Module]) 
     if conv.activation != "none" or _has_hooks(conv) or len(node.args) != 1 or node.kwargs:
         return None
     chain = [node, *_identities_after(node, modules)]
+    product, scale = _product_after(chain[-1])
+    if product is not None:
+        chain += [product, *_identities_after(product, modules)]
     add, residual = _sum_after(chain[-1], modules, node)
     if add is not None:
         chain += [add, *_identities_after(add, modules)]
     name, source, following = _activation_after(chain[-1], modules)
-    if add is None and following is None:
+    if add is None and following is None and product is None:
         return None
     after = chain[1:] if following is None else [*chain[1:], following]
-    return _Match(node, tuple(after), add, residual, name, source)
+    return _Match(node, tuple(after), scale, add, residual, name, source)
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
@@ -220,6 +246,19 @@ def _identities_after(node: fx.Node, modules: Mapping[str, nn.Module]) -> list[f
         found.append(user)
         user = _only_user(user)
     return found
+
+
+def _product_after(value: fx.Node) -> tuple[fx.Node, float] | tuple[None, None]:
+    """The product of a convolution's result with a number, and the number."""
+    user = _only_user(value)
+    if user is None or user.target not in _PRODUCTS or len(user.args) != 2 or user.kwargs:
+        return None, None
+    left, right = user.args
+    number = right if left is value else left
+    # Not a bool, and nothing that becomes infinite or 0 in float32 and takes NaN along.
+    if not isinstance(number, (int, float)) or isinstance(number, bool) or not 1e-6 <= abs(number) <= 1e6:
+        return None, None
+    return user, float(number)
 
 
 def _sum_after(
@@ -270,12 +309,16 @@ def _activation_after(
 ) -> tuple[str, str, fx.Node] | tuple[None, None, None]:
     """Name of the activation that takes a value and nothing else does; what computes it; its node."""
     user = _only_user(value)
-    if user is None or len(user.args) != 1 or set(user.kwargs) - {"inplace"}:
+    if user is None:
         return None, None, None
     name: str | None = None
-    if user.op == "call_module":
+    if user.op == "call_function" and user.target in _LEAKY:
+        name = _leaky_call(value, user)
+    elif len(user.args) != 1 or set(user.kwargs) - {"inplace"}:
+        return None, None, None
+    elif user.op == "call_module":
         module = modules[str(user.target)]
-        name = None if _has_hooks(module) else ACTIVATIONS.get(type(module))
+        name = None if _has_hooks(module) else activation_of(module)
     elif user.op == "call_function":
         name = _FUNCTIONS.get(user.target)
     elif user.op == "call_method":
@@ -283,6 +326,14 @@ def _activation_after(
     if name is None:
         return None, None, None
     return name, str(user.target) if user.op == "call_module" else name, user
+
+
+def _leaky_call(value: fx.Node, call: fx.Node) -> Activation | None:
+    """The activation of a call ``F.leaky_relu(value, slope, inplace)``; None if it is one of something else."""
+    if not call.args or call.args[0] is not value:
+        return None
+    slope = call.args[1] if len(call.args) > 1 else call.kwargs.get("negative_slope", _USUAL_SLOPE)
+    return _leaky(slope)
 
 
 def _rewrite(graph: fx.Graph, match: _Match) -> None:

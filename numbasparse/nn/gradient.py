@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.grad import conv2d_input
 
+from numbasparse.activations import slope_of
+
 _INPUTS = 14
 _X, _VALUES, _BIAS, _RESIDUAL = 0, 1, 4, 13
 
@@ -20,7 +22,7 @@ _X, _VALUES, _BIAS, _RESIDUAL = 0, 1, 4, 13
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """Keep what `backward` needs: the weight; the result, or for SiLU the input."""
     x, values, indices, indptr, bias, *_, groups, activation, _, _, residual = inputs
-    kept = {"none": None, "relu": output, "relu6": output, "silu": x}[activation]
+    kept = {"none": None, "silu": x}.get(activation, output)
     ctx.save_for_backward(values, indices, indptr, bias, kept, residual if activation == "silu" else None)
     ctx.residual_dtype = None if residual is None else residual.dtype
     ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
@@ -64,6 +66,9 @@ def _through_activation(ctx: Any, grad: Tensor, kept: Tensor | None) -> Tensor:
         y = torch.ops.numbasparse.conv2d.default(x, values, indices, indptr, bias, *shape, "none", "", "", residual)
         sigmoid = torch.sigmoid(y)
         return grad * sigmoid * (1 + y * (1 - sigmoid))
+    slope = slope_of(ctx.activation)
+    if slope is not None:
+        return torch.where(kept > 0, grad, grad * slope)
     inside = kept > 0 if ctx.activation == "relu" else (kept > 0) & (kept < 6)
     return torch.where(inside, grad, torch.zeros_like(grad))
 

@@ -6,13 +6,14 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from numbasparse.activations import check_activation, in_torch
 from numbasparse.kernels import kernel
 from numbasparse.nn.operator import conv2d
-from numbasparse.plans import Choice, check_activation
+from numbasparse.plans import Choice
 from numbasparse.runtime.layouts import LAYOUTS, Layout
 from numbasparse.spec import ConvSpec
 from numbasparse.weight import SparseWeight
@@ -21,13 +22,6 @@ ChoiceLike = Choice | Mapping[str, Any] | str | None
 """A `Choice`, ``{"kernel": name, "config": {...}}``, a kernel's name, or None for the stated default."""
 
 _ARRAYS = ("values", "indices", "indptr")
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda y: y,
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "silu": F.silu,
-}
 
 
 class SparseConv2d(nn.Module):
@@ -41,7 +35,7 @@ class SparseConv2d(nn.Module):
         Copied.
     stride, padding, dilation
         As for ``nn.Conv2d``; padding may also be ((top, bottom), (left, right)).
-    activation : None, "relu", "relu6" or "silu"
+    activation : None, "relu", "relu6", "silu" or "leaky_relu(SLOPE)"
         Applied to the output before it is written.
     choice : Choice, mapping, str, optional
         Which kernel and config; see `ChoiceLike`. Where it cannot run an input's shape, the stated default
@@ -184,7 +178,7 @@ class SparseConv2d(nn.Module):
             y = self._convolve(batched, self.activation, residual)
             return y if x.dim() != 3 else y.squeeze(0)
         y = self._convolve(batched, "none", None)
-        return _ACTIVATIONS[self.activation]((y if x.dim() != 3 else y.squeeze(0)) + residual)
+        return in_torch(self.activation)((y if x.dim() != 3 else y.squeeze(0)) + residual)
 
     def _fits(self, residual: Tensor, x: Tensor) -> bool:
         """Whether a residual is exactly like the result."""
@@ -212,6 +206,14 @@ class SparseConv2d(nn.Module):
             self.out_layout or "",
             residual,
         )
+
+    def scale(self, factor: float) -> None:
+        """Multiply weight and bias by a number: new tensors, which other modules do not share."""
+        scaled = self.weight_matrix().scaled(np.full(self.out_channels, factor))
+        for name, array in zip(_ARRAYS, (scaled.encoded(), scaled.indices, scaled.indptr), strict=True):
+            setattr(self, name, torch.from_numpy(array.copy()).to(self.values.device))
+        if self.bias is not None:
+            self.bias = self.bias * factor
 
     def weight_matrix(self) -> SparseWeight:
         """Return the weight; its ``to_scipy()`` is the SciPy matrix."""

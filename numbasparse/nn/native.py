@@ -16,7 +16,8 @@ from numbasparse.runtime.layouts import Layout
 
 # What computes each value from those at its place, and so keeps the order in memory.  Exact types, as in `convert`.
 _MODULES = (nn.Identity, nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.LeakyReLU, nn.Hardswish, nn.Sigmoid, nn.Dropout)
-_FUNCTIONS = (operator.add, operator.iadd, operator.mul, operator.imul, torch.add, torch.relu, F.relu, F.relu6, F.silu)
+_SUMS_AND_PRODUCTS = (operator.add, operator.iadd, operator.mul, operator.imul, torch.add)
+_FUNCTIONS = (*_SUMS_AND_PRODUCTS, torch.relu, F.relu, F.relu6, F.silu, F.leaky_relu)
 _METHODS = ("add", "add_", "relu", "relu_")
 
 

@@ -15,7 +15,7 @@ stride         (vertical, horizontal)
 padding        (top, bottom, left, right)
 dilation       (vertical, horizontal)
 groups
-activation     "none", "relu", "relu6" or "silu"
+activation     "none", "relu", "relu6", "silu" or "leaky_relu(SLOPE)"
 config         JSON ``{"kernel": name, "config": {...}}``, or "" for the stated default
 out_layout     on a GPU: "NCHW", "NHWC" or "CHWN", or "" for that of ``x`` (NCHW where it has none)
 residual       like the result, or None: added before the activation
