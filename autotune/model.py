@@ -1,4 +1,4 @@
-"""Tuning a torch model: its convolutions become problems by running it once."""
+"""Tuning a torch model: its convolutions and sparse linear layers become problems by running it once."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from autotune.space import LayerProblem, dtype_on
 from autotune.study import DEFAULT_TRIALS, tune_layers
 from autotune.tuned import TunedModel
-from numbasparse.plans import parse_device
-from numbasparse.spec import ConvSpec
+from numbasparse.plans import LINEAR_DENSE_ABOVE, parse_device
+from numbasparse.spec import ConvSpec, linear_image_shape
 from numbasparse.weight import SparseWeight
 
 if TYPE_CHECKING:
@@ -32,8 +32,9 @@ def tune(
     """Choose a kernel and a config for every convolution of a model, by measurement.
 
     The model runs once, in eval mode, to see the shapes; a layer that meets several shapes becomes several
-    problems. Layers that do not run and convolutions with a padding mode other than zeros are left out: they stay
-    dense. The other arguments are those of `tune_layers`.
+    problems. Linear layers of which at most `numbasparse.plans.LINEAR_DENSE_ABOVE` is not zero are tuned as
+    pointwise convolutions. Layers that do not run, other linear layers and convolutions with a padding mode other
+    than zeros are left out: they stay dense. The other arguments are those of `tune_layers`.
 
     Parameters
     ----------
@@ -63,22 +64,22 @@ def tune(
 
 
 def problems_of(model: torch.nn.Module, example_input: Any, *, device: str = "cpu") -> list[LayerProblem]:
-    """The problems of a model's convolutions, in the order in which they run; see `tune`."""
+    """The problems of a model's layers, in the order in which they run; see `tune`."""
     import torch
 
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     kind, _ = parse_device(device)
     arguments = _arguments(example_input)
-    found = {name: module for name, module in model.named_modules() if _is_convolution(module)}
+    found = {name: module for name, module in model.named_modules() if _is_tuned(module)}
     if not found:
-        raise ValueError("the model has no Conv2d layers (padding_mode 'zeros') to tune")
+        raise ValueError("the model has no Conv2d layers (padding_mode 'zeros') and no sparse Linear layers to tune")
     calls: dict[tuple[str, tuple[int, ...], str], None] = {}
     hooks = _hooks(found, lambda name, shape, dtype: calls.setdefault((name, shape, dtype_on(kind, dtype))))
     with hooks, _eval_mode(model), torch.inference_mode():
         model(*arguments)
     if not calls:
-        raise ValueError("none of the model's Conv2d layers ran on the example input")
+        raise ValueError("none of the model's layers to tune ran on the example input")
     weights = {name: _sparse_weight(found[name]) for name in dict.fromkeys(name for name, _, _ in calls)}
     return [_problem(name, found[name], weights[name], shape, dtype) for name, shape, dtype in calls]
 
@@ -95,10 +96,13 @@ def _arguments(example_input: Any) -> tuple[Any, ...]:
     return arguments
 
 
-def _is_convolution(module: Any) -> bool:
-    """Conv2d, and modules that have its attributes and a sparse weight; padding by zeros only."""
+def _is_tuned(module: Any) -> bool:
+    """Conv2d, and modules that have its attributes and a sparse weight; padding by zeros only; sparse Linear."""
     import torch
 
+    if isinstance(module, torch.nn.Linear):
+        weight = module.weight.detach()
+        return float((weight != 0).float().mean()) <= LINEAR_DENSE_ABOVE
     if isinstance(module, torch.nn.Conv2d):
         return module.padding_mode == "zeros"
     geometry = all(hasattr(module, name) for name in ("stride", "padding", "dilation", "groups"))
@@ -114,15 +118,29 @@ def _held_sparse_weight(module: Any) -> SparseWeight | None:
 
 def _sparse_weight(module: Any) -> SparseWeight:
     held = _held_sparse_weight(module)
-    return SparseWeight.from_dense(module.weight, module.groups) if held is None else held
+    if held is not None:
+        return held
+    if _takes_vectors(module):
+        return SparseWeight.from_dense(module.weight.detach()[:, :, None, None])
+    return SparseWeight.from_dense(module.weight, module.groups)
+
+
+def _takes_vectors(module: Any) -> bool:
+    """Whether a layer is a linear one, or the sparse form of one."""
+    import torch
+
+    return isinstance(module, torch.nn.Linear) or getattr(module, "takes_vectors", False)
 
 
 def _problem(name: str, module: Any, weight: SparseWeight, shape: tuple[int, ...], dtype: str) -> LayerProblem:
-    padding = module.padding
-    if not isinstance(padding, str) and len(padding) == 4:
-        padding = (padding[:2], padding[2:])
-    geometry = (module.stride, padding, module.dilation, module.groups, dtype)
-    spec = ConvSpec.create(shape, weight.shape, *geometry, name=name)
+    if _takes_vectors(module):
+        spec = ConvSpec.create(shape, weight.shape, dtype=dtype, name=name)
+    else:
+        padding = module.padding
+        if not isinstance(padding, str) and len(padding) == 4:
+            padding = (padding[:2], padding[2:])
+        geometry = (module.stride, padding, module.dilation, module.groups, dtype)
+        spec = ConvSpec.create(shape, weight.shape, *geometry, name=name)
     bias = getattr(module, "bias", None)
     array = None if bias is None else bias.detach().float().cpu().numpy()
     return LayerProblem(name, spec, weight, array, getattr(module, "activation", None))
@@ -135,7 +153,11 @@ def _hooks(modules: dict[str, Any], note: Callable[[str, tuple[int, ...], str], 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             x = arguments[0] if arguments else next(iter(keywords.values()))
-            shape = tuple(x.shape) if x.dim() == 4 else (1, *x.shape)
+            shape = tuple(x.shape)
+            if _takes_vectors(module):
+                shape = linear_image_shape(shape)
+            elif len(shape) == 3:
+                shape = (1, *shape)
             note(name, shape, str(x.dtype).removeprefix("torch."))
 
         return hook

@@ -8,6 +8,7 @@ from numbasparse.activations import check_activation
 from numbasparse.choices import (
     DENSE_ABOVE,
     DENSE_ABOVE_CUDA,
+    LINEAR_DENSE_ABOVE,
     Choice,
     Chooser,
     ConfigLike,
@@ -101,6 +102,7 @@ def _check_threads(threads: int) -> int:
 __all__ = [
     "DENSE_ABOVE",
     "DENSE_ABOVE_CUDA",
+    "LINEAR_DENSE_ABOVE",
     "Choice",
     "Chooser",
     "ConfigLike",

@@ -6,6 +6,7 @@ wherever it is found. Nothing here needs more than the standard library.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral
@@ -479,3 +480,9 @@ def _tupled(value: Any) -> Any:
 
 def _names(keys: Sequence[object]) -> str:
     return ", ".join(map(repr, keys)) if keys else "none"
+
+
+def linear_image_shape(shape: Sequence[int]) -> tuple[int, int, int, int]:
+    """The image (1, C, 1, M) as which M vectors (..., C) go through the 1x1 convolution of a linear layer."""
+    *batch, c = shape
+    return 1, c, 1, math.prod(batch)

@@ -370,7 +370,7 @@ def test_wrong_models(folder: Path, name: str, words: str) -> None:
 def test_models_without_convolutions(folder: Path) -> None:
     shape = ("--input", "2,8")
     assert "no Conv2d" in bad("tune", "nets.py:no_convolution", *shape)
-    assert "no nn.Conv2d" in bad("bench", "nets.py:no_convolution", *shape)
+    assert "a linear layer at density 100.0%" in bad("bench", "nets.py:no_convolution", *shape)
     assert "density" in bad("bench", "nets.py:dense", *SHAPE)
 
 

@@ -273,7 +273,7 @@ def test_tune() -> None:
     assert sorted(name for layer in tuned.layers for name in layer.names) == sorted(convs_of(module))
     assert len(convs_of(module)) == count
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "every convolution stays dense")
+        warnings.filterwarnings("ignore", "every layer stays dense")
         converted = convert(module, tuned, x)
     with torch.inference_mode():
         check_equal(converted(x), model(x))

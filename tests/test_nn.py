@@ -424,8 +424,9 @@ def test_converted_model_equals_the_dense_one(model: nn.Module, images: Tensor) 
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     _assert_close(_run(converted, images), _run(model, images))
     report = {record.name: record for record in conversion_report(converted)}
-    convs = [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d)]
-    assert list(report) == convs
+    layers = [name for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    assert list(report) == layers
+    assert (report["linear"].decision, report["linear"].reason) == ("dense", "a linear layer at density 100.0%")
     assert report["stem.0"].decision == "dense"  # not pruned: it has one input channel
     assert report["stem.0"].batch_norm == "stem.1"
     assert isinstance(converted.get_submodule("stem.2"), nn.ReLU)
@@ -475,7 +476,7 @@ def test_tuned_by_name_needs_no_example(model: nn.Module) -> None:
 
 def test_tuned_to_be_dense_everywhere_warns(model: nn.Module, images: Tensor) -> None:
     names = [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d)]
-    with pytest.warns(UserWarning, match="every convolution stays dense"):
+    with pytest.warns(UserWarning, match="every layer stays dense"):
         converted = convert(model, Tuned({name: Choice(DENSE) for name in names}), images)
     _assert_close(_run(converted, images), _run(model, images))
 
@@ -629,8 +630,8 @@ def test_convert_errors(model: nn.Module, fashion: ModuleType, images: Tensor) -
         convert(3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="load the tuned file first"):
         convert(model, "tuned.json")
-    with pytest.raises(ValueError, match=r"has no nn\.Conv2d"):
-        convert(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"has no nn\.Conv2d and no nn\.Linear"):
+        convert(nn.ReLU())
     with pytest.raises(ValueError, match="prune the model first"):
         convert(fashion.fashion_resnet())
     with pytest.raises(ValueError, match="give convert an example_input"):

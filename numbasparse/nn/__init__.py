@@ -9,7 +9,8 @@ Importing this registers the operator ``torch.ops.numbasparse.conv2d``, which pr
 """
 
 from numbasparse.nn.convert import ConvertedLayer, conversion_report, convert
+from numbasparse.nn.linear import SparseLinear
 from numbasparse.nn.module import SparseConv2d
 from numbasparse.nn.operator import clear_cache, conv2d
 
-__all__ = ["ConvertedLayer", "SparseConv2d", "clear_cache", "conv2d", "conversion_report", "convert"]
+__all__ = ["ConvertedLayer", "SparseConv2d", "SparseLinear", "clear_cache", "conv2d", "conversion_report", "convert"]

@@ -19,23 +19,27 @@ from torch.utils._pytree import tree_leaves
 
 from numbasparse.kernels import CudaKernel, kernel
 from numbasparse.nn.epilogue import Fused, activation_of, calls_of, fuse_epilogues
+from numbasparse.nn.linear import SparseLinear, linear_weight
 from numbasparse.nn.module import SparseConv2d
 from numbasparse.nn.native import Tracer, keep_native
 from numbasparse.nn.pooling import SeparableMaxPool2d
-from numbasparse.plans import Choice, default_choice
+from numbasparse.plans import LINEAR_DENSE_ABOVE, Choice, default_choice
 from numbasparse.runtime import cpu
 from numbasparse.runtime.layouts import Layout
-from numbasparse.spec import DTYPES, ConvSpec
+from numbasparse.spec import DTYPES, ConvSpec, linear_image_shape
 from numbasparse.weight import SparseWeight
 
 _REPORT = "_numbasparse_conversion"
 
 _STAND_IN_SIZE = 32
 
+_LARGE_LINEAR = 1 << 20
+"""Weights from which on a linear layer is limited by memory: below, a call costs as much as what it saves."""
+
 
 @dataclass(frozen=True)
 class ConvertedLayer:
-    """What became of one convolution.
+    """What became of one convolution or linear layer.
 
     Attributes
     ----------
@@ -95,7 +99,7 @@ def convert(
     fuse: bool = True,
     quantized: Mapping[str, SparseWeight] | None = None,
 ) -> nn.Module:
-    """Replace convolutions by sparse ones where that was chosen.
+    """Replace convolutions and linear layers by sparse ones where that was chosen.
 
     Parameters
     ----------
@@ -105,7 +109,9 @@ def convert(
         What chooses: an object with ``choice(spec, weight, name)``, which returns a `numbasparse.Choice` or None
         (a tuned file, for example), or one with ``choice_by_name(name)``, which needs no ``example_input``. A
         layer without a choice, and every layer if None, gets the stated default: sparse unless more than
-        `numbasparse.plans.dense_above` of the weights are non-zero.
+        `numbasparse.plans.dense_above` of the weights are non-zero. A linear layer is sparse if at most
+        `numbasparse.plans.LINEAR_DENSE_ABOVE` of its weights are not zero and it was tuned so, or is a large one on
+        the CPU.
     example_input : Tensor, tuple of arguments, or dict of keyword arguments, optional
         The model is run on it once to learn the input shape of every layer.
     fuse : bool
@@ -126,15 +132,15 @@ def convert(
     -------
     nn.Module
         A copy in eval mode, of the same class and with the same names: the ``state_dict`` of modules that were
-        not replaced has the same keys. `conversion_report` tells what became of each convolution.
+        not replaced has the same keys. `conversion_report` tells what became of each layer.
 
     Raises
     ------
     TypeError
         If an argument is of the wrong kind.
     ValueError
-        If there is no ``nn.Conv2d``, or without ``tuned`` none sparse enough; if a chosen layer cannot be
-        sparse (NaN in the weight); if ``tuned`` needs an ``example_input``; if a quantized weight is not the one
+        If there is no ``nn.Conv2d`` or ``nn.Linear``, or without ``tuned`` none sparse enough; if a chosen layer cannot
+        be sparse (NaN in the weight); if ``tuned`` needs an ``example_input``; if a quantized weight is not the one
         of the layer of that name.
 
     Warns
@@ -153,18 +159,18 @@ def convert(
     """
     _check_arguments(model, tuned)
     converted = _copy(model).eval()
-    if not any(isinstance(module, nn.Conv2d) for module in converted.modules()):
-        raise ValueError(f"nothing to convert: {type(model).__name__} has no nn.Conv2d")
-    convs = {name: m for name, m in converted.named_modules() if isinstance(m, nn.Conv2d)}
-    kept = {name: reason for name, conv in convs.items() if (reason := _reason_kept(conv)) is not None}
+    layers = {name: m for name, m in converted.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    if not layers:
+        raise ValueError(f"nothing to convert: {type(model).__name__} has no nn.Conv2d and no nn.Linear")
+    kept = {name: reason for name in layers if (reason := _reason_kept(converted, name)) is not None}
     weights = _checked_weights(converted, quantized or {})
     chains: dict[str, _Chain] = {}
     if fuse:
         found = _find_chains(converted)
-        kept.update({name: reason for name, reason in found.kept.items() if name in convs})
+        kept.update({name: reason for name, reason in found.kept.items() if name in layers})
         chains = {chain.conv: chain for chain in found.chains if chain.conv not in kept}
         converted = _fold_batch_norms(converted, chains, weights)
-    decisions = _decide(converted, list(convs), kept, weights, tuned, example_input)
+    decisions = _decide(converted, list(layers), kept, weights, tuned, example_input)
     _check_decisions(decisions, tuned)
     records = []
     for name, decision in decisions.items():
@@ -182,7 +188,7 @@ def convert(
 
 
 def conversion_report(model: nn.Module) -> tuple[ConvertedLayer, ...]:
-    """Return what `convert` did to each convolution, in the order of ``named_modules``.
+    """Return what `convert` did to each convolution and linear layer, in the order of ``named_modules``.
 
     Raises
     ------
@@ -214,10 +220,11 @@ def _checked_weights(model: nn.Module, quantized: Mapping[str, SparseWeight]) ->
             raise ValueError(
                 f"quantized must map the model's layers to SparseWeight, got {name!r}: {type(weight).__name__}"
             )
-        conv = modules[name]
-        if not isinstance(conv, nn.Conv2d):
+        layer = modules[name]
+        if not isinstance(layer, (nn.Conv2d, nn.Linear)):
             continue
-        own = conv.weight.detach().cpu()
+        own = layer.weight.detach().cpu()
+        own = own if own.dim() == 4 else own[:, :, None, None]
         if own.shape != weight.shape or not torch.equal(own, torch.from_numpy(weight.to_dense())):
             raise ValueError(
                 f"the quantized weight of layer {name!r} differs from the layer's: quantize the model itself "
@@ -242,15 +249,22 @@ def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def _reason_kept(conv: nn.Conv2d) -> str | None:
-    """Reason why a convolution must stay what it is, whatever its sparsity."""
-    own_code = type(conv).forward is not nn.Conv2d.forward or type(conv)._conv_forward is not nn.Conv2d._conv_forward
-    if own_code or isinstance(conv, nn.modules.lazy.LazyModuleMixin):
-        return f"{type(conv).__name__} is not a plain nn.Conv2d"
-    if _has_hooks(conv):
+def _reason_kept(model: nn.Module, name: str) -> str | None:
+    """Reason why a layer must stay what it is, whatever its sparsity."""
+    layer = model.get_submodule(name)
+    plain = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
+    own_code = any(getattr(type(layer), m, None) is not getattr(plain, m, None) for m in ("forward", "_conv_forward"))
+    if own_code or isinstance(layer, nn.modules.lazy.LazyModuleMixin):
+        return f"{type(layer).__name__} is not a plain nn.{plain.__name__}"
+    if _has_hooks(layer):
         return "it has forward hooks"
-    if conv.padding_mode != "zeros":
-        return f"padding_mode {conv.padding_mode!r}"
+    if isinstance(layer, nn.Conv2d):
+        return None if layer.padding_mode == "zeros" else f"padding_mode {layer.padding_mode!r}"
+    # The modules of torch that attend read the weights of their linear layers.
+    owner = model.get_submodule(name.rpartition(".")[0])
+    torchs = type(owner).__module__.startswith("torch.nn.") and owner is not layer
+    if torchs and not isinstance(owner, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        return f"{type(owner).__name__} may read its parameters directly"
     return None
 
 
@@ -315,7 +329,7 @@ def _graph_chains(graph: fx.Graph, model: nn.Module) -> Iterator[_Chain]:
         return module if module is not None and calls[id(module)] == 1 else None
 
     for node in graph.nodes:
-        if isinstance(called_once(node), nn.Conv2d):
+        if isinstance(called_once(node), (nn.Conv2d, nn.Linear)):
             followers: list[tuple[str, nn.Module]] = []
             last = node
             while len(followers) < 2 and len(last.users) == 1:
@@ -337,7 +351,7 @@ def _sequential_chains(model: nn.Module) -> Iterator[_Chain]:
         if len(children) != len(parent):
             continue  # a child that occurs twice is listed once
         for index, (name, child) in enumerate(children):
-            if isinstance(child, nn.Conv2d) and instances[id(child)] == 1:
+            if isinstance(child, (nn.Conv2d, nn.Linear)) and instances[id(child)] == 1:
                 after = children[index + 1 : index + 3]
                 yield _chain(name, child, list(takewhile(lambda item: instances[id(item[1])] == 1, after)))
 
@@ -431,10 +445,10 @@ def _apply(
     record = ConvertedLayer(name, "dense", decision.reason, decision.sparsity, batch_norm=chain.batch_norm)
     if not decision.sparse:
         return model, record
-    conv = model.get_submodule(name)
-    assert isinstance(conv, nn.Conv2d)
+    layer = model.get_submodule(name)
     activation = None if chain.activation is None else activation_of(model.get_submodule(chain.activation))
-    sparse = SparseConv2d.from_conv(conv, weight=weight, choice=decision.choice, activation=activation)
+    make: Any = SparseConv2d.from_conv if isinstance(layer, nn.Conv2d) else SparseLinear.from_linear
+    sparse = make(layer, weight=weight, choice=decision.choice, activation=activation)
     model = _replace(model, name, sparse.eval())
     if chain.activation is not None:
         model = _replace(model, chain.activation, nn.Identity().eval())
@@ -533,24 +547,35 @@ def _decide_layer(
     tuned: Any,
     by_name: Any,
 ) -> _Decision:
-    conv = model.get_submodule(name)
-    assert isinstance(conv, nn.Conv2d)
+    layer = model.get_submodule(name)
+    assert isinstance(layer, (nn.Conv2d, nn.Linear))
     try:
-        weight = SparseWeight.from_dense(conv.weight, conv.groups) if weight is None else weight
+        weight = _weight_of(layer) if weight is None else weight
     except (TypeError, ValueError) as error:
         raise type(error)(f"{error} (layer {name!r})") from None
-    spec = _spec(conv, weight, seen, name)
+    spec = _spec(layer, weight, seen, name)
+    if isinstance(layer, nn.Linear) and weight.density > LINEAR_DENSE_ABOVE:
+        return _Decision(False, f"a linear layer at density {weight.density:.1%}", weight.sparsity)
     choice = None
     if tuned is not None:
         choice = by_name(name) if by_name is not None else tuned.choice(spec, weight, name)
     if choice is not None:
         dense = kernel(choice.kernel).is_dense
         made = _Decision(not dense, f"tuned: {choice.kernel}", weight.sparsity, None if dense else choice)
-        return replace(made, gives=_gives(choice, spec))
-    usual = _usual(spec, weight, conv.weight.device)
+        return replace(made, gives=None if isinstance(layer, nn.Linear) else _gives(choice, spec))
+    if isinstance(layer, nn.Linear) and (layer.weight.is_cuda or layer.weight.numel() < _LARGE_LINEAR):
+        what = "linear layer on a GPU" if layer.weight.is_cuda else f"linear layer of {layer.weight.numel()} weights"
+        return _Decision(False, f"default: dense for a {what}", weight.sparsity)
+    usual = _usual(spec, weight, layer.weight.device)
     origin = "default" if tuned is None else "default, as nothing is tuned for it"
     reason = f"{origin}: {usual.kernel} at density {weight.density:.1%}"
     return _Decision(not kernel(usual.kernel).is_dense, reason, weight.sparsity, gives=_gives(usual, spec))
+
+
+def _weight_of(layer: nn.Conv2d | nn.Linear) -> SparseWeight:
+    if isinstance(layer, nn.Conv2d):
+        return SparseWeight.from_dense(layer.weight, layer.groups)
+    return linear_weight(layer)
 
 
 def _usual(spec: ConvSpec, weight: SparseWeight, device: torch.device) -> Choice:
@@ -566,8 +591,13 @@ def _gives(choice: Choice, spec: ConvSpec) -> Layout | None:
     return chosen.layouts(spec, choice.config)[1] if choice.config and isinstance(chosen, CudaKernel) else None
 
 
-def _spec(conv: nn.Conv2d, weight: SparseWeight, seen: tuple[tuple[int, ...], str] | None, name: str) -> ConvSpec:
-    """The layer's problem; without an example, on an image of a usual size."""
+def _spec(
+    conv: nn.Conv2d | nn.Linear, weight: SparseWeight, seen: tuple[tuple[int, ...], str] | None, name: str
+) -> ConvSpec:
+    """The layer's problem; without an example, on an image of a usual size, or one vector."""
+    if isinstance(conv, nn.Linear):
+        shape, dtype = seen or ((conv.in_features,), "float32")
+        return ConvSpec.create(linear_image_shape(shape), weight.shape, dtype=dtype, name=name)
     if seen is None:
         sizes = (max(_STAND_IN_SIZE, d * (k - 1) + 1) for k, d in zip(conv.kernel_size, conv.dilation, strict=True))
         seen = ((1, conv.in_channels, *sizes), "float32")
@@ -576,14 +606,14 @@ def _spec(conv: nn.Conv2d, weight: SparseWeight, seen: tuple[tuple[int, ...], st
 
 
 def _input_shapes(model: nn.Module, names: list[str], example_input: Any) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape (N, C, H, W) and dtype of each convolution's first input, by running the model once."""
+    """Shape and dtype of each layer's first input, of a convolution with N, by running the model once."""
     seen: dict[str, tuple[tuple[int, ...], str]] = {}
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else kwargs["input"]
             dtype = str(x.dtype).removeprefix("torch.")
-            shape = tuple(x.shape) if x.dim() == 4 else (1, *x.shape)
+            shape = (1, *x.shape) if isinstance(module, nn.Conv2d) and x.dim() == 3 else tuple(x.shape)
             seen.setdefault(name, (shape, dtype if dtype in DTYPES else "float32"))
 
         return hook
@@ -616,9 +646,9 @@ def _check_decisions(decisions: Mapping[str, _Decision], tuned: Any) -> None:
         return
     reasons = "; ".join(f"{name or 'the model'}: {decision.reason}" for name, decision in decisions.items())
     if tuned is not None:
-        warnings.warn(f"every convolution stays dense ({reasons})", stacklevel=3)
+        warnings.warn(f"every layer stays dense ({reasons})", stacklevel=3)
         return
     raise ValueError(
-        f"nothing to convert: no convolution is sparse enough to be run so by default ({reasons}); prune the model "
+        f"nothing to convert: no layer is sparse enough to be run so by default ({reasons}); prune the model "
         f"first (numbasparse.pruning), or give a tuned file"
     )

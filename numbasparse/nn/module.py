@@ -72,6 +72,9 @@ class SparseConv2d(nn.Module):
     NotImplementedError.
     """
 
+    takes_vectors = False
+    """Whether the input is vectors (..., C) rather than images."""
+
     values: Tensor
     indices: Tensor
     indptr: Tensor
