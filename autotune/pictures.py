@@ -21,8 +21,8 @@ from autotune.footprint import Form
 from autotune.results import Points, Sweep, Sweeps, crossover, front
 from autotune.roofline import Peak, Place
 
-INK, MUTED, LINE = "#1d2733", "#66717c", "#d3d9df"
-DENSE, SPARSE, ACCENT = "#a7b1bb", "#0b6e99", "#bf5316"
+INK, MUTED, LINE = "#1d2733", "#5d6873", "#d3d9df"
+DENSE, SPARSE, ACCENT = "#8793a0", "#0b6e99", "#bf5316"
 
 VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line", DENSE: "dense", SPARSE: "sparse", ACCENT: "accent"}
 """The page's CSS variable of each colour, without the dashes: pictures follow its light and dark themes."""
@@ -30,7 +30,7 @@ VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line", DENSE: "dense", SPARSE: "
 MOST_BARS = 40
 MOST_SWEEPS = 18
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "axes.edgecolor": LINE,
     "axes.labelcolor": MUTED,
     "axes.spines.right": False,
@@ -151,16 +151,18 @@ def sweep_curves(file: Sweeps, name: str) -> Picture:
 def _sweep(axes: Axes, sweep: Sweep) -> None:
     for number, series in enumerate(sweep.series):
         percent = [100 * s for s in series.sparsities]
-        style = {"linestyle": "--" if number else "-", "marker": _MARKERS[number % len(_MARKERS)]}
+        style: dict[str, Any] = {"linestyle": "--" if number else "-", "marker": _MARKERS[number % len(_MARKERS)]}
         axes.plot(percent, series.us, color=SPARSE, markersize=3.5, linewidth=1.4, label=series.name, **style)
         at = crossover(sweep, series)
-        if at is not None and at > series.sparsities[0]:
-            mark = {"marker": "x", "color": ACCENT, "linestyle": "none", "label": "cross-over", "zorder": 3}
-            axes.plot([100 * at], [sweep.dense_us], **mark)
+        if at is not None and sweep.dense_us is not None and at > series.sparsities[0]:
+            style = {"marker": "x", "color": ACCENT, "linestyle": "none", "label": "cross-over", "zorder": 3}
+            axes.plot([100 * at], [sweep.dense_us], **style)
     if sweep.dense_us is not None:
         axes.axhline(sweep.dense_us, color=DENSE, linewidth=1.4, label="dense")
     axes.set_ylim(bottom=0)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}%"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axes.locator_params(nbins=5)
     axes.tick_params(labelsize=8, labelcolor=MUTED)
     axes.set_title(label(sweep.layer, 34), fontsize=8)
 

@@ -97,7 +97,7 @@ def read(path: str | os.PathLike[str]) -> Sweeps | Points:
             f"cannot use {os.fspath(path)!r} as results: it is no JSON, or truncated or corrupt ({error})"
         ) from None
     if isinstance(content, dict) and content.get("format") == TUNED_FORMAT:
-        return of_tuned(TunedModel.load(path), Path(path).name)
+        return of_tuned(TunedModel.load(path, to_run=False), Path(path).name)
     try:
         return _read_content(content, Path(path).name)
     except ValueError as error:

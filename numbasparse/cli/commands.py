@@ -150,20 +150,34 @@ def bench(
 @main.command()
 @click.argument("tuned", type=click.Path(path_type=Path))
 @click.option("--plot", type=click.Path(path_type=Path), help="Also draw the layers' times into this PNG.")
+@click.option("--html", type=click.Path(path_type=Path), help="Write one HTML page that needs no other file.")
+@click.option("--png", type=click.Path(path_type=Path), help="Write the page's pictures into this folder.")
+@click.option(
+    "--results",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Show this file too: results of a layer benchmark, another tuned file, quickstart.json, or points of "
+    "accuracy and time. May be given several times.",
+)
+@click.option("--weights", type=click.Path(path_type=Path), help="File of `quantize --sparse`: show its footprint.")
+@click.option("--peak", help='The roof of the roofline: "GFLOP/s,GB/s" of the device, for example "66900,3350".')
+@click.option("--measure-peak", is_flag=True, help="Measure the roof on this CPU.")
 @_clear_errors
-def report(tuned: Path, plot: Path | None) -> None:
-    """Print the table of a TUNED file."""
-    import autotune
+def report(
+    tuned: Path,
+    plot: Path | None,
+    html: Path | None,
+    png: Path | None,
+    results: tuple[Path, ...],
+    weights: Path | None,
+    peak: str | None,
+    measure_peak: bool,
+) -> None:
+    """Print the table of a TUNED file, of any device; write its report as a page and as pictures."""
+    from numbasparse.cli import report as page
 
-    loaded = autotune.load(tuned)
-    autotune.print_report(loaded)
-    if plot is not None:
-        from numbasparse.cli.models import check_out
-        from numbasparse.cli.plot import layer_bars
-
-        check_out(plot)
-        layer_bars(autotune.layer_rows(loaded), str(tuned), plot)
-        click.echo(f"wrote {plot}")
+    extras = page.Extras(results, weights, peak, measure_peak)
+    page.run(tuned, page.Outputs(plot, html, png), extras)
 
 
 @main.command(help=f"Prune MODEL: at once by magnitude, with calibration data, or with retraining.\n\n{MODEL_HELP}")
