@@ -235,8 +235,8 @@ def _crossover_words(sweep: Sweep, series: Series) -> str:
         return "dense unknown"
     at = crossover(sweep, series)
     if at is None:
-        return f"not up to {_percent(series.sparsities[-1])}"
-    return f"below {_percent(at)}" if at == series.sparsities[0] else _percent(at)
+        return f"never up to {_percent(series.sparsities[-1])}"
+    return f"≤ {_percent(at)}" if at == series.sparsities[0] else _percent(at)
 
 
 def _accuracies(content: Content) -> _Section | _Absent:
@@ -258,15 +258,24 @@ def _accuracies(content: Content) -> _Section | _Absent:
 
 def _points_table(file: Points) -> str:
     best = front(file.points)
+    grouped = any(point.group for point in file.points)
+    # The same number of digits after the point for all: columns can be compared at a glance.
+    digits = max(len(f"{point.accuracy:.5g}".partition(".")[2]) for point in file.points)
     columns = [
         _Column("model", heads=True),
-        _Column("group"),
+        *([_Column("group")] if grouped else []),
         _Column("ms", number=True),
         _Column(file.measure, number=True),
         _Column("on the front"),
     ]
     rows = [
-        [point.name, point.group, f"{point.time_ms:.3g}", f"{point.accuracy:.5g}", "yes" if point in best else "no"]
+        [
+            point.name,
+            *([point.group] if grouped else []),
+            f"{point.time_ms:,.2f}",
+            f"{point.accuracy:.{digits}f}",
+            "yes" if point in best else "no",
+        ]
         for point in file.points
     ]
     return _table(f"Models of {file.source}", columns, rows)
@@ -303,6 +312,7 @@ def _roofline(content: Content) -> _Section | _Absent:
         text += ' There is no roof: give --peak "GFLOP/s,GB/s", or --measure-peak on the CPU that was tuned.'
     else:
         text += f" The roof is {peak.gflops:,.0f} GFLOP/s and {peak.gbytes:,.0f} GB/s, {peak.source}."
+        text += " Layers whose data stays in caches can stand above the slope of the memory."
     picture = pictures.roofline(list(numbered.values()), list(numbered), peak)
     return _Section("roofline", heading, (_paragraph(text), picture, _places_table(numbered, peak)))
 
@@ -317,7 +327,7 @@ def _places_table(numbered: Mapping[int, Place], peak: Peak | None) -> str:
     ]
     rows = []
     for number, place in numbered.items():
-        cells = [str(number), place.name, f"{place.intensity:.3g}", f"{place.gflops:,.4g}"]
+        cells = [str(number), place.name, f"{place.intensity:,.2f}", f"{place.gflops:,.1f}"]
         if peak is not None:
             bound = "memory" if place.intensity * peak.gbytes < peak.gflops else "arithmetic"
             cells += [f"{place.gflops / peak.at(place.intensity):.0%}", bound]

@@ -8,9 +8,11 @@ from __future__ import annotations
 import io
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from xml.etree import ElementTree
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -63,36 +65,49 @@ class Picture:
 
     def png(self) -> bytes:
         """The picture in the light colours on white."""
-        out = io.BytesIO()
-        with matplotlib.rc_context(_STYLE):
-            self.figure.savefig(out, format="png", dpi=150, facecolor="white")
-        return out.getvalue()
+        return self._saved(format="png", dpi=150, facecolor="white")
 
     def svg(self) -> str:
         """An ``<svg>`` element for a page: no prolog, metadata or address; ids begin with `name`; colours are
         variables."""
+        root = ElementTree.fromstring(self._saved(format="svg", transparent=True, metadata={"Date": None}))
+        for parent in list(root.iter()):
+            parent.tag = parent.tag.rpartition("}")[2]
+            # A style element would hold for the whole page.
+            for child in [c for c in parent if c.tag.endswith(("}metadata", "}style"))]:
+                parent.remove(child)
+            parent.attrib = {
+                name.rpartition("}")[2]: self._rewritten(name.rpartition("}")[2], value)
+                for name, value in parent.attrib.items()
+            }
+        root.attrib = {"viewBox": root.attrib["viewBox"]}
+        return ElementTree.tostring(root, encoding="unicode")
+
+    def _rewritten(self, name: str, value: str) -> str:
+        """An attribute of an element as the page needs it; text between elements is never touched."""
+        if name == "id":
+            return f"{self.name}-{value}"
+        if name == "href":
+            return value.replace("#", f"#{self.name}-", 1)
+        value = value.replace("url(#", f"url(#{self.name}-")
+        if name == "style":
+            value = _FAMILY.sub("", _FONT.sub(r"font-size: \1", value))
+            for colour, variable in VARIABLES.items():
+                value = value.replace(colour, f"var(--{variable})")
+        return value
+
+    def _saved(self, **options: Any) -> bytes:
         out = io.BytesIO()
-        with matplotlib.rc_context(_STYLE | {"svg.hashsalt": self.name}):
-            self.figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
-        text = out.getvalue().decode()
-        text = text[text.index("<svg") :]
-        for pattern, new in _REWRITES:
-            text = pattern.sub(new, text)
-        text = re.sub(r'\b(id="|url\(#|xlink:href="#)', rf"\g<1>{self.name}-", text)
-        for colour, variable in VARIABLES.items():
-            text = text.replace(colour, f"var(--{variable})")
-        return text
+        with matplotlib.rc_context(_STYLE | {"svg.hashsalt": self.name}), warnings.catch_warnings():
+            # A name in a script that matplotlib's font lacks: a page's reader has fonts for it, a PNG shows boxes.
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")
+            self.figure.savefig(out, **options)
+        return out.getvalue()
 
 
-# What an inline SVG must not have, or need not. Text cannot match: matplotlib escapes < and ".
-_REWRITES = (
-    (re.compile(r"<metadata>.*?</metadata>\s*", re.S), ""),
-    (re.compile(r"<defs>\s*<style.*?</style>\s*</defs>\s*", re.S), ""),  # would hold for the whole page
-    (re.compile(r' xmlns(:xlink)?="[^"]*"'), ""),
-    (re.compile(r"<svg [^>]*?(viewBox=\"[^\"]*\")[^>]*>"), r"<svg \1>"),
-    (re.compile(r"font-family: [^;\"]*;? ?"), ""),
-    (re.compile(r"font: ([^;\"]*?px) [^;\"]*"), r"font-size: \1"),
-)
+# The page's own font is used: of "font: 9px 'DejaVu Sans', ..." only the size stays, of "font-family: ..." nothing.
+_FONT = re.compile(r"font: ([^;]*?px) [^;]*")
+_FAMILY = re.compile(r"font-family: [^;]*; ?")
 
 
 def layer_bars(rows: Sequence[Mapping[str, Any]], title: str = "") -> Picture:
@@ -172,14 +187,19 @@ def pareto(file: Points, name: str) -> Picture:
     best = front(file.points)
     with matplotlib.rc_context(_STYLE):
         figure, axes = _axes(8.6, 4.0)
-        times, accuracies = [p.time_ms for p in best], [p.accuracy for p in best]
+        # The front goes on to the right of its last point: nothing slower is more accurate.
+        times = [*(p.time_ms for p in best), 1.15 * max(p.time_ms for p in file.points)]
+        accuracies = [*(p.accuracy for p in best), best[-1].accuracy]
         axes.step(times, accuracies, where="post", color=LINE, linewidth=1.4, label="Pareto front", zorder=1)
         groups = list(dict.fromkeys(point.group for point in file.points))
         for point in file.points:
             colour = SPARSE if point in best else DENSE
             marker = _MARKERS[groups.index(point.group) % len(_MARKERS)]
             axes.plot([point.time_ms], [point.accuracy], color=colour, marker=marker, linestyle="none")
-            _note(axes, label(point.name), (point.time_ms, point.accuracy), (7, 3))
+        places = [(point.time_ms, point.accuracy) for point in file.points]
+        for members in _together(places):
+            names = " · ".join(label(file.points[i].name) for i in members)
+            _note(axes, label(names, 60), places[members[0]], (7, 3))
         for number, group in enumerate(groups if any(groups) else ()):
             marker = _MARKERS[number % len(_MARKERS)]
             axes.plot([], [], color=MUTED, marker=marker, linestyle="none", label=label(group or "others"))
@@ -200,14 +220,18 @@ def footprint_bars(forms: Sequence[Form]) -> Picture:
         colours = [DENSE, *[SPARSE] * (len(forms) - 1)]
         axes.barh(range(len(forms)), [form.nbytes / 1e6 for form in forms], 0.66, color=colours)
         for place, form in enumerate(forms):
-            share = "" if place == 0 else f"   1/{forms[0].nbytes / form.nbytes:.1f}"
-            _note(axes, f"{form.nbytes / 1e6:.3g} MB{share}", (form.nbytes / 1e6, place), (5, 0), va="center")
+            share = "" if place == 0 else f" · {forms[0].nbytes / form.nbytes:.1f} times smaller"
+            _note(axes, size(form.nbytes) + share, (form.nbytes / 1e6, place), (5, 0), va="center")
         axes.set_yticks(range(len(forms)), [form.name for form in forms])
         axes.tick_params(axis="y", length=0)
         axes.invert_yaxis()
         axes.margins(x=0.15, y=0.02)
         axes.set_xlabel("megabytes")
-    alt = "Bars of the bytes of all weights: " + ", ".join(f"{f.name} {f.nbytes / 1e6:.3g} MB" for f in forms) + "."
+    least = min(forms, key=lambda form: form.nbytes)
+    alt = (
+        f"Bars of the bytes of all weights in {len(forms)} forms: {forms[0].name} {size(forms[0].nbytes)}, the least "
+        f"{least.name} {size(least.nbytes)}; the table gives each."
+    )
     return Picture("footprint", alt, figure)
 
 
@@ -219,8 +243,11 @@ def roofline(places: Sequence[Place], numbers: Sequence[int], peak: Peak | None)
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.plot(x, y, color=SPARSE, marker="o", markersize=4.5, linestyle="none", label="layers")
-        for number, place in zip(numbers, places, strict=True):
-            _note(axes, str(number), (place.intensity, place.gflops), (4, 3), fontsize=7, color=MUTED)
+        logs = [(math.log(place.intensity), math.log(place.gflops)) for place in places]
+        for members in _together(logs):
+            at = places[members[0]]
+            names = label(", ".join(str(numbers[i]) for i in members))
+            _note(axes, names, (at.intensity, at.gflops), (4, 3), fontsize=7, color=MUTED)
         if peak is not None:
             ridge = peak.gflops / peak.gbytes
             ends = min(*x, ridge) / 2, max(*x, ridge) * 2
@@ -246,6 +273,29 @@ def label(text: str, most: int = 36) -> str:
         return printable
     half = (most - 1) // 2
     return f"{printable[:half]}…{printable[-half:]}"
+
+
+def size(nbytes: int) -> str:
+    """Bytes in words, for example ``"75.2 kB"``."""
+    if nbytes < 1000:
+        return f"{nbytes} B"
+    unit, name = (1e3, "kB") if nbytes < 1e6 else (1e6, "MB")
+    return f"{nbytes / unit:,.3g} {name}" if nbytes < 1e9 else f"{nbytes / unit:,.0f} {name}"
+
+
+def _together(places: Sequence[tuple[float, float]]) -> list[list[int]]:
+    """Groups of places so near to their group's first that they need one label: 2 % of the extent in x and in y."""
+    x, y = zip(*places, strict=True)
+    dx, dy = 0.02 * (max(x) - min(x)), 0.02 * (max(y) - min(y))
+    groups: list[list[int]] = []
+    for i, place in enumerate(places):
+        near = (g for g in groups if abs(place[0] - x[g[0]]) <= dx and abs(place[1] - y[g[0]]) <= dy)
+        group = next(near, None)
+        if group is None:
+            groups.append([i])
+        else:
+            group.append(i)
+    return groups
 
 
 def _axes(width: float, height: float) -> tuple[Figure, Axes]:
