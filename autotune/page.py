@@ -149,7 +149,7 @@ def _choices(content: Content) -> _Section:
         _Column("dense µs", number=True),
         _Column("chosen µs", number=True),
         _Column("± µs", number=True),
-        *([_Column("µs, layout kept", number=True), _Column("layouts")] if on_gpu else []),
+        *([_Column("µs, layout kept", number=True), _Column("layouts", number=True)] if on_gpu else []),
         _Column("ratio", number=True),
         _Column("tried", number=True),
     ]
@@ -330,7 +330,7 @@ def _places_table(numbered: Mapping[int, Place], peak: Peak | None) -> str:
         cells = [str(number), place.name, f"{place.intensity:,.2f}", f"{place.gflops:,.1f}"]
         if peak is not None:
             bound = "memory" if place.intensity * peak.gbytes < peak.gflops else "arithmetic"
-            cells += [f"{place.gflops / peak.at(place.intensity):.0%}", bound]
+            cells += [f"{place.gflops / peak.at(place.intensity):.1%}", bound]
         rows.append(cells)
     return _table("Every layer's place, by its number among the chosen kernels", columns, rows)
 
@@ -432,7 +432,8 @@ def _us(value: float | None) -> str:
 
 
 def _ms(us: float) -> str:
-    return f"{us / 1000:,.3g}" if us < 1e6 else f"{us / 1000:,.0f}"
+    ms = us / 1000
+    return f"{ms:.3f}" if ms < 1 else f"{ms:.2f}" if ms < 100 else f"{ms:,.0f}"
 
 
 def _ratio(value: float | None) -> str:

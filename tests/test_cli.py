@@ -441,7 +441,10 @@ def test_wrong_tuned_files(folder: Path, tuned_file: bytes) -> None:
     }
     for name, (blob, words) in wrong.items():
         Path(f"{name}.json").write_bytes(blob)
-        for command in (("report", f"{name}.json"), ("bench", "nets.py:make", *SHAPE, "--tuned", f"{name}.json")):
+        commands = [("report", f"{name}.json"), ("bench", "nets.py:make", *SHAPE, "--tuned", f"{name}.json")]
+        if name == "lanes":
+            good(*commands.pop(0))  # a file of another processor can be looked at
+        for command in commands:
             line = bad(*command)
             assert f"{name}.json" in line
             assert words in line
