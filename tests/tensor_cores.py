@@ -1,0 +1,53 @@
+"""What a sparse tensor core does with its operands, in NumPy: the definition that packed weights are tested against."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from numbasparse.kernels import two_four
+
+
+def opened(fragment: np.ndarray, metadata: np.ndarray, dtype: str) -> np.ndarray:
+    """Matrix A of a sparse step, float32 (64, 32), from registers (128, 4) and metadata (64,), lane by lane."""
+    dense = np.zeros((two_four.ROWS, two_four.STEP), np.float32)
+    values = widened(fragment, dtype)
+    for thread in range(128):
+        warp, lane = divmod(thread, 32)
+        g, t = divmod(lane, 4)
+        for register in range(4):
+            row = warp * 16 + g + 8 * (register % 2)
+            for half in range(2):
+                kept = 2 * t + half + 8 * (register // 2)
+                quad = kept // 2
+                # Quads 0 to 3 are described by lane 0 of the four, quads 4 to 7 by lane 1.
+                word = int(metadata[(warp * 8 + g) * 2 + quad // 4]) >> (16 * (register % 2))
+                place = word >> (4 * (quad % 4) + 2 * half) & 3
+                dense[row, quad * 4 + place] += values[thread, register, half]
+    return dense
+
+
+def opened_dense(fragment: np.ndarray, dtype: str) -> np.ndarray:
+    """Matrices A of four warps' ``mma.m16n8k16``, float32 (64, 16), from registers (128, 4)."""
+    dense = np.zeros((two_four.ROWS, two_four.REST), np.float32)
+    values = widened(fragment, dtype)
+    for thread in range(128):
+        warp, lane = divmod(thread, 32)
+        g, t = divmod(lane, 4)
+        for register in range(4):
+            column = 2 * t + 8 * (register // 2)
+            dense[warp * 16 + g + 8 * (register % 2), column : column + 2] = values[thread, register]
+    return dense
+
+
+def widened(words: np.ndarray, dtype: str) -> np.ndarray:
+    """The two 16-bit values of each 32-bit register, (..., 2), as float32."""
+    halves = np.ascontiguousarray(words, np.uint32)[..., None].view(np.uint16)
+    if dtype == "float16":
+        return halves.view(np.float16).astype(np.float32)
+    return (halves.astype(np.uint32) << 16).view(np.float32)
+
+
+def well_formed(metadata: np.ndarray) -> bool:
+    """Whether the two places of every quad are different and ascend, as the instruction demands."""
+    places = two_four.places(metadata).reshape(len(metadata), two_four.ROWS, two_four.QUADS, 2)
+    return bool((places[..., 0] < places[..., 1]).all())
