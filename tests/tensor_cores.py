@@ -51,3 +51,36 @@ def well_formed(metadata: np.ndarray) -> bool:
     """Whether the two places of every quad are different and ascend, as the instruction demands."""
     places = two_four.places(metadata).reshape(len(metadata), two_four.ROWS, two_four.QUADS, 2)
     return bool((places[..., 0] < places[..., 1]).all())
+
+
+ROW_BYTES = {1: 128, 2: 64, 3: 32, 0: 16}
+"""Bytes of a row of an MN-major operand, by the swizzle mode of its descriptor."""
+
+
+def swizzled(address: np.ndarray, row_bytes: int) -> np.ndarray:
+    """Where shared memory holds what has a linear address, in the mode for rows of so many bytes."""
+    return address ^ (address >> 3 & (row_bytes - 16))
+
+
+def operand(memory: np.ndarray, low: int, high: int, n: int) -> np.ndarray:
+    """Matrix B, (32, n) of 16-bit words, that a descriptor of an MN-major operand means.
+
+    ``memory`` are the bytes of shared memory from address 0.
+    """
+    mode = high >> 30 & 3
+    row_bytes = ROW_BYTES[mode]
+    start, leading, stride = 16 * (low & 0x3FFF), 16 * (low >> 16 & 0x3FFF), 16 * (high & 0x3FFF)
+    assert start % (8 * row_bytes) == 0, "the base offset is not 0"
+    n_stride, k_stride = (leading, stride) if mode else (stride, leading)
+    k, column = np.arange(32)[:, None], 2 * np.arange(n)[None]
+    linear = start + k // 8 * k_stride + k % 8 * row_bytes + column // row_bytes * n_stride + column % row_bytes
+    return memory.view(np.uint16)[swizzled(linear, row_bytes) // 2]
+
+
+def box(image: np.ndarray, origin: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:
+    """A box of an array, whose outside is zero; the outermost dimension first."""
+    made = np.zeros(shape, image.dtype)
+    index = [np.arange(start, start + size) for start, size in zip(origin, shape, strict=True)]
+    inside = [(i >= 0) & (i < size) for i, size in zip(index, image.shape, strict=True)]
+    made[np.ix_(*inside)] = image[np.ix_(*(i[there] for i, there in zip(index, inside, strict=True)))]
+    return made

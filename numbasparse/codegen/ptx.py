@@ -122,6 +122,7 @@ count_shared = _operation("atom.acq_rel.cta.shared.add.u32 $0, [$1], $2;", (_S, 
 # .nc: the read-only path; what it loads is not written while the kernel runs (section 9.7.9.9).
 load_global_i32 = _operation("ld.global.nc.s32 $0, [$1];", (_G,), types.int32)
 load_global_f32 = _operation("ld.global.nc.f32 $0, [$1];", (_G,), types.float32)
+load_global_u32 = _operation("ld.global.nc.u32 $0, [$1];", (_G,), types.uint32)
 
 # Copies to shared memory that the thread does not wait for (section 9.7.9.25.3).  The last argument is how many
 # bytes come from global memory; the rest of the destination is filled with zeros.
@@ -165,6 +166,8 @@ mbarrier_wait = _operation(
     "{ .reg .pred p; WAIT: mbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1; @p bra DONE; bra WAIT; DONE: }",
     (_S, types.int32),
 )
+# One of the arrivals that a barrier was initialised to wait for; what the thread has read and written comes before.
+mbarrier_arrive = _operation("mbarrier.arrive.shared::cta.b64 _, [$0];", (_S,))
 # One thread's order to the copy engine (sections 9.7.9.25.4 and .5): bytes arrive at the barrier.
 copy_bulk = _operation(
     "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];",
@@ -546,3 +549,281 @@ def store_finished(dtype: str, finish: Finish) -> Any:
         return context.get_dummy_value()
 
     return _intrinsic_of_arity(6, types.void(_G, types.float32, _G, _G, _G, _G), generate)
+
+
+# ---- tensor cores -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Swizzle:
+    """How 16-byte pieces of shared memory change places, so that a column of them meets every bank.
+
+    PTX ISA, "Swizzling modes" (of tensor copies) and "Strides" (of wgmma's shared-memory matrices): the modes of 128,
+    64 and 32 bytes are those of the canonical layouts, Swizzle<3,4,3>, <2,4,3> and <1,4,3> in the words of CUTLASS
+    (cute/arch/mma_sm90_desc.hpp).  An address a means ``a ^ (a >> 3 & mask)``; bits 7 to 9 go into bits 4 to 6.  The
+    pattern is of addresses, not of offsets, so what uses it is aligned to ``8 * row_bytes``.
+
+    Attributes
+    ----------
+    row_bytes : int
+        Bytes of a row, 128, 64, 32, or 16 for none: also the widest box of a tensor copy in this mode.
+    mode : int
+        Number of the mode in a matrix descriptor (bits 62 and 63).
+    mask : int
+    """
+
+    row_bytes: int
+    mode: int
+    mask: int
+
+
+SWIZZLES = {row: Swizzle(row, mode, row - 16) for row, mode in ((128, 1), (64, 2), (32, 3), (16, 0))}
+"""By bytes of a row."""
+
+
+@dataclass(frozen=True)
+class MatrixDescriptor:
+    """Constants of the descriptor of a K x N operand in shared memory whose N is innermost ("MN-major", "transposed").
+
+    PTX ISA, "Matrix descriptor format" of wgmma: bits 0-13 start, 16-29 leading and 32-45 stride byte offset, each
+    in 16 bytes, 49-51 base offset, 62-63 swizzle.  The rows (of equal k) of ``row_bytes`` hold neighbouring n, eight
+    rows of k follow one another, and there are two strides: from eight k to the next eight, and from ``row_bytes`` of
+    n to the next.  Which is which: with a swizzle the leading offset is that of n and the stride offset that of k;
+    without, it is the other way round (CUTLASS, cute/atom/mma_traits_sm90_gmma.hpp, ``make_gmma_desc<Major::MN>``).
+    The base offset is 0 where starts are multiples of ``8 * row_bytes``.
+
+    Attributes
+    ----------
+    low, high : int
+        Words to which the start and the stride of k, in 16 bytes, are added: the start to ``low``.
+    k_high : bool
+        Whether the stride of k is added to ``high``, or 65,536 times it to ``low``.
+    """
+
+    low: int
+    high: int
+    k_high: bool
+
+
+def matrix_descriptor(row_bytes: int, n_stride: int) -> MatrixDescriptor:
+    """Descriptor for rows of ``row_bytes``, ``n_stride`` bytes from the same k of a row to that of the next n."""
+    swizzle = SWIZZLES[row_bytes]
+    units = n_stride // 16
+    if n_stride % 16 or not 0 <= units < 1 << 14:
+        raise ValueError(f"expected a stride of a multiple of 16 bytes under 256 KiB, got {n_stride}")
+    if swizzle.mode:
+        return MatrixDescriptor(low=units << 16, high=swizzle.mode << 30, k_high=True)
+    return MatrixDescriptor(low=0, high=units, k_high=False)
+
+
+def set_registers(count: int, more: bool) -> Any:
+    """Intrinsic that gives registers of the warpgroup back, or takes more, until a thread has ``count``.
+
+    All four warps of the group run it (section 9.7.20, "setmaxnreg"); ``count`` is a multiple of 8 from 24 to 256.
+    """
+    return _operation(f"setmaxnreg.{'inc' if more else 'dec'}.sync.aligned.u32 {count};", ())
+
+
+def _load_global_u32x4() -> Any:
+    kind = types.UniTuple(types.uint32, 4)
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        text = "ld.global.nc.v4.u32 {$0, $1, $2, $3}, [$4];"
+        loaded = _asm(builder, ir.LiteralStructType([_I32] * 4), text, "=r,=r,=r,=r,l", [(_I64, arguments[0])])
+        return context.make_tuple(builder, kind, [builder.extract_value(loaded, i) for i in range(4)])
+
+    return _intrinsic_of_arity(1, kind(_G), generate)
+
+
+# Four neighbours at a multiple of 16 bytes, as a tuple.
+load_global_u32x4 = _load_global_u32x4()
+
+_SHORT = {"float16": "f16", "bfloat16": "bf16"}
+
+
+def sparse_wgmma(rows: int, n: int, row_units: int, dtype: str) -> Any:
+    """Intrinsic ``(sums, values, metadata, low, high) -> sums``: a 2:4 sparse 64 x 32 matrix times several others.
+
+    ``rows`` instructions ``wgmma.mma_async.sp.m64nNk32``, whose operand B lies ``row_units`` times 16 bytes after that
+    of the one before, as one group that is committed and not waited for: the sums are there after `wgmma_settle`, and
+    the registers of ``values`` may change after `wgmma_wait`.  All 128 threads of a warpgroup run it.
+
+    Parameters
+    ----------
+    rows, n
+        Numbers of instructions, and of columns of each, a multiple of 8 up to 256.
+    row_units
+        Between their operands, in 16 bytes.
+    dtype
+        ``"float16"`` or ``"bfloat16"``; sums are float32.
+
+    Notes
+    -----
+    PTX ISA, "wgmma.mma_async.sp".  Thread 4 g + t of warp w has of instruction i, in sums ``(i * n / 8 + j) * 4``
+    and on, rows 16 w + g (first two) and 16 w + g + 8 (last two) and columns 8 j + 2 t and the next ("Register
+    fragments for D").  ``values`` and ``metadata`` are those of `numbasparse.kernels.two_four`, for sparsity selector
+    0: lanes 2 and 3 of four give metadata that is not read.  ``low`` and ``high`` are a `MatrixDescriptor`; the last
+    immediate operand says that B is MN-major.  The fence orders the registers' last writes before the instructions.
+    """
+    total = rows * n // 2
+    kind = types.UniTuple(types.float32, total)
+    signature = kind(kind, types.UniTuple(types.uint32, 4), types.uint32, types.uint32, types.uint32)
+    short = _SHORT[dtype]
+    a = ", ".join(f"${2 * total + i}" for i in range(4))
+    metadata, low, high = (f"${2 * total + 4 + i}" for i in range(3))
+    lines = [
+        ".reg .pred p;",
+        ".reg .b64 d;",
+        ".reg .b32 l;",
+        "setp.ne.b32 p, 1, 0;",
+        "wgmma.fence.sync.aligned;",
+        f"mov.b32 l, {low};",
+    ]
+    for i in range(rows):
+        sums = ", ".join(f"${i * n // 2 + j}" for j in range(n // 2))
+        if i:
+            lines.append(f"add.u32 l, l, {row_units};")
+        lines.append(f"mov.b64 d, {{l, {high}}};")
+        lines.append(
+            f"wgmma.mma_async.sp.sync.aligned.m64n{n}k32.f32.{short}.{short} "
+            f"{{{sums}}}, {{{a}}}, d, {metadata}, 0, p, 1, 1, 1;"
+        )
+    lines.append("wgmma.commit_group.sync.aligned;")
+    text = "{ " + " ".join(lines) + " }"
+    constraint = ",".join(["=f"] * total + [str(i) for i in range(total)] + ["r"] * 7 + ["~{memory}"])
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        packed, values, *words = arguments
+        operands = [(_F32, builder.extract_value(packed, i)) for i in range(total)]
+        operands += [(_I32, builder.extract_value(values, i)) for i in range(4)] + [(_I32, w) for w in words]
+        made = _asm(builder, ir.LiteralStructType([_F32] * total), text, constraint, operands)
+        return context.make_tuple(builder, kind, [builder.extract_value(made, i) for i in range(total)])
+
+    return _intrinsic_of_arity(5, signature, generate)
+
+
+def wgmma_wait(groups: int) -> Any:
+    """Intrinsic that waits until at most ``groups`` of the newest groups of `sparse_wgmma` are under way."""
+    return _operation(f"wgmma.wait_group.sync.aligned {groups};", ())
+
+
+def wgmma_settle(total: int) -> Any:
+    """Intrinsic ``(sums) -> sums`` that waits for all groups; what reads its result comes after the wait."""
+    kind = types.UniTuple(types.float32, total)
+    constraint = ",".join(["=f"] * total + [str(i) for i in range(total)] + ["~{memory}"])
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        operands = [(_F32, builder.extract_value(arguments[0], i)) for i in range(total)]
+        text = "wgmma.wait_group.sync.aligned 0;"
+        made = _asm(builder, ir.LiteralStructType([_F32] * total), text, constraint, operands)
+        return context.make_tuple(builder, kind, [builder.extract_value(made, i) for i in range(total)])
+
+    return _intrinsic_of_arity(1, kind(kind), generate)
+
+
+def gathered_mma(displacements: Sequence[int], mask: int, dtype: str) -> Any:
+    """Intrinsic ``(sums, values, address) -> sums``: a 16 x 16 matrix times gathered rows, for each warp its own.
+
+    For each displacement two ``mma.sync.m16n8k16``, whose operands B are 16 columns of 16 rows in shared memory.
+    Lane l gives the address of row ``l % 16``, and from lane 16 on that of the ninth column of row ``l - 16``; the
+    displacement is added, and then `Swizzle.mask` applied.
+
+    Parameters
+    ----------
+    displacements
+        Bytes; displacement i belongs to sums ``8 * i`` and on, in the order of `sparse_wgmma`.
+    mask
+        See `Swizzle`.
+    dtype
+        ``"float16"`` or ``"bfloat16"``; sums are float32.
+
+    Notes
+    -----
+    PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type" (A as in `two_four.fragments`), and
+    "ldmatrix": four 8 x 8 matrices, lanes 8 m to 8 m + 7 giving the rows of matrix m; transposed, a lane gets what
+    operand B of an mma holds, rows 0-7 and 8-15 of k in two registers.
+    """
+    total = 8 * len(displacements)
+    kind = types.UniTuple(types.float32, total)
+    signature = kind(kind, types.UniTuple(types.uint32, 4), types.uint32)
+    short = _SHORT[dtype]
+    load = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3}, [$4];"
+    multiply = (
+        f"mma.sync.aligned.m16n8k16.row.col.f32.{short}.{short}.f32 "
+        "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+    )
+    constraint = ",".join(["=f"] * 4 + ["r"] * 6 + ["f"] * 4)
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        packed, values, base = arguments
+        sums = [builder.extract_value(packed, i) for i in range(total)]
+        a = [(_I32, builder.extract_value(values, i)) for i in range(4)]
+        for number, displacement in enumerate(displacements):
+            linear = builder.add(base, ir.Constant(_I32, displacement))
+            moved = builder.and_(builder.lshr(linear, ir.Constant(_I32, 3)), ir.Constant(_I32, mask))
+            place = builder.xor(linear, moved)
+            loaded = _asm(builder, ir.LiteralStructType([_I32] * 4), load, "=r,=r,=r,=r,r,~{memory}", [(_I32, place)])
+            b = [(_I32, builder.extract_value(loaded, i)) for i in range(4)]
+            for half in range(2):
+                at = number * 8 + half * 4
+                c = [(_F32, sums[at + i]) for i in range(4)]
+                operands = a + b[2 * half : 2 * half + 2] + c
+                made = _asm(builder, ir.LiteralStructType([_F32] * 4), multiply, constraint, operands)
+                sums[at : at + 4] = [builder.extract_value(made, i) for i in range(4)]
+        return context.make_tuple(builder, kind, sums)
+
+    return _intrinsic_of_arity(3, signature, generate)
+
+
+def store_fragments(
+    places: Sequence[tuple[int, int, int]],
+    dtype: str,
+    finish: Finish,
+    strides: tuple[int, int, int, int],
+    limits: tuple[int, int, int],
+) -> Any:
+    """Intrinsic ``(sums, y, residual, bias, table, oy, ox, n) -> void``: finish and store the sums of tensor cores.
+
+    The int32 at ``table`` and ``table + 32`` are the numbers k of this lane's two rows, negative for a row that is
+    not there.  Sums ``4 * i`` and on, in the order of `sparse_wgmma`, are of place (dy, dx, dn): two neighbouring n of
+    the two rows, at ``y + k * strides[0] + dy * strides[1] + dx * strides[2] + dn * strides[3]`` (bytes), written if
+    ``oy + dy``, ``ox + dx`` and ``n + dn`` are under ``limits``.  What is written is `store_rows`'s, without a factor.
+    """
+    kind = types.UniTuple(types.float32, 4 * len(places))
+    signature = types.void(kind, _G, _G, _G, _G, types.int32, types.int32, types.int32)
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        packed, y, extra, bias, table, *origin = arguments
+        numbers, shifts, starts = [], [], []
+        for half in range(2):
+            place = builder.add(table, ir.Constant(_I64, 32 * half))
+            number = _asm(builder, _I32, "ld.global.nc.s32 $0, [$1];", "=r,l", [(_I64, place)])
+            there = builder.icmp_signed(">=", number, ir.Constant(_I32, 0))
+            # A row that is not there reads the bias of row 0, and writes nothing.
+            k = builder.zext(builder.select(there, number, ir.Constant(_I32, 0)), _I64)
+            numbers.append(there)
+            shifts.append(finish.load(builder, bias, bias, k)[0])
+            starts.append(builder.mul(k, ir.Constant(_I64, strides[0])))
+        for i, place_of in enumerate(places):
+            under = [
+                builder.icmp_signed("<", builder.add(start, ir.Constant(_I32, offset)), ir.Constant(_I32, limit))
+                for start, offset, limit in zip(origin, place_of, limits, strict=True)
+            ]
+            inside = builder.and_(builder.and_(under[0], under[1]), under[2])
+            at = ir.Constant(_I64, sum(p * s for p, s in zip(place_of, strides[1:], strict=True)))
+            for half in range(2):
+                with builder.if_then(builder.and_(inside, numbers[half])):
+                    where = builder.add(starts[half], at)
+                    added: list[Any] = [None, None]
+                    if finish.residual:
+                        added = _load_global(builder, builder.add(extra, where), 2, dtype)
+                    values = [
+                        finish.apply(
+                            builder, builder.extract_value(packed, 4 * i + 2 * half + v), None, shifts[half], added[v]
+                        )
+                        for v in range(2)
+                    ]
+                    _store_global(builder, builder.add(y, where), values, dtype)
+        return context.get_dummy_value()
+
+    return _intrinsic_of_arity(8, signature, generate)

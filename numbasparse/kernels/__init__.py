@@ -16,6 +16,7 @@ from numbasparse.kernels.cpu_pointwise import CpuPointwise
 from numbasparse.kernels.cuda_dense import CudaDense
 from numbasparse.kernels.cuda_direct import CudaDirect
 from numbasparse.kernels.cuda_simple import CudaSimple
+from numbasparse.kernels.cuda_wgmma import CudaWgmma
 from numbasparse.kernels.dense import Dense
 
 __all__ = [
@@ -32,7 +33,15 @@ __all__ = [
 ]
 
 # For each device in the order of preference for problems that nobody tuned.
-_TABLE: tuple[Kernel, ...] = (CpuPointwise(), CpuDirect(), Dense(), CudaDirect(), CudaSimple(), CudaDense())
+_TABLE: tuple[Kernel, ...] = (
+    CpuPointwise(),
+    CpuDirect(),
+    Dense(),
+    CudaDirect(),
+    CudaSimple(),
+    CudaWgmma(),
+    CudaDense(),
+)
 KERNELS: dict[str, Kernel] = {k.name: k for k in _TABLE}
 
 

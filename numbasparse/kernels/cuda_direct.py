@@ -54,6 +54,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from numbasparse.activations import Activation
+from numbasparse.kernels import cuda_reduce
 from numbasparse.kernels.base import Config, ConfigError, CudaKernel, CudaRunner, Space, check_fields
 from numbasparse.kernels.cpu_rows import coordinates
 from numbasparse.runtime import cuda, layouts
@@ -656,7 +657,7 @@ def _source(shape: _Shape) -> Any:
 
 
 def _finish(shape: _Shape) -> Any:
-    """Device function that stores a warp's sums, or adds nothing to them and stores them for `_reduce_code`."""
+    """Device function that stores a warp's sums, or adds nothing to them and stores them for `cuda_reduce`."""
     from numba import types
 
     from numbasparse.codegen import ptx
@@ -695,34 +696,6 @@ def _finish(shape: _Shape) -> Any:
     return _device_function(finish)
 
 
-_REDUCE_THREADS = 256
-
-
-def _reduce_code(shape: _Shape) -> Callable[..., None]:
-    """The second kernel of a split: add up the parts of each output and finish it.  One output per thread."""
-    from numba import types
-
-    from numbasparse.codegen import ptx
-
-    spec, size, split = shape.spec, shape.geometry.size, shape.split
-    total = spec.n * spec.k * spec.out_h * spec.out_w
-    run = spec.out_h * spec.out_w * (spec.n if shape.batch > 1 else 1)
-    k = spec.k
-    finish = ptx.Finish(bias=True, scaled=shape.scaled, residual=shape.residual, activation=shape.activation)
-    store, load = ptx.store_finished(spec.dtype, finish), ptx.load_global("float32")
-    i64, f32 = types.int64, types.float32
-
-    def cuda_direct_reduce(y, residual, bias, scale, parts):  # type: ignore[no-untyped-def]
-        i = ptx.block_x() * i64(_REDUCE_THREADS) + ptx.thread_index()
-        if i < total:
-            value = f32(0)
-            for part in range(split):
-                value += load(i64(parts + (part * i64(total) + i) * 4))
-            store(i64(y + i * size), value, i64(residual + i * size), bias, scale, i64(i // run % k))
-
-    return cuda_direct_reduce
-
-
 @functools.cache
 def _compile(shape: _Shape, capability: tuple[int, int]) -> tuple[cuda.Ptx, cuda.Ptx | None]:
     """PTX of the kernel, and of the second one of a split."""
@@ -740,13 +713,9 @@ def _compile(shape: _Shape, capability: tuple[int, int]) -> tuple[cuda.Ptx, cuda
     )
     if shape.split == 1:
         return main, None
-    reduce = cuda.compile_ptx(
-        _reduce_code(shape),
-        5,
-        repr(shape),
-        capability=capability,
-        threads=_REDUCE_THREADS,
-        fastmath=False,
+    spec, inner = shape.spec, shape.batch > 1
+    reduce = cuda_reduce.reduce_ptx(
+        spec, shape.split, inner, shape.scaled, shape.residual, shape.activation, capability
     )
     return main, reduce
 
@@ -847,7 +816,7 @@ class _Runner(CudaRunner):
         self._device = where
         shape = self._make()
         self._grid, self._shared = shape.grid, shape.shared_bytes
-        self._reduce_grid = (-(-out // _REDUCE_THREADS), 1, 1)
+        self._reduce_grid = cuda_reduce.grid(spec)
         self.functions = tuple(f for f in self._load(False)[1:] if f is not None)
 
     def _load(self, residual: bool) -> tuple[_Shape, cuda.Function, cuda.Function | None]:
@@ -897,7 +866,7 @@ class _Runner(CudaRunner):
         else:
             main.launch(self._grid, shape.threads, self._shared, stream, (x_address, *arguments))
         if reduce is not None:
-            reduce.launch(self._reduce_grid, _REDUCE_THREADS, 0, stream, (y_address, *finish, target))
+            reduce.launch(self._reduce_grid, cuda_reduce.THREADS, 0, stream, (y_address, *finish, target))
         return y if out_layout is None or out_layout == self.gives else layouts.to_layout(y, out_layout)
 
     def _map(self, shape: _Shape, address: int) -> cuda.TensorMap:

@@ -481,11 +481,17 @@ def _finished(text: str, entry: str, max_registers: int | None) -> str:
     if MAP_PARAMETER in text:
         # The copy engine reads the map where the launch put it (PTX ISA, "Tensor-map"): one more parameter.
         text = re.sub(r"\n\)\n", f",\n\t.param .align 64 .b8 {MAP_PARAMETER}[128]\n)\n", text, count=1)
+    if any(name in text for name in _SPECIFIC):
+        text = re.sub(r"^(\.target sm_\d+)\b", r"\1a", text, count=1, flags=re.MULTILINE)
     # Never read: it is where numba's CPU code keeps a function's globals.
     text = re.sub(r"^\.common \.global \.align 8 \.u64 _ZN08NumbaEnv\w+;\n", "", text, flags=re.MULTILINE)
     if max_registers is not None:
         text = re.sub(r"^(\.maxntid .*)$", rf"\1\n.maxnreg {max_registers}", text, count=1, flags=re.MULTILINE)
     return text
+
+
+_SPECIFIC = ("wgmma.", "setmaxnreg.")
+"""Instructions that exist on one capability only, so that the target has to end with "a" (PTX ISA, ".target")."""
 
 
 def array_arguments(address: int, size: int, itemsize: int) -> tuple[int, ...]:
@@ -513,12 +519,15 @@ class Cubin:
         Of a thread: spilled registers and arrays that found no place in registers.
     shared_bytes : int
         Static shared memory of a block.
+    log : str
+        What the assembler says, for people: resources, and what may cost speed.
     """
 
     image: bytes
     registers: int
     local_bytes: int
     shared_bytes: int
+    log: str
 
 
 def assemble(ptx: Ptx) -> Cubin:
@@ -534,7 +543,9 @@ def assemble(ptx: Ptx) -> Cubin:
 
 def _link(ptx: Ptx) -> Cubin:
     linker = _bindings("nvjitlink")
-    options = [f"-arch=sm_{ptx.capability[0]}{ptx.capability[1]}", "-O3", "-verbose"]
+    found = re.search(r"^\.target (sm_\w+)", ptx.text, flags=re.MULTILINE)
+    target = found[1] if found else f"sm_{ptx.capability[0]}{ptx.capability[1]}"
+    options = [f"-arch={target}", "-O3", "-verbose"]
     text = ptx.text.encode()
     handle = linker.create(len(options), options)
     try:
@@ -554,7 +565,7 @@ def _link(ptx: Ptx) -> Cubin:
     shared = _section_bytes(bytes(image), f".nv.shared.{ptx.entry}")
     # From Hopper on the section holds the 1 KiB that every block takes beside its own (see `Device`).
     own = shared - 1024 if shared and ptx.capability >= (9, 0) else shared
-    return Cubin(bytes(image), registers, stack, own)
+    return Cubin(bytes(image), registers, stack, own, _text(log))
 
 
 def _text(log: bytearray) -> str:
@@ -623,6 +634,9 @@ class TensorMap:
         Values along each dimension, the innermost first: of the array, and of a box (at most 256).
     strides : sequence of int
         Bytes from one to the next along all dimensions but the innermost; multiples of 16.
+    swizzle : int
+        Bytes of a box's rows whose 16-byte pieces change places (see `codegen.ptx.Swizzle`): 128, 64 or 32; 0 or 16
+        for none.
 
     Raises
     ------
@@ -635,11 +649,18 @@ class TensorMap:
     """
 
     def __init__(
-        self, address: int, dtype: str, sizes: Sequence[int], strides: Sequence[int], box: Sequence[int]
+        self,
+        address: int,
+        dtype: str,
+        sizes: Sequence[int],
+        strides: Sequence[int],
+        box: Sequence[int],
+        swizzle: int = 0,
     ) -> None:
         driver = _bindings("driver")
         kinds = driver.CUtensorMapDataType
         rank = len(sizes)
+        mode = f"{swizzle}B" if swizzle > 16 else "NONE"
         result = driver.cuTensorMapEncodeTiled(
             getattr(kinds, f"CU_TENSOR_MAP_DATA_TYPE_{dtype.upper()}"),
             rank,
@@ -649,7 +670,7 @@ class TensorMap:
             [driver.cuuint32_t(size) for size in box],
             [driver.cuuint32_t(1)] * rank,
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_NONE,
+            getattr(driver.CUtensorMapSwizzle, f"CU_TENSOR_MAP_SWIZZLE_{mode}"),
             driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
             driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )

@@ -1,0 +1,819 @@
+"""Sparse convolution on Hopper's sparse tensor cores: any mask in 2:4 form, taps as addresses into an input tile.
+
+A block computes a tile of output pixels, of some images, for 64 output channels.  It walks over the input channels, a
+few at a time: one order to the copy engine brings their input tile, with its halo, as [row][column][channel][image],
+into a ring of stages.  There the channels of a pixel are eight rows of shared memory that the tensor cores read as
+eight k of an operand; other pixels are other n, and other taps are other starts.  So a step of the work, one sparse
+``wgmma`` of 64 output channels, 32 columns of the weight (four times eight neighbouring channels of some tap) and all
+pixels of a tile, needs an address and a distance, nothing is copied or gathered, and what is computed is what
+`two_four.cover_steps` says.  The rest, where four neighbouring channels hold more than two non-zeros, is added to the
+same sums by ``mma.sync``, which takes its rows from any address.
+
+Two warpgroups compute a half of the tile's rows each, and fetch the weight from the second cache into registers three
+steps ahead.  The warp that is the last to leave a stage orders the next copy into it: a warp of its own for the copies
+would leave the others fewer registers, since ``setmaxnreg`` is ignored in code that nvJitLink makes from PTX.
+
+Bound: each sparse ``wgmma`` reads its 32 x n operand from shared memory as fast as that can give, so that the tensor
+cores and shared memory are both full, and every other use of shared memory (copies into it, the rest) adds to it.
+Zeros make it faster up to about 90 %; beyond, a step takes as long whatever its columns hold.
+
+Since zeros are multiplied, an infinity in the input reaches outputs that it does not belong to, as NaN.
+
+Search space
+------------
+``batch``
+    Images of a block: the width of a row of shared memory, of activations in CHWN.
+``tile``
+    Output pixels of a block, as text: rows x columns.  A row is one ``wgmma``, of columns * batch of n.
+``channels``, ``stages``
+    Input channels of a stage, and stages of the ring.
+``split``
+    Blocks that share the input channels of one tile; a second kernel adds up their sums.
+
+The idea of sparse tensor cores for unstructured masks is that of Pool and Yu ("Channel Permutations for N:M
+Sparsity", NeurIPS 2021), without loss; the pipeline is that of CUTLASS's warp-specialised kernels.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import ceil
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from numbasparse.activations import Activation
+from numbasparse.kernels import cuda_reduce, two_four
+from numbasparse.kernels.base import Config, CudaKernel, CudaRunner, Space, check_fields
+from numbasparse.kernels.cpu_rows import coordinates
+from numbasparse.runtime import cuda, layouts
+from numbasparse.spec import ConvSpec
+from numbasparse.weight import SparseWeight
+
+if TYPE_CHECKING:
+    import torch
+
+_DTYPES = ("float16", "bfloat16")
+_GROUPS = 2
+"""Warpgroups of a block."""
+_THREADS = 128 * _GROUPS
+_REGISTERS = 255
+_AHEAD = 4
+"""Steps of a round; the weight of a step is fetched a round ahead, less one."""
+_HEAD_BYTES = 1024
+"""Of shared memory: the barriers, and so much that the stages are aligned to the swizzle's pattern."""
+UNIT_BYTES, CHUNK_BYTES, _WORD = 2320, 2304, 2304
+"""Of a step in memory, and of a chunk of the rest; where a step's word is."""
+NEXT = -1 << 31
+"""Bit of a step's word: it is the first of its tile."""
+
+
+# ---- geometry -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a block's tile lies in shared memory, and who computes what.  Offsets in bytes.
+
+    Attributes
+    ----------
+    batch, channels
+        Images and input channels of a stage.
+    tile_h, tile_w
+        Output pixels of a block.
+    patch_h, patch_w
+        Pixels of an input tile.
+    row_bytes
+        The images of one channel of one pixel.
+    pixel_bytes
+        The channels of one pixel.
+    stage_bytes
+        An input tile, up to the next multiple of 1024.
+    octets
+        Groups of eight channels from the first tap's first to the last tap's last: what a step can start from.
+    """
+
+    batch: int
+    channels: int
+    tile_h: int
+    tile_w: int
+    patch_h: int
+    patch_w: int
+    row_bytes: int
+    pixel_bytes: int
+    stage_bytes: int
+    octets: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of the tile of a warpgroup."""
+        return self.tile_h // _GROUPS
+
+    @property
+    def n(self) -> int:
+        """Columns of one ``wgmma``."""
+        return self.tile_w * self.batch
+
+    @property
+    def sums(self) -> int:
+        """Of a thread."""
+        return self.rows * self.n // 2
+
+    @property
+    def tile_bytes(self) -> int:
+        """Bytes that a copy brings."""
+        return self.patch_h * self.patch_w * self.pixel_bytes
+
+    def octet(self, c: Any, r: Any, s: Any, spec: ConvSpec) -> Any:
+        """Octet of channel c of a stage at tap (r, s)."""
+        pixel = r * spec.dilation[0] * self.patch_w + s * spec.dilation[1]
+        return pixel * (self.channels // 8) + c // 8
+
+
+def geometry_of(spec: ConvSpec, config: Config) -> Geometry:
+    """The geometry of a config whose fields have been checked."""
+    tile_h, tile_w = parse_tile(config["tile"])
+    batch, channels = int(config["batch"]), int(config["channels"])
+    (sh, sw), (dh, dw) = spec.stride, spec.dilation
+    patch_h = (tile_h - 1) * sh + (spec.r - 1) * dh + 1
+    patch_w = (tile_w - 1) * sw + (spec.s - 1) * dw + 1
+    pixel_bytes = 2 * batch * channels
+    return Geometry(
+        batch=batch,
+        channels=channels,
+        tile_h=tile_h,
+        tile_w=tile_w,
+        patch_h=patch_h,
+        patch_w=patch_w,
+        row_bytes=2 * batch,
+        pixel_bytes=pixel_bytes,
+        stage_bytes=-(-patch_h * patch_w * pixel_bytes // 1024) * 1024,
+        octets=((spec.r - 1) * dh * patch_w + (spec.s - 1) * dw + 1) * (channels // 8),
+    )
+
+
+def parse_tile(text: int | str) -> tuple[int, int]:
+    """Rows and columns of "2x4"; (0, 0) for any other text."""
+    rows, _, columns = str(text).partition("x")
+    good = rows.isdecimal() and columns.isdecimal() and len(rows) < 4 and len(columns) < 4
+    return (int(rows), int(columns)) if good else (0, 0)
+
+
+# ---- packing ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight cut for the blocks of a config.
+
+    Attributes
+    ----------
+    units : uint8, (units + 4, 2320)
+        Steps of all blocks: 2048 bytes of `two_four.fragments`, 256 of `two_four.Steps.metadata`, an int32 with the
+        start (bits 0-13) and the distance between octets (14-27) in units of 16 bytes and the bit `NEXT`, an int32 that
+        means something in every fourth step (0, or one more than the chunks of the rest of the tile that ended within
+        these four), and 8 bytes of nothing.  The last four are for what is fetched ahead.
+    chunks : uint8, (chunks, 2304)
+        The rest of all blocks: 2048 bytes of `two_four.fragments`, and the offset of every row in the input tile,
+        int32 (4, 16).
+    ranges : int32, (blocks, splits, 8)
+        What a block does: its first unit, its number of units (a multiple of four), first chunk, first tile, number of
+        tiles, chunks of the last tile, 0, 0.
+    tiles : int32
+        First input channel of every tile.
+    rows : int32, (blocks, 64)
+        Output channel of every row, -1 where there is none.
+    """
+
+    units: np.ndarray
+    chunks: np.ndarray
+    ranges: np.ndarray
+    tiles: np.ndarray
+    rows: np.ndarray
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(a.nbytes for a in (self.units, self.chunks, self.ranges, self.tiles, self.rows))
+
+
+def pack(spec: ConvSpec, weight: SparseWeight, config: Config) -> Packed:
+    """Cut a weight into blocks of 64 output channels and tiles of input channels, and write their steps."""
+    geometry, split = geometry_of(spec, config), int(config["split"])
+    rows = _row_blocks(spec, weight)
+    per_block = -(-spec.c_per_group // geometry.channels)
+    steps, rest = _steps(spec, weight, geometry, rows, per_block)
+    sequence, words, ends, ranges, tiles = _sequence(steps, rest, geometry, per_block, split)
+    group = np.arange(len(rows)) // (len(rows) // spec.groups)
+    first = group[:, None] * spec.c_per_group + np.arange(per_block)[None] * geometry.channels
+    return Packed(
+        units=_units(steps, sequence, words, ends, spec.dtype),
+        chunks=_chunks(rest, geometry, spec.dtype),
+        ranges=ranges,
+        tiles=first.ravel()[tiles].astype(np.int32),
+        rows=rows,
+    )
+
+
+def _row_blocks(spec: ConvSpec, weight: SparseWeight) -> np.ndarray:
+    """Output channels of each block, (blocks, 64): rows of similar columns together, no group with another."""
+    blocks = []
+    width = spec.c_per_group * spec.r * spec.s
+    for g in range(spec.groups):
+        start = g * spec.k_per_group
+        indptr = weight.indptr[start : start + spec.k_per_group + 1]
+        indices = weight.indices[indptr[0] : indptr[-1]]
+        made = two_four.order_rows(indptr - indptr[0], indices.astype(np.int32), width)
+        blocks.append(np.where(made >= 0, made + start, -1))
+    return np.concatenate(blocks).astype(np.int32)
+
+
+def _steps(
+    spec: ConvSpec, weight: SparseWeight, geometry: Geometry, rows: np.ndarray, per_block: int
+) -> tuple[two_four.Steps, two_four.Rest]:
+    """Steps of every block and tile of input channels; part ``block * per_block + tile``."""
+    place = np.empty(spec.k, np.int64)
+    place[rows[rows >= 0]] = np.flatnonzero(rows.ravel() >= 0)
+    k, c, r, s = coordinates(weight)
+    block, row = np.divmod(place[k], two_four.ROWS)
+    within = c - k // spec.k_per_group * spec.c_per_group
+    tile, channel = np.divmod(within, geometry.channels)
+    octet = geometry.octet(channel, r, s, spec)
+    parts = len(rows) * per_block
+    return two_four.cover_steps(block * per_block + tile, row, octet, channel % 8, weight.data, parts, geometry.octets)
+
+
+def _sequence(
+    steps: two_four.Steps, rest: two_four.Rest, geometry: Geometry, per_block: int, split: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Order of the steps in memory (-1: one of zeros), their words, ends of tiles, ranges, and parts with work.
+
+    A round of four steps begins at most one tile, so a tile has four steps at least; a range has whole rounds.
+    """
+    sequence: list[int] = []
+    words: list[int] = []
+    ends: list[int] = []
+    blocks = (len(steps.first) - 1) // per_block
+    ranges = np.zeros((blocks, split, 8), np.int32)
+    counts, chunks = np.diff(steps.first), np.diff(rest.first)
+    live = [np.flatnonzero(counts[b * per_block : (b + 1) * per_block]) + b * per_block for b in range(blocks)]
+    tiles = 0
+    # Octets are eight rows, in units of 16 bytes.
+    placed = (steps.columns * (8 * geometry.row_bytes // 16)).astype(np.int64)
+    coded = placed[:, 0] | placed[:, 1] << 14
+    for block in range(blocks):
+        for number, parts in enumerate(np.array_split(live[block], split)):
+            start, before = len(sequence), 0
+            for part in parts:
+                at = len(sequence)
+                own = list(range(steps.first[part], steps.first[part + 1]))
+                sequence += own + [-1] * (_AHEAD - len(own))
+                words += [*coded[own], *[0] * (_AHEAD - len(own))]
+                ends += [0] * (len(sequence) - at)
+                words[at] |= 1 << 31
+                if at > start:
+                    ends[at - (at - start) % _AHEAD] = 1 + before
+                before = int(chunks[part])
+            spare = -(len(sequence) - start) % _AHEAD
+            sequence += [-1] * spare
+            words += [0] * spare
+            ends += [0] * spare
+            first = int(rest.first[parts[0]]) if len(parts) else 0
+            ranges[block, number, :6] = start, len(sequence) - start, first, tiles, len(parts), before
+            tiles += len(parts)
+    every = np.concatenate(live).astype(np.int64)
+    return np.array(sequence, np.int64), np.array(words, np.int64), np.array(ends, np.int64), ranges, every
+
+
+def _units(steps: two_four.Steps, sequence: np.ndarray, words: np.ndarray, ends: np.ndarray, dtype: str) -> np.ndarray:
+    units = np.zeros((len(sequence) + _AHEAD, UNIT_BYTES), np.uint8)
+    there = sequence >= 0
+    units[:-_AHEAD][there, :2048] = _as_bytes(two_four.fragments(steps.values, dtype))[sequence[there]]
+    # Quads of nothing name two different places too.
+    units[:, 2048:2304].view(np.uint32)[:] = 0x44444444
+    units[:-_AHEAD][there, 2048:2304] = _as_bytes(steps.metadata)[sequence[there]]
+    tail = units[:, 2304:].view(np.uint32)
+    tail[:-_AHEAD, 0], tail[:-_AHEAD, 1] = words, ends
+    return units
+
+
+def _chunks(rest: two_four.Rest, geometry: Geometry, dtype: str) -> np.ndarray:
+    chunks = np.empty((rest.count, CHUNK_BYTES), np.uint8)
+    chunks[:, :2048] = _as_bytes(two_four.fragments(rest.values, dtype))
+    chunks[:, 2048:] = _as_bytes((rest.columns * geometry.row_bytes).astype(np.int32))
+    return chunks
+
+
+def _as_bytes(array: np.ndarray) -> np.ndarray:
+    """Everything but the first dimension as bytes."""
+    return np.ascontiguousarray(array).reshape(len(array), int(np.prod(array.shape[1:]))).view(np.uint8)
+
+
+# ---- code ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """All constants of the kernel's code: what the compiled code depends on, and nothing else."""
+
+    spec: ConvSpec
+    geometry: Geometry
+    stages: int
+    split: int
+    blocks: int
+    activation: str
+    residual: bool
+
+    @property
+    def shared_bytes(self) -> int:
+        return 1024 + _HEAD_BYTES + self.stages * self.geometry.stage_bytes
+
+    @property
+    def tiles(self) -> tuple[int, int]:
+        return -(-self.spec.out_h // self.geometry.tile_h), -(-self.spec.out_w // self.geometry.tile_w)
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        across, down = self.tiles
+        # Blocks of the same pixels are neighbours in time: the second cache serves their tiles.
+        return self.blocks * across * down * -(-self.spec.n // self.geometry.batch), self.split, 1
+
+
+def _code(shape: _Shape) -> Callable[..., None]:
+    from numba import types
+
+    from numbasparse.codegen import ptx
+
+    i32, u32, i64 = types.int32, types.uint32, types.int64
+    geometry, spec, stages, split = shape.geometry, shape.spec, shape.stages, shape.split
+    locate, finish = _locate(shape), _finish(shape)
+    stage_bytes, tile_bytes = geometry.stage_bytes, geometry.tile_bytes
+    own_lines, warps = geometry.rows, 4 * _GROUPS
+    own_rows = own_lines * spec.stride[0] * geometry.patch_w * geometry.pixel_bytes
+    shared_base, zeros = ptx.shared_base(1024), ptx.zeros(geometry.sums)
+    wait_one, settle = ptx.wgmma_wait(1), ptx.wgmma_settle(geometry.sums)
+    multiply, leftover = _multiply(shape), _leftover(shape)
+
+    def order(base, tiles, number, image, top, left):  # type: ignore[no-untyped-def]
+        """One thread: order the copy of a tile into its stage, which is empty."""
+        slot = number % stages
+        full = u32(base + 8 * slot)
+        channel = ptx.load_global_i32(i64(tiles + 4 * i64(number)))
+        ptx.mbarrier_expect(full, i32(tile_bytes))
+        stage = u32(base + _HEAD_BYTES + slot * stage_bytes)
+        ptx.copy_box(stage, ptx.tensor_map_address(), i32(image), channel, i32(left), i32(top), full)
+
+    def turn_to(word, number, slot, phase, base):  # type: ignore[no-untyped-def]
+        """Tile of a step and its stage: those of the step before, or the next, when it is full."""
+        if word < 0:
+            number += i32(1)
+            slot += i32(1)
+            if slot == i32(stages):
+                slot = i32(0)
+                phase ^= i32(1)
+            ptx.mbarrier_wait(u32(base + 8 * slot), phase)
+        return number, slot, phase
+
+    def load(unit, within, place):  # type: ignore[no-untyped-def]
+        """The weight of a step for one thread, and its word."""
+        values = ptx.load_global_u32x4(i64(unit + within))
+        return values, ptx.load_global_u32(i64(unit + place)), ptx.load_global_i32(i64(unit + _WORD))
+
+    order, turn_to, load = _device_function(order), _device_function(turn_to), _device_function(load)
+
+    def cuda_wgmma(y, residual, bias, scale, rows, units, chunks, ranges, tiles):  # type: ignore[no-untyped-def]
+        base = i64(shared_base())
+        thread = ptx.thread_index()
+        group, within, warp, lane = thread >> 7, thread & 127, (thread >> 5) & 3, thread & 31
+        block, image, oy, ox, top, left = locate()
+        own = ranges + (block * split + ptx.block_y()) * i64(32)
+        unit = units + ptx.load_global_i32(i64(own)) * i64(UNIT_BYTES)
+        steps, count = ptx.load_global_i32(i64(own + 4)), ptx.load_global_i32(i64(own + 16))
+        chunk = chunks + ptx.load_global_i32(i64(own + 8)) * i64(CHUNK_BYTES)
+        own_tiles = tiles + ptx.load_global_i32(i64(own + 12)) * i64(4)
+        # For each stage 8 bytes of barrier, and behind them 4 bytes that count the warps that have left it.
+        if thread == 0:
+            for i in range(stages):
+                ptx.mbarrier_init(u32(base + 8 * i), i32(1))
+                ptx.store_shared_i32(u32(base + 8 * stages + 4 * i), i32(0))
+            ptx.mbarrier_init_fence()
+            for i in range(min(stages, count)):
+                order(base, own_tiles, i32(i), image, top, left)
+        ptx.barrier()
+        stage = base + _HEAD_BYTES + group * own_rows
+        values, metadata = within * 16, 2048 + ((warp * 8 + (lane >> 2)) * 2 + (lane & 1)) * 4
+        a0, m0, w0 = load(unit, values, metadata)
+        a1, m1, w1 = load(unit + UNIT_BYTES, values, metadata)
+        a2, m2, w2 = load(unit + 2 * UNIT_BYTES, values, metadata)
+        sums = zeros()
+        number, slot, phase = i32(-1), i32(stages - 1), i32(1)
+        for _ in range(0, steps, _AHEAD):
+            ended = ptx.load_global_i32(i64(unit + _WORD + 4))
+            # Where the step before is done, its registers take the weight of three steps ahead.
+            number, slot, phase = turn_to(w0, number, slot, phase, base)
+            sums = multiply(sums, a0, m0, w0, stage + slot * stage_bytes)
+            wait_one()
+            a3, m3, w3 = load(unit + 3 * UNIT_BYTES, values, metadata)
+            number, slot, phase = turn_to(w1, number, slot, phase, base)
+            sums = multiply(sums, a1, m1, w1, stage + slot * stage_bytes)
+            wait_one()
+            a0, m0, w0 = load(unit + 4 * UNIT_BYTES, values, metadata)
+            number, slot, phase = turn_to(w2, number, slot, phase, base)
+            sums = multiply(sums, a2, m2, w2, stage + slot * stage_bytes)
+            wait_one()
+            a1, m1, w1 = load(unit + 5 * UNIT_BYTES, values, metadata)
+            number, slot, phase = turn_to(w3, number, slot, phase, base)
+            sums = multiply(sums, a3, m3, w3, stage + slot * stage_bytes)
+            wait_one()
+            a2, m2, w2 = load(unit + 6 * UNIT_BYTES, values, metadata)
+            unit += i64(4 * UNIT_BYTES)
+            if ended > 0:
+                # A tile ended before the last of these steps, so no step that is not done reads it.
+                before = (slot if slot > 0 else i32(stages)) - 1
+                if ended > 1:
+                    sums = settle(sums)
+                    sums = leftover(sums, ended - 1, stage + before * stage_bytes, chunk, within, warp, lane)
+                    chunk += (ended - 1) * i64(CHUNK_BYTES)
+                # Every lane has read the stage when the first one counts.
+                ptx.warp_barrier()
+                following = number - 1 + stages
+                if lane == 0:
+                    left_by = ptx.count_shared(u32(base + 8 * stages + 4 * before), i32(1))
+                    if left_by == warps * ((number - 1) // stages + 1) - 1 and following < count:
+                        order(base, own_tiles, i32(following), image, top, left)
+        sums = settle(sums)
+        last = ptx.load_global_i32(i64(own + 20))
+        sums = leftover(sums, last, stage + slot * stage_bytes, chunk, within, warp, lane)
+        finish(sums, y, residual, bias, rows, block, image, oy + group * own_lines, ox, warp, lane)
+
+    return cuda_wgmma
+
+
+def _device_function(function: Callable[..., Any]) -> Any:
+    return cuda.numba_cuda().jit(device=True, inline=True)(function)
+
+
+def _locate(shape: _Shape) -> Any:
+    """Device function: block of output channels, first image, first output row and column, first input ones."""
+    from numbasparse.codegen import ptx
+
+    g, spec = shape.geometry, shape.spec
+    down, across = shape.tiles
+    blocks, batch, tile_h, tile_w = shape.blocks, g.batch, g.tile_h, g.tile_w
+    (sh, sw), pad_y, pad_x = spec.stride, spec.padding[0][0], spec.padding[1][0]
+
+    def locate():  # type: ignore[no-untyped-def]
+        index = ptx.block_x()
+        tile = index // blocks % (across * down)
+        oy, ox = tile // across * tile_h, tile % across * tile_w
+        image = index // (blocks * across * down) * batch
+        return index % blocks, image, oy, ox, oy * sh - pad_y, ox * sw - pad_x
+
+    return _device_function(locate)
+
+
+def _multiply(shape: _Shape) -> Any:
+    """Device function: a step for the rows of a warpgroup, whose first input row is at ``stage``."""
+    from numba import types
+
+    from numbasparse.codegen import ptx
+
+    g, spec = shape.geometry, shape.spec
+    u32 = types.uint32
+    row = spec.stride[0] * g.patch_w * g.pixel_bytes // 16
+    wgmma = ptx.sparse_wgmma(g.rows, g.n, row, spec.dtype)
+    descriptor = ptx.matrix_descriptor(g.row_bytes, spec.stride[1] * g.pixel_bytes)
+    low_word, high_word, k_high = descriptor.low, descriptor.high, descriptor.k_high
+
+    def multiply(sums, values, metadata, word, stage):  # type: ignore[no-untyped-def]
+        low, high = (stage >> 4) + (word & 0x3FFF) + low_word, high_word
+        distance = (word >> 14) & 0x3FFF
+        if k_high:
+            return wgmma(sums, values, metadata, u32(low), u32(high + distance))
+        return wgmma(sums, values, metadata, u32(low + (distance << 16)), u32(high))
+
+    return _device_function(multiply)
+
+
+def _leftover(shape: _Shape) -> Any:
+    """Device function: chunks of the rest for the rows of a warpgroup, whose first input row is at ``stage``."""
+    from numba import types
+
+    from numbasparse.codegen import ptx
+
+    g, spec = shape.geometry, shape.spec
+    i64, u32 = types.int64, types.uint32
+    row, column = spec.stride[0] * g.patch_w * g.pixel_bytes, spec.stride[1] * g.pixel_bytes
+    displacements = [
+        i * row + n // g.batch * column + n % g.batch * 2 for i in range(g.rows) for n in range(0, g.n, 16)
+    ]
+    # Where eight images are a row, the ninth column is the next pixel.
+    ninth = 16 if g.batch > 8 else column
+    mma = ptx.gathered_mma(displacements, ptx.SWIZZLES[g.row_bytes].mask, spec.dtype)
+
+    def leftover(sums, count, stage, chunk, within, warp, lane):  # type: ignore[no-untyped-def]
+        for _ in range(count):
+            values = ptx.load_global_u32x4(i64(chunk + within * 16))
+            offset = ptx.load_global_i32(i64(chunk + 2048 + (warp * 16 + (lane & 15)) * 4))
+            sums = mma(sums, values, u32(stage + offset + (lane >> 4) * ninth))
+            chunk += i64(CHUNK_BYTES)
+        return sums
+
+    return _device_function(leftover)
+
+
+def _finish(shape: _Shape) -> Any:
+    """Device function that finishes and stores the sums of a warpgroup, or stores them for `cuda_reduce`."""
+    from numba import types
+
+    from numbasparse.codegen import ptx
+
+    g, spec, split = shape.geometry, shape.spec, shape.split
+    i32, i64 = types.int32, types.int64
+    dtype = "float32" if split > 1 else spec.dtype
+    size = ptx.element_bytes(dtype)
+    places = [(i, n // g.batch, n % g.batch) for i in range(g.rows) for n in range(0, g.n, 8)]
+    plane = spec.out_h * spec.out_w * spec.n * size
+    strides = (plane, spec.out_w * spec.n * size, spec.n * size, size)
+    last = ptx.Finish(bias=True, scaled=False, residual=shape.residual, activation=shape.activation)
+    nothing = ptx.Finish(bias=False, scaled=False, residual=False, activation="none")
+    limits = (spec.out_h, spec.out_w, spec.n)
+    store = ptx.store_fragments(places, dtype, nothing if split > 1 else last, strides, limits)
+    total, row_bytes, pixel_bytes = plane * spec.k, strides[1], strides[2]
+
+    def finish(sums, y, residual, bias, rows, block, image, oy, ox, warp, lane):  # type: ignore[no-untyped-def]
+        n = image + (lane & 3) * 2
+        at = i64(oy) * row_bytes + i64(ox) * pixel_bytes + n * i64(size)
+        if split > 1:
+            at += ptx.block_y() * i64(total)
+        own = rows + (block * i64(two_four.ROWS) + warp * 16 + (lane >> 2)) * 4
+        store(sums, i64(y + at), i64(residual + at), bias, i64(own), i32(oy), i32(ox), i32(n))
+
+    return _device_function(finish)
+
+
+@functools.cache
+def _compile(shape: _Shape, capability: tuple[int, int]) -> tuple[cuda.Ptx, cuda.Ptx | None]:
+    """PTX of the kernel, and of the second one of a split."""
+    cuda.numba_cuda()  # prepares NumPy for it, before codegen.ptx imports it
+    main = cuda.compile_ptx(
+        _code(shape),
+        9,
+        repr(shape),
+        capability=capability,
+        threads=_THREADS,
+        max_registers=_REGISTERS,
+        fastmath=False,
+    )
+    if shape.split == 1:
+        return main, None
+    return main, cuda_reduce.reduce_ptx(
+        shape.spec, shape.split, True, False, shape.residual, shape.activation, capability
+    )
+
+
+def _shape(spec: ConvSpec, config: Config, activation: str = "none", residual: bool = False) -> _Shape:
+    blocks = spec.groups * -(-spec.k_per_group // two_four.ROWS)
+    stages, split = int(config["stages"]), int(config["split"])
+    return _Shape(spec, geometry_of(spec, config), stages, split, blocks, activation, residual)
+
+
+# ---- the kernel ---------------------------------------------------------------------------------------------
+
+
+class _Runner(CudaRunner):
+    takes = gives = "CHWN"
+
+    def __init__(self, spec: ConvSpec, weight: SparseWeight, config: Config, activation: Activation) -> None:
+        import torch
+
+        packed = pack(spec, weight, config)
+        device = cuda.current()
+        self._make = functools.partial(_shape, spec, config, activation)
+        self._spec, self._capability = spec, device.capability
+        self._device = torch.device("cuda", device.index)
+        self._dtype = getattr(torch, spec.dtype)
+        out = spec.n * spec.k * spec.out_h * spec.out_w
+        self.workspace = 4 * int(config["split"]) * out if int(config["split"]) > 1 else 0
+        arrays = (packed.rows, packed.units, packed.chunks, packed.ranges, packed.tiles)
+        self._arrays = [torch.from_numpy(np.ascontiguousarray(a)).to(self._device) for a in arrays]
+        self._zero_bias = torch.zeros(spec.k, dtype=torch.float32, device=self._device)
+        self.nbytes = sum(a.nbytes for a in (*self._arrays, self._zero_bias))
+        self._functions: dict[bool, tuple[_Shape, cuda.Function, cuda.Function | None]] = {}
+        self._maps: dict[int, cuda.TensorMap] = {}
+        self._x_strides = layouts.strides(spec.x_shape, "CHWN")
+        self._y_strides = layouts.strides(spec.out_shape, "CHWN")
+        self._pointers = tuple(a.data_ptr() for a in self._arrays)
+        self.functions = tuple(f for f in self._load(False)[1:] if f is not None)
+
+    def _load(self, residual: bool) -> tuple[_Shape, cuda.Function, cuda.Function | None]:
+        found = self._functions.get(residual)
+        if found is None:
+            shape = self._make(residual=residual)
+            main, reduce = _compile(shape, self._capability)
+            found = shape, cuda.load(main), None if reduce is None else cuda.load(reduce)
+            self._functions[residual] = found
+        return found
+
+    def apply(
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        residual: torch.Tensor | None = None,
+        out_layout: layouts.Layout | None = None,
+    ) -> torch.Tensor:
+        import torch
+
+        shape, main, reduce = self._load(residual is not None)
+        spec = self._spec
+        if x.stride() != self._x_strides:
+            x = layouts.to_layout(x, "CHWN")
+        x_address = x.data_ptr()
+        if x_address % 16:
+            x = x.clone(memory_format=torch.preserve_format)
+            x_address = x.data_ptr()
+        added = None if residual is None else layouts.to_layout(residual, "CHWN")
+        y = torch.empty_strided(spec.out_shape, self._y_strides, dtype=self._dtype, device=self._device)
+        y_address = target = y.data_ptr()
+        if reduce is not None:
+            parts = torch.empty(self.workspace // 4, dtype=torch.float32, device=self._device)
+            target = parts.data_ptr()
+        bias_address = (self._zero_bias if bias is None else bias).data_ptr()
+        finish = (0 if added is None else added.data_ptr(), bias_address, 0)
+        stream = cuda.current_stream()
+        main.launch(
+            shape.grid,
+            _THREADS,
+            shape.shared_bytes,
+            stream,
+            (target, *finish, *self._pointers),
+            tensor_map=self._map(shape, x_address),
+        )
+        if reduce is not None:
+            arguments = (y_address, *finish, target)
+            reduce.launch(cuda_reduce.grid(spec), cuda_reduce.THREADS, 0, stream, arguments)
+        return y if out_layout is None or out_layout == "CHWN" else layouts.to_layout(y, out_layout)
+
+    def _map(self, shape: _Shape, address: int) -> cuda.TensorMap:
+        """The map of an input: kept, since torch's allocator gives the same few addresses again and again."""
+        found = self._maps.get(address)
+        if found is None:
+            if len(self._maps) >= _MAPS:
+                self._maps.clear()
+            found = self._maps[address] = _tensor_map(shape, address)
+        return found
+
+
+_MAPS = 256
+
+
+def _tensor_map(shape: _Shape, address: int) -> cuda.TensorMap:
+    """Boxes [row][column][channel][image] of an input in CHWN: channels come after pixels, whatever memory does."""
+    spec, g = shape.spec, shape.geometry
+    pixel, row = 2 * spec.n, 2 * spec.n * spec.w
+    sizes, strides = (spec.n, spec.c, spec.w, spec.h), (row * spec.h, pixel, row)
+    return cuda.TensorMap(address, spec.dtype, sizes, strides, (g.batch, g.channels, g.patch_w, g.patch_h), g.row_bytes)
+
+
+class CudaWgmma(CudaKernel):
+    """Sparse tensor cores of Hopper; see the module's text."""
+
+    name = "cuda_wgmma"
+    version = 1
+
+    def supports(self, spec: ConvSpec, weight: SparseWeight) -> str | None:
+        if spec.dtype not in _DTYPES:
+            return f"activations must be of {' or '.join(_DTYPES)}, got {spec.dtype}"
+        capability = cuda.current().capability
+        if capability != (9, 0):
+            return f"its instructions exist on compute capability 9.0 only, this GPU is {capability[0]}.{capability[1]}"
+        if spec.n % 8:
+            return f"the copy engine needs a batch of a multiple of 8, got {spec.n}"
+        if spec.dtype == "float16" and weight.nnz and float(np.abs(weight.data).max()) >= _FLOAT16_LIMIT:
+            return f"a weight of {float(np.abs(weight.data).max()):g} is too large for float16"
+        return None
+
+    def space(self, spec: ConvSpec, weight: SparseWeight, threads: int) -> Space:
+        return {
+            "batch": tuple(b for b in (64, 32, 16, 8) if b <= max(8, spec.n)),
+            "tile": _TILES,
+            "channels": (16, 32, 64, 128),
+            "stages": (2, 3, 4),
+            "split": (1, 2, 4, 8),
+        }
+
+    def check(self, spec: ConvSpec, weight: SparseWeight, config: Config) -> str | None:
+        reason = check_fields(config, _FIELDS)
+        if reason is not None:
+            return reason
+        return _reason_shape(spec, config) or _reason_resources(spec, config)
+
+    def default(self, spec: ConvSpec, weight: SparseWeight, threads: int) -> Config:
+        return self.suggest(spec, weight, threads, 1)[0]
+
+    def suggest(self, spec: ConvSpec, weight: SparseWeight, threads: int, count: int) -> list[Config]:
+        space, device = self.space(spec, weight, threads), cuda.current()
+        ranked = []
+        for number, values in enumerate(itertools.product(*space.values())):
+            config = dict(zip(space, values, strict=True))
+            if self.check(spec, weight, config) is None:
+                ranked.append((_estimate(spec, weight, config, device), number, config))
+        return [config for _, _, config in sorted(ranked)][:count] or [dict(_FALLBACK)]
+
+    def layouts(self, spec: ConvSpec, config: Config) -> tuple[layouts.Layout, layouts.Layout]:
+        return "CHWN", "CHWN"
+
+    def ptx(
+        self, spec: ConvSpec, weight: SparseWeight, config: Config, activation: Activation = "none"
+    ) -> tuple[cuda.Ptx, ...]:
+        self.require(spec, weight, config)
+        return tuple(p for p in _compile(_shape(spec, config, activation), cuda.current().capability) if p is not None)
+
+    def prepare(
+        self, spec: ConvSpec, weight: SparseWeight, config: Config, activation: Activation = "none"
+    ) -> CudaRunner:
+        self.require(spec, weight, config)
+        return _Runner(spec, weight, config, activation)
+
+
+_FLOAT16_LIMIT = 65520.0
+"""The least value that float16 rounds to infinity."""
+_FIELDS: dict[str, Any] = {"batch": (8, 64), "tile": (), "channels": (8, 256), "stages": (2, 8), "split": (1, 64)}
+_TILES = ("2x1", "2x2", "2x4", "2x7", "2x8", "2x14", "2x16", "4x2", "4x4", "4x7", "4x8", "4x14", "8x2", "8x4", "8x8")
+_FALLBACK: Config = {"batch": 8, "tile": "2x2", "channels": 8, "stages": 2, "split": 1}
+"""Small enough for most problems."""
+
+
+def _reason_shape(spec: ConvSpec, config: Config) -> str | None:
+    """Reason why the instructions cannot have such operands."""
+    tile_h, tile_w = parse_tile(config["tile"])
+    batch, channels = int(config["batch"]), int(config["channels"])
+    if not 1 <= tile_h <= 256 or not 1 <= tile_w <= 256:
+        return f"tile must be a text like '2x4', got {config['tile']!r}"
+    if batch not in (8, 16, 32, 64):
+        return f"batch must be 8, 16, 32 or 64, got {batch}"
+    if channels % 8:
+        return f"channels must be a multiple of 8, got {channels}"
+    if tile_h % _GROUPS:
+        return f"{_GROUPS} warpgroups share the rows of a tile, got {tile_h}"
+    n = tile_w * batch
+    if n > 256 or n % 16:
+        return f"columns * batch must be a multiple of 16 up to 256, got {n}"
+    geometry = geometry_of(spec, config)
+    if geometry.sums > 128:
+        return f"{geometry.sums} sums exceed a thread's registers, at most 128 fit"
+    if max(geometry.patch_h, geometry.patch_w) > 256:
+        return "a box has at most 256 values along a dimension"
+    return None
+
+
+def _reason_resources(spec: ConvSpec, config: Config) -> str | None:
+    """Reason why a block does not fit a multiprocessor."""
+    shape, device = _shape(spec, config), cuda.current()
+    if shape.shared_bytes > device.shared_per_block:
+        return f"{shape.shared_bytes} bytes of shared memory exceed a block's {device.shared_per_block}"
+    tiles = -(-spec.c_per_group // shape.geometry.channels)
+    if shape.split > tiles:
+        return f"{shape.split} splits exceed the {tiles} tiles of {shape.geometry.channels} channels"
+    if shape.grid[0] >= 2**31:
+        return "the grid is too large"
+    return None
+
+
+_L2_BYTES_PER_CLOCK = 26.0
+"""What a multiprocessor gets from the second cache while all ask (measured with cp.async on an H100: 24)."""
+_SHARED_BYTES_PER_CLOCK = 128.0
+_TILE_CLOCKS, _START_CLOCKS, _CHUNK_CLOCKS = 300.0, 2500.0, 150.0
+_STORE_CLOCKS = 8.0
+"""Of a store of eight pieces of 16 bytes by a warp."""
+
+
+def _estimate(spec: ConvSpec, weight: SparseWeight, config: Config, device: cuda.Device) -> float:
+    """Clocks that a config may take: the slowest of tensor cores, shared memory and second cache, in whole waves."""
+    shape = _shape(spec, config)
+    g = shape.geometry
+    channels = min(g.channels, spec.c_per_group)
+    columns = spec.r * spec.s * channels
+    steps = max(_AHEAD, -(-columns // two_four.STEP))
+    # Of four places, those over two; sixteen rows share a column of the rest.
+    p = weight.density
+    over = 16 * columns / 4 * (4 * p**3 * (1 - p) + 2 * p**4)
+    chunks = 0.0 if over < 0.1 else max(1.0, 1.2 * over / two_four.REST)
+    if 2 * chunks > steps:
+        steps, chunks = 2 * steps, 0.0
+    operand = 64 * g.n * g.rows * _GROUPS
+    tensor = steps * g.n / 2 * g.rows * _GROUPS
+    shared = (steps * operand + chunks * 2 * operand + g.tile_bytes) / _SHARED_BYTES_PER_CLOCK
+    # Short rows are more orders to the second cache, and under 32 bytes a part of a sector.
+    loaded = (g.tile_bytes * max(1.0, 64 / g.row_bytes) + (steps + chunks) * UNIT_BYTES) / _L2_BYTES_PER_CLOCK
+    each = max(tensor, shared, loaded) + _TILE_CLOCKS / (shape.stages - 1) + chunks * _CHUNK_CLOCKS
+    tiles = ceil(ceil(spec.c_per_group / g.channels) / shape.split)
+    stores = _GROUPS * 4 * g.sums / 2 * _STORE_CLOCKS / 4
+    work = _START_CLOCKS + tiles * each + stores
+    waves = -(-shape.grid[0] * shape.split // device.multiprocessors)
+    out = spec.n * spec.k * spec.out_h * spec.out_w
+    extra = 0.0 if shape.split == 1 else 3000.0 + shape.split * out * 8 / device.multiprocessors / 20
+    return waves * work + extra

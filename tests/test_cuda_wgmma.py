@@ -1,0 +1,375 @@
+"""The kernel for Hopper's sparse tensor cores: emulated step by step, compiled, and on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import random_weight
+from tensor_cores import box, opened, opened_dense, operand, swizzled, widened
+
+from numbasparse import SparseWeight
+from numbasparse.kernels import KERNELS, Config, ConfigError
+from numbasparse.kernels import cuda_wgmma as room
+from numbasparse.kernels.reference import conv2d_reference
+from numbasparse.kernels.two_four import narrow
+from numbasparse.runtime import cuda
+from numbasparse.spec import ConvSpec
+
+KERNEL = KERNELS["cuda_wgmma"]
+BASE: Config = {"batch": 32, "tile": "2x4", "channels": 16, "stages": 2, "split": 1}
+
+
+def config_of(**changes: int | str) -> Config:
+    return {**BASE, **changes}
+
+
+@pytest.fixture(autouse=True)
+def a_hopper() -> Iterator[None]:
+    """An H100 to think of where there is none."""
+    if cuda.reason_unavailable() is None and cuda.current().capability == (9, 0):
+        yield
+    else:
+        with cuda.assumed((9, 0)):
+            yield
+
+
+# --- the kernel in NumPy -------------------------------------------------------------------------------------
+
+
+class Emulator:
+    """What the kernel computes, from its packed weight and the constants of its code, address by address."""
+
+    BASE = 3072
+    """Where the aligned shared memory begins, somewhere."""
+
+    def __init__(self, spec: ConvSpec, weight: SparseWeight, config: Config) -> None:
+        from numbasparse.codegen import ptx
+
+        self.spec, self.shape = spec, room._shape(spec, config)
+        self.packed = room.pack(spec, weight, config)
+        self.g = self.shape.geometry
+        self.descriptor = ptx.matrix_descriptor(self.g.row_bytes, spec.stride[1] * self.g.pixel_bytes)
+        self.words = self.packed.units[:, 2304:].view(np.int32)
+
+    def run(self, x: np.ndarray) -> np.ndarray:
+        """Sums of all blocks and splits, (N, K, OH, OW) float32, without bias; NaN where none was written."""
+        spec, shape = self.spec, self.shape
+        halves = narrow(x, spec.dtype).transpose(2, 3, 1, 0)  # what the tensor map makes of CHWN: H, W, C, N
+        y = np.full((shape.split, spec.k, spec.out_h, spec.out_w, spec.n), np.nan, np.float32)
+        for index in range(shape.grid[0]):
+            for part in range(shape.split):
+                self._block(halves, y[part], index, part)
+        return y.sum(axis=0).transpose(3, 0, 1, 2)
+
+    def _block(self, x: np.ndarray, y: np.ndarray, index: int, part: int) -> None:
+        spec, g, shape = self.spec, self.g, self.shape
+        down, across = shape.tiles
+        block, tile = index % shape.blocks, index // shape.blocks % (across * down)
+        oy, ox = tile // across * g.tile_h, tile % across * g.tile_w
+        image = index // (shape.blocks * across * down) * g.batch
+        corner = (oy * spec.stride[0] - spec.padding[0][0], ox * spec.stride[1] - spec.padding[1][0])
+        sums = self._sums(x, image, corner, self.packed.ranges[block, part])
+        for row, k in enumerate(self.packed.rows[block]):
+            for i in range(g.tile_h):
+                for n in range(g.n):
+                    at = (oy + i, ox + n // g.batch, image + n % g.batch)
+                    if k >= 0 and at[0] < spec.out_h and at[1] < spec.out_w and at[2] < spec.n:
+                        assert np.isnan(y[(k, *at)])
+                        y[(k, *at)] = sums[i, row, n]
+
+    def _sums(self, x: np.ndarray, image: int, corner: tuple[int, int], own: np.ndarray) -> np.ndarray:
+        """Of one block, (rows of the tile, 64, n)."""
+        g, stages = self.g, self.shape.stages
+        first, steps, chunk, first_tile, count, last = (int(v) for v in own[:6])
+        assert steps % 4 == 0
+        sums = np.zeros((g.tile_h, 64, g.n), np.float32)
+        memory = np.full(self.BASE + self.shape.shared_bytes, 0xFF, np.uint8)  # NaN where nothing was copied
+
+        def order(number: int) -> None:
+            channel = self.packed.tiles[first_tile + number]
+            shape = (g.patch_h, g.patch_w, g.channels, g.batch)
+            copied = box(x, (*corner, channel, image), shape).ravel()
+            linear = self._stage(number % stages) + 2 * np.arange(copied.size)
+            memory.view(np.uint16)[swizzled(linear, g.row_bytes) // 2] = copied
+
+        for number in range(min(stages, count)):
+            order(number)
+        number = -1
+        for unit in range(first, first + steps, 4):
+            ended = self.words[unit, 1]
+            before = number
+            for step in range(unit, unit + 4):
+                if self.words[step, 0] < 0:
+                    number += 1
+                self._step(sums, memory, step, number % stages)
+            assert number - before <= 1
+            assert (ended > 0) == (number > before >= 0)
+            if ended:
+                self._rest(sums, memory, chunk, ended - 1, (number - 1) % stages)
+                chunk += ended - 1
+                if number - 1 + stages < count:
+                    memory[self._stage((number - 1) % stages) :][: g.stage_bytes] = 0xFF
+                    order(number - 1 + stages)
+        assert number == count - 1
+        self._rest(sums, memory, chunk, last, number % stages)
+        return sums
+
+    def _stage(self, slot: int) -> int:
+        return self.BASE + room._HEAD_BYTES + slot * self.g.stage_bytes
+
+    def _line(self, i: int) -> int:
+        """Offset of the first input row of row i of the tile."""
+        return i * self.spec.stride[0] * self.g.patch_w * self.g.pixel_bytes
+
+    def _step(self, sums: np.ndarray, memory: np.ndarray, step: int, slot: int) -> None:
+        word = int(self.words[step, 0])
+        unit = self.packed.units[step]
+        a = opened(unit[:2048].view(np.uint32).reshape(128, 4), unit[2048:2304].view(np.uint32), self.spec.dtype)
+        distance = word >> 14 & 0x3FFF
+        high = self.descriptor.high + distance * self.descriptor.k_high
+        for i in range(self.g.tile_h):
+            low = (self._stage(slot) + self._line(i) >> 4) + (word & 0x3FFF) + self.descriptor.low
+            low += (distance << 16) * (not self.descriptor.k_high)
+            sums[i] += a @ self._values(operand(memory, low, high, self.g.n))
+
+    def _rest(self, sums: np.ndarray, memory: np.ndarray, first: int, count: int, slot: int) -> None:
+        g = self.g
+        column = self.spec.stride[1] * g.pixel_bytes
+        ninth = 16 if g.batch > 8 else column
+        for chunk in self.packed.chunks[first : first + count]:
+            a = opened_dense(chunk[:2048].view(np.uint32).reshape(128, 4), self.spec.dtype)
+            offsets = chunk[2048:].view(np.int32).reshape(4, 16)
+            for i in range(g.tile_h):
+                for n in range(0, g.n, 16):
+                    address = self._stage(slot) + offsets + self._line(i) + n // g.batch * column + n % g.batch * 2
+                    both = swizzled(np.stack([address, address + ninth], axis=2), g.row_bytes)
+                    words = memory.view(np.uint16)[both[..., None] // 2 + np.arange(8)].reshape(4, 16, 16)
+                    product = a.reshape(4, 16, 16) @ self._values(words)
+                    sums[i, :, n : n + 16] += product.reshape(64, 16)
+
+    def _values(self, words: np.ndarray) -> np.ndarray:
+        pairs = np.ascontiguousarray(words).view(np.uint32)
+        return widened(pairs, self.spec.dtype).reshape(words.shape)
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[ConvSpec, Config]:
+    """Small problems with every option, and valid configs for them."""
+    r, s = draw(st.sampled_from([(1, 1), (3, 3), (5, 1), (2, 3)]))
+    groups = draw(st.sampled_from([1, 1, 2]))
+    dilation = (draw(st.integers(1, 2)), draw(st.integers(1, 2)))
+    extent = ((r - 1) * dilation[0] + 1, (s - 1) * dilation[1] + 1)
+    spec = ConvSpec(
+        n=8 * draw(st.integers(1, 5)),
+        c=groups * draw(st.sampled_from([1, 5, 24, 40])),
+        h=extent[0] + draw(st.integers(0, 4)),
+        w=extent[1] + draw(st.integers(0, 4)),
+        k=groups * draw(st.sampled_from([1, 20, 70])),
+        r=r,
+        s=s,
+        stride=(draw(st.integers(1, 2)), draw(st.integers(1, 2))),
+        padding=((draw(st.integers(0, 2)), 1), (draw(st.integers(0, 2)), 0)),
+        dilation=dilation,
+        groups=groups,
+        dtype=draw(st.sampled_from(["float16", "bfloat16"])),
+    )
+    config: Config = {
+        "batch": draw(st.sampled_from([8, 16, 32, 64])),
+        "tile": draw(st.sampled_from(["2x2", "2x4", "4x2", "4x3"])),
+        "channels": draw(st.sampled_from([8, 16, 32])),
+        "stages": draw(st.integers(2, 3)),
+        "split": draw(st.sampled_from([1, 1, 2])),
+    }
+    return spec, config
+
+
+@given(problem=problems(), density=st.sampled_from([0.0, 0.05, 0.2, 0.5, 1.0]), seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=40, deadline=None)
+def test_emulated(problem: tuple[ConvSpec, Config], density: float, seed: int) -> None:
+    spec, config = problem
+    rng = np.random.default_rng(seed)
+    weight = SparseWeight.from_dense(random_weight(spec, density, rng, empty_rows=seed % 3 == 0), spec.groups)
+    if KERNEL.check(spec, weight, config) is not None:
+        return
+    x = rng.standard_normal(spec.x_shape).astype(np.float32)
+    assert_as_reference(Emulator(spec, weight, config).run(x), spec, weight, x)
+
+
+def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
+    """The nearest 16-bit floats, as float32."""
+    halves = narrow(np.ascontiguousarray(values, np.float32), dtype)
+    return halves.view(np.float16).astype(np.float32) if dtype == "float16" else widened_half(halves)
+
+
+def widened_half(halves: np.ndarray) -> np.ndarray:
+    return (halves.astype(np.uint32) << 16).view(np.float32)
+
+
+def assert_as_reference(
+    y: np.ndarray, spec: ConvSpec, weight: SparseWeight, x: np.ndarray, bias: np.ndarray | None = None, **rest: Any
+) -> None:
+    """Compare with the convolution of the rounded operands; products of theirs are exact in float32."""
+    dense, images = rounded(weight.to_dense(), spec.dtype), rounded(x, spec.dtype)
+    residual = rest.get("residual")
+    expected = conv2d_reference(images, dense, bias, spec, rest.get("activation"), residual)
+    sizes = (np.abs(images), np.abs(dense), None if bias is None else np.abs(bias))
+    magnitude = conv2d_reference(*sizes, spec, residual=None if residual is None else np.abs(residual))
+    rounding = rest.get("rounding", 0.0)
+    assert np.isfinite(y).all()
+    np.testing.assert_array_less(np.abs(y - expected), 1e-5 * (magnitude + 1) + rounding * np.abs(expected) + 1e-7)
+
+
+def test_a_rest_and_doubled_steps_are_emulated() -> None:
+    """The random cases could miss the rest; here there is one, and at half of the weights doubled steps."""
+    spec = ConvSpec.create((8, 32, 5, 6), (64, 32, 3, 3), padding=1, dtype="float16")
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal(spec.x_shape).astype(np.float32)
+    for density, rest, doubled in ((0.15, True, False), (0.5, False, True)):
+        weight = SparseWeight.from_dense(random_weight(spec, density, rng))
+        for batch in (8, 16):
+            emulator = Emulator(spec, weight, config_of(batch=batch, channels=32))
+            assert (len(emulator.packed.chunks) > 0) == rest
+            assert (emulator.packed.ranges[0, 0, 1] > 16) == doubled
+            assert_as_reference(emulator.run(x), spec, weight, x)
+
+
+# --- configs and code ----------------------------------------------------------------------------------------
+
+
+def spec_of(n: int, c: int, h: int, k: int, r: int, dtype: str = "float16", groups: int = 1, **rest: Any) -> ConvSpec:
+    return ConvSpec.create((n, c, h, h), (k, c // groups, r, r), groups=groups, dtype=dtype, **rest)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tile": "4"}, "tile must be a text like '2x4'"),
+        ({"batch": 24}, "batch must be 8, 16, 32 or 64"),
+        ({"channels": 12}, "channels must be a multiple of 8"),
+        ({"tile": "3x4"}, "2 warpgroups share the rows of a tile, got 3"),
+        ({"tile": "2x9"}, "a multiple of 16 up to 256, got 288"),
+        ({"tile": "8x8"}, "512 sums exceed a thread's registers"),
+        ({"channels": 128, "stages": 8}, "bytes of shared memory exceed"),
+        ({"split": 9}, "9 splits exceed the 1 tiles"),
+        ({"stages": 1}, "stages must be from 2 to 8"),
+    ],
+)
+def test_bad_configs(changes: dict[str, Any], words: str) -> None:
+    spec = spec_of(32, 8, 14, 16, 3, padding=1)
+    weight = SparseWeight.from_dense(random_weight(spec, 0.2, np.random.default_rng(0)))
+    with pytest.raises(ConfigError, match=words):
+        KERNEL.require(spec, weight, config_of(**changes))
+
+
+def test_what_is_not_supported() -> None:
+    rng = np.random.default_rng(0)
+    spec = spec_of(32, 8, 14, 16, 3, padding=1)
+    weight = SparseWeight.from_dense(random_weight(spec, 0.2, rng))
+    assert KERNEL.supports(spec, weight) is None
+    with cuda.assumed((10, 0)):
+        assert "compute capability 9.0 only, this GPU is 10.0" in str(KERNEL.supports(spec, weight))
+    with cuda.assumed((9, 0)):
+        assert "float16 or bfloat16, got float32" in str(KERNEL.supports(spec_of(32, 8, 14, 16, 3, "float32"), weight))
+        assert "a batch of a multiple of 8, got 4" in str(KERNEL.supports(spec_of(4, 8, 14, 16, 3), weight))
+        large = SparseWeight.from_dense(weight.to_dense() * np.float32(1e6))
+        assert "too large for float16" in str(KERNEL.supports(spec, large))
+        assert KERNEL.supports(spec_of(32, 8, 14, 16, 3, "bfloat16", padding=1), large) is None
+
+
+@pytest.mark.parametrize("n", [8, 32, 128])
+@pytest.mark.parametrize(("c", "h", "r"), [(64, 56, 3), (512, 7, 3), (1024, 14, 1), (3, 32, 7)])
+def test_common_layers_have_configs(n: int, c: int, h: int, r: int) -> None:
+    spec = spec_of(n, c, h, 64, r, padding=r // 2)
+    weight = SparseWeight.from_dense(random_weight(spec, 0.1, np.random.default_rng(0)))
+    suggested = KERNEL.suggest(spec, weight, 1, 8)
+    assert len(suggested) == 8
+    assert all(KERNEL.check(spec, weight, config) is None for config in suggested)
+    assert KERNEL.default(spec, weight, 1) == suggested[0]
+
+
+CODES: list[Config] = [
+    BASE,
+    config_of(batch=64, channels=32),
+    config_of(batch=16, tile="4x8"),
+    config_of(batch=8, tile="8x8"),
+    config_of(tile="2x7", split=2),
+]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("config", CODES, ids=[str(tuple(c.values())) for c in CODES])
+def test_code(config: Config, dtype: str) -> None:
+    """Sums stay in registers, and the tensor cores are given a step before the last one is done."""
+    spec = spec_of(64, 64, 28, 64, 3, dtype, padding=1)
+    weight = SparseWeight.from_dense(random_weight(spec, 0.1, np.random.default_rng(0)))
+    for ptx in KERNEL.ptx(spec, weight, config, "relu"):  # type: ignore[attr-defined]
+        assert ".f64" not in ptx.text
+        assert ".local" not in ptx.text
+        cubin = cuda.assemble(ptx)
+        assert cubin.local_bytes == 0
+        assert cubin.registers <= 255
+        assert "serialized" not in cubin.log
+
+
+# --- on a GPU ------------------------------------------------------------------------------------------------
+
+SAME: dict[str, Any] = {"padding": 1}
+GPU_CASES: list[tuple[ConvSpec, Config, float]] = [
+    *(
+        (spec_of(64, 48, 14, 72, 3, dtype, **SAME), config_of(**changes), density)
+        for dtype in ("float16", "bfloat16")
+        for changes, density in (
+            ({}, 0.1),
+            ({}, 0.2),
+            ({}, 0.6),
+            ({"batch": 64}, 0.1),
+            ({"batch": 64, "tile": "4x2", "channels": 32}, 0.2),
+            ({"batch": 16, "tile": "4x8"}, 0.1),
+            ({"batch": 8, "tile": "8x8"}, 0.1),
+            ({"tile": "2x7", "stages": 3}, 0.1),
+            ({"tile": "4x4", "split": 3}, 0.1),
+        )
+    ),
+    (spec_of(64, 48, 14, 72, 3, **SAME), BASE, 0.0),
+    (spec_of(40, 24, 9, 20, 3, stride=2, **SAME), config_of(tile="2x4"), 0.2),
+    (spec_of(40, 24, 9, 20, 3, stride=2, **SAME), config_of(batch=8, tile="4x4"), 0.2),
+    (spec_of(32, 24, 12, 20, 5, padding=2, dilation=2), config_of(), 0.2),
+    (spec_of(32, 160, 8, 130, 1), config_of(channels=128), 0.1),
+    (spec_of(32, 160, 8, 130, 1), config_of(channels=64, split=2), 0.1),
+    (spec_of(32, 3, 32, 64, 7, stride=2, padding=3), config_of(channels=8), 0.2),
+    (spec_of(32, 64, 8, 64, 3, groups=4, **SAME), config_of(), 0.2),
+    (spec_of(8, 16, 7, 24, 3, **SAME), config_of(batch=8, tile="2x8"), 0.2),
+    (spec_of(24, 16, 7, 24, 3, **SAME), config_of(batch=16), 0.2),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    cuda.reason_unavailable() is not None or cuda.current().capability != (9, 0), reason="needs an H100 or H200"
+)
+@pytest.mark.parametrize("with_residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("number", range(len(GPU_CASES)))
+def test_variants(number: int, with_residual: bool) -> None:
+    import torch
+
+    spec, config, density = GPU_CASES[number]
+    rng = np.random.default_rng(number)
+    weight = SparseWeight.from_dense(random_weight(spec, density, rng, empty_rows=number % 2 == 1), spec.groups)
+    dtype = getattr(torch, spec.dtype)
+    x = rng.standard_normal(spec.x_shape, np.float32)
+    bias = rng.standard_normal(spec.k).astype(np.float32)
+    residual = rounded(rng.standard_normal(spec.out_shape, np.float32), spec.dtype) if with_residual else None
+    runner: Any = KERNEL.prepare(spec, weight, config, "relu")
+    added = None if residual is None else torch.from_numpy(residual).to("cuda", dtype)
+    poison = torch.full((16 << 20,), torch.nan, device="cuda")
+    del poison  # the output is likely to lie there: what is not written is NaN
+    for _ in range(3):
+        y = runner.apply(torch.from_numpy(x).to("cuda", dtype), torch.from_numpy(bias).cuda(), added)
+        rounding = {"float16": 2.0**-10, "bfloat16": 2.0**-7}[spec.dtype]
+        result = y.float().cpu().numpy()
+        assert_as_reference(result, spec, weight, x, bias, activation="relu", residual=residual, rounding=rounding)
