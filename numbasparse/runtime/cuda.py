@@ -519,15 +519,15 @@ class Cubin:
         Of a thread: spilled registers and arrays that found no place in registers.
     shared_bytes : int
         Static shared memory of a block.
-    log : str
-        What the assembler says, for people: resources, and what may cost speed.
+    losses : tuple of str
+        What the assembler could not do as the code asks, and says that it may cost speed.
     """
 
     image: bytes
     registers: int
     local_bytes: int
     shared_bytes: int
-    log: str
+    losses: tuple[str, ...]
 
 
 def assemble(ptx: Ptx) -> Cubin:
@@ -565,7 +565,8 @@ def _link(ptx: Ptx) -> Cubin:
     shared = _section_bytes(bytes(image), f".nv.shared.{ptx.entry}")
     # From Hopper on the section holds the 1 KiB that every block takes beside its own (see `Device`).
     own = shared - 1024 if shared and ptx.capability >= (9, 0) else shared
-    return Cubin(bytes(image), registers, stack, own, _text(log))
+    losses = tuple(line for line in _text(log).splitlines() if "Potential Performance Loss" in line)
+    return Cubin(bytes(image), registers, stack, own, losses)
 
 
 def _text(log: bytearray) -> str:
