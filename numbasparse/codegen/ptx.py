@@ -166,8 +166,6 @@ mbarrier_wait = _operation(
     "{ .reg .pred p; WAIT: mbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1; @p bra DONE; bra WAIT; DONE: }",
     (_S, types.int32),
 )
-# One of the arrivals that a barrier was initialised to wait for; what the thread has read and written comes before.
-mbarrier_arrive = _operation("mbarrier.arrive.shared::cta.b64 _, [$0];", (_S,))
 # One thread's order to the copy engine (sections 9.7.9.25.4 and .5): bytes arrive at the barrier.
 copy_bulk = _operation(
     "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];",
@@ -614,14 +612,6 @@ def matrix_descriptor(row_bytes: int, n_stride: int) -> MatrixDescriptor:
     if swizzle.mode:
         return MatrixDescriptor(low=units << 16, high=swizzle.mode << 30, k_high=True)
     return MatrixDescriptor(low=0, high=units, k_high=False)
-
-
-def set_registers(count: int, more: bool) -> Any:
-    """Intrinsic that gives registers of the warpgroup back, or takes more, until a thread has ``count``.
-
-    All four warps of the group run it (section 9.7.20, "setmaxnreg"); ``count`` is a multiple of 8 from 24 to 256.
-    """
-    return _operation(f"setmaxnreg.{'inc' if more else 'dec'}.sync.aligned.u32 {count};", ())
 
 
 def _load_global_u32x4() -> Any:

@@ -490,7 +490,7 @@ def _finished(text: str, entry: str, max_registers: int | None) -> str:
     return text
 
 
-_SPECIFIC = ("wgmma.", "setmaxnreg.")
+_SPECIFIC = ("wgmma.",)
 """Instructions that exist on one capability only, so that the target has to end with "a" (PTX ISA, ".target")."""
 
 

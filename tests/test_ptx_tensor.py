@@ -1,0 +1,301 @@
+"""One instruction each: what tensor copies and tensor cores do is what `tensor_cores` says, on a GPU that has them.
+
+Without one the kernels are assembled, so that an operand of a wrong kind is found anywhere.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from tensor_cores import box, opened, opened_dense, operand, swizzled, widened
+
+from numbasparse.kernels import two_four
+from numbasparse.runtime import cuda
+
+NO_HOPPER = cuda.reason_unavailable() is not None or cuda.current().capability != (9, 0)
+N, H, W, C = 72, 5, 9, 40
+"""Of the array that is copied from, in the order of memory C, H, W, N."""
+PIXELS = 8
+
+
+def on_hopper(test: Any) -> Any:
+    """Mark a test that runs on an H100 or H200."""
+    return pytest.mark.gpu(pytest.mark.skipif(NO_HOPPER, reason="needs an H100 or H200")(test))
+
+
+@pytest.fixture(autouse=True)
+def a_hopper() -> Iterator[None]:
+    if NO_HOPPER:
+        with cuda.assumed((9, 0)):
+            yield
+    else:
+        yield
+
+
+def compiled(code: Callable[..., None], arguments: int, key: object) -> cuda.Ptx:
+    return cuda.compile_ptx(code, arguments, repr(key), capability=(9, 0), threads=128, fastmath=False)
+
+
+HEAD = 1024
+
+
+def arrival(row_bytes: int) -> tuple[Any, Any]:
+    """Device functions that bring a box [1][PIXELS][32][row_bytes] to shared memory, and say where it is."""
+    from numba import types
+
+    from numbasparse.codegen import ptx
+
+    i32, u32 = types.int32, types.uint32
+    shared = ptx.shared_base(1024)
+    size = PIXELS * 32 * row_bytes
+
+    def arrive(n, c, w, h):  # type: ignore[no-untyped-def]
+        base = types.int64(shared())
+        if ptx.thread_index() == 0:
+            ptx.mbarrier_init(u32(base), i32(1))
+            ptx.mbarrier_init_fence()
+            ptx.mbarrier_expect(u32(base), i32(size))
+            ptx.copy_box(u32(base + HEAD), ptx.tensor_map_address(), i32(n), i32(c), i32(w), i32(h), u32(base))
+        ptx.barrier()
+        ptx.mbarrier_wait(u32(base), i32(0))
+        return base + HEAD
+
+    return cuda.numba_cuda().jit(device=True, inline=True)(arrive), size
+
+
+@functools.cache
+def copying(row_bytes: int) -> cuda.Ptx:
+    """Kernel ``(out, n, c, w, h)`` that writes the words of a box as they lie in shared memory."""
+    cuda.numba_cuda()
+    from numba import types
+
+    from numbasparse.codegen import ptx
+
+    arrive, size = arrival(row_bytes)
+    store = ptx.store_finished("float32", ptx.Finish(False, False, False, "none"))
+    i64, f32 = types.int64, types.float32
+
+    def copying(out, n, c, w, h):  # type: ignore[no-untyped-def]
+        tile = arrive(n, c, w, h)
+        for i in range(ptx.thread_index(), size // 2, 128):
+            word = ptx.load_shared_i32(types.uint32(tile + i // 2 * 4))
+            half = (word >> (16 * (i & 1))) & 0xFFFF
+            store(i64(out + 4 * i), f32(half), i64(0), i64(0), i64(0), i64(0))
+
+    return compiled(copying, 5, row_bytes)
+
+
+@functools.cache
+def multiplying(row_bytes: int, n: int, dtype: str) -> cuda.Ptx:
+    """Kernel ``(out, values, metadata, start, distance, rows)``: one sparse step of a tile's pixels, a matrix."""
+    cuda.numba_cuda()
+    from numba import types
+
+    from numbasparse.codegen import ptx
+
+    arrive, _ = arrival(row_bytes)
+    wgmma, settle, zeros = ptx.sparse_wgmma(1, n, 0, dtype), ptx.wgmma_settle(n // 2), ptx.zeros(n // 2)
+    d = ptx.matrix_descriptor(row_bytes, 32 * row_bytes)
+    low_word, high_word, k_high = d.low, d.high, d.k_high
+    write = writing(n)
+    u32, i64 = types.uint32, types.int64
+
+    def multiplying(out, values, metadata, start, distance, rows):  # type: ignore[no-untyped-def]
+        thread = ptx.thread_index()
+        tile = arrive(0, 0, 0, 0)
+        lane = thread & 31
+        a = ptx.load_global_u32x4(i64(values + thread * 16))
+        place = ((thread >> 5) * 8 + (lane >> 2)) * 2 + (lane & 1)
+        m = ptx.load_global_u32(i64(metadata + place * 4))
+        low, high = (tile >> 4) + start + low_word, high_word
+        if k_high:
+            high = high + distance
+        else:
+            low = low + (distance << 16)
+        write(settle(wgmma(zeros(), a, m, u32(low), u32(high))), out, rows)
+
+    return compiled(multiplying, 6, (row_bytes, n, dtype))
+
+
+@functools.cache
+def gathering(row_bytes: int, n: int, dtype: str) -> cuda.Ptx:
+    """Kernel ``(out, values, offsets, rows)``: gathered rows of a tile, a matrix."""
+    cuda.numba_cuda()
+    from numba import types
+
+    from numbasparse.codegen import ptx
+
+    arrive, _ = arrival(row_bytes)
+    pixel = 32 * row_bytes
+    displacements = [2 * j // row_bytes * pixel + 2 * j % row_bytes for j in range(0, n, 16)]
+    ninth = 16 if row_bytes > 16 else pixel
+    mma = ptx.gathered_mma(displacements, ptx.SWIZZLES[row_bytes].mask, dtype)
+    zeros, write = ptx.zeros(n // 2), writing(n)
+    u32, i64 = types.uint32, types.int64
+
+    def gathering(out, values, offsets, rows):  # type: ignore[no-untyped-def]
+        thread = ptx.thread_index()
+        tile = arrive(0, 0, 0, 0)
+        lane = thread & 31
+        a = ptx.load_global_u32x4(i64(values + thread * 16))
+        offset = ptx.load_global_i32(i64(offsets + ((thread >> 5) * 16 + (lane & 15)) * 4))
+        write(mma(zeros(), a, u32(tile + offset + (lane >> 4) * ninth)), out, rows)
+
+    return compiled(gathering, 4, (row_bytes, n, dtype))
+
+
+def writing(n: int) -> Any:
+    """Device function ``(sums, out, rows)``: a matrix of 64 x n, whose row numbers are at ``rows``."""
+    from numba import types
+
+    from numbasparse.codegen import ptx
+
+    places = [(0, j, 0) for j in range(n // 8)]
+    store = ptx.store_fragments(
+        places, "float32", ptx.Finish(False, False, False, "none"), (4 * n, 0, 32, 4), (1, n // 8, 8)
+    )
+    i32, i64 = types.int32, types.int64
+
+    def write(sums, out, rows):  # type: ignore[no-untyped-def]
+        thread = ptx.thread_index()
+        own, column = (thread >> 5) * 16 + ((thread & 31) >> 2), 2 * (thread & 3)
+        store(sums, i64(out + 4 * column), i64(0), i64(0), i64(rows + 4 * own), i32(0), i32(0), i32(column))
+
+    return cuda.numba_cuda().jit(device=True, inline=True)(write)
+
+
+ROWS = [128, 64, 32, 16]
+SHAPES = [(128, 256), (128, 64), (64, 128), (32, 64), (16, 32)]
+"""Bytes of a row, and columns of the operand."""
+DTYPES = ["float16", "bfloat16"]
+
+
+@pytest.mark.parametrize("row_bytes", ROWS)
+def test_assembled(row_bytes: int) -> None:
+    n = dict(reversed(SHAPES))[row_bytes]
+    for ptx, word in (
+        (copying(row_bytes), "cp.async.bulk.tensor.4d"),
+        (multiplying(row_bytes, n, "float16"), f"wgmma.mma_async.sp.sync.aligned.m64n{n}k32.f32.f16.f16"),
+        (multiplying(row_bytes, n, "bfloat16"), "k32.f32.bf16.bf16"),
+        (gathering(row_bytes, n, "bfloat16"), "ldmatrix.sync.aligned.m8n8.x4.trans"),
+    ):
+        assert word in ptx.text
+        cubin = cuda.assemble(ptx)
+        assert (cubin.local_bytes, cubin.losses) == (0, ())
+
+
+def test_descriptors() -> None:
+    from numbasparse.codegen import ptx
+
+    made = ptx.matrix_descriptor(128, 4096)
+    assert (made.low, made.high, made.k_high) == (256 << 16, 1 << 30, True)
+    made = ptx.matrix_descriptor(16, 512)
+    assert (made.low, made.high, made.k_high) == (0, 32, False)
+    with pytest.raises(ValueError, match="multiple of 16 bytes under 256 KiB, got 262144"):
+        ptx.matrix_descriptor(64, 1 << 18)
+
+
+# --- on a GPU ------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """An array on the GPU, its tensor map, and what is in shared memory after its box was copied there."""
+
+    def __init__(self, row_bytes: int, dtype: str = "float16") -> None:
+        import torch
+
+        self.row_bytes = row_bytes
+        rng = np.random.default_rng(row_bytes)
+        values = rng.integers(-8, 9, (C, H, W, N)).astype(np.float32)
+        self.words = two_four.narrow(values, dtype)
+        self.x = torch.from_numpy(self.words.view(np.int16)).cuda()
+        pixel, row = 2 * N, 2 * N * W
+        self.map = cuda.TensorMap(
+            self.x.data_ptr(), dtype, (N, C, W, H), (row * H, pixel, row), (row_bytes // 2, 32, PIXELS, 1), row_bytes
+        )
+
+    def launch(self, ptx: cuda.Ptx, size: int, *arguments: Any) -> np.ndarray:
+        """Run a kernel; tensors among the arguments are passed by address.  Returns float32 (size,)."""
+        import torch
+
+        out = torch.full((size,), torch.nan, device="cuda")
+        values = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in (out, *arguments)]
+        shared = 1024 + HEAD + PIXELS * 32 * self.row_bytes
+        cuda.load(ptx).launch((1, 1, 1), 128, shared, cuda.current_stream(), values, tensor_map=self.map)
+        torch.cuda.synchronize()
+        return out.cpu().numpy()
+
+    def memory(self, n: int = 0, c: int = 0, w: int = 0, h: int = 0) -> np.ndarray:
+        """Bytes of shared memory with the box at 0, by the rules of `tensor_cores`."""
+        copied = box(self.words.transpose(1, 2, 0, 3), (h, w, c, n), (1, PIXELS, 32, self.row_bytes // 2)).ravel()
+        memory = np.zeros(2 * copied.size, np.uint8)
+        memory.view(np.uint16)[swizzled(2 * np.arange(copied.size), self.row_bytes) // 2] = copied
+        return memory
+
+
+def to_gpu(array: np.ndarray) -> Any:
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(array).view(np.int32)).cuda()
+
+
+@on_hopper
+@pytest.mark.parametrize("row_bytes", ROWS)
+@pytest.mark.parametrize("origin", [(0, 0, 0, 0), (8, 8, 1, 2), (64, 16, -1, 1), (0, 0, -2, -1), (16, 24, 4, 4)])
+def test_boxes_are_swizzled(row_bytes: int, origin: tuple[int, int, int, int]) -> None:
+    run = Run(row_bytes)
+    expected = run.memory(*origin).view(np.uint16)
+    found = run.launch(copying(row_bytes), expected.size, *origin)
+    np.testing.assert_array_equal(found, expected)
+
+
+def a_step(dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """Registers and metadata of a sparse step."""
+    rng = np.random.default_rng(7)
+    dense = rng.integers(-4, 5, (64, 32)).astype(np.float32) * (rng.random((64, 32)) < 0.2)
+    row, column = np.nonzero(dense)
+    steps, _ = two_four.cover_steps(0 * row, row, column // 8, column % 8, dense[row, column], 1, 4)
+    return two_four.fragments(steps.values, dtype)[0], steps.metadata[0]
+
+
+@on_hopper
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("start", "distance"), [(0, 1), (1, 1), (0, 0), (2, 2)])
+@pytest.mark.parametrize(("row_bytes", "n"), SHAPES)
+def test_sparse_wgmma(row_bytes: int, n: int, start: int, distance: int, dtype: str) -> None:
+    from numbasparse.codegen import ptx
+
+    run, (values, metadata) = Run(row_bytes, dtype), a_step(dtype)
+    unit = 8 * row_bytes // 16
+    rows = np.arange(64, dtype=np.int32)
+    made = multiplying(row_bytes, n, dtype)
+    arguments = (to_gpu(values), to_gpu(metadata), start * unit, distance * unit, to_gpu(rows))
+    found = run.launch(made, 64 * n, *arguments).reshape(64, n)
+    d = ptx.matrix_descriptor(row_bytes, 32 * row_bytes)
+    low = d.low + start * unit + (0 if d.k_high else distance * unit << 16)
+    b = operand(run.memory(), low, d.high + d.k_high * distance * unit, n)
+    expected = opened(values, metadata, dtype) @ widened(b.view(np.uint32), dtype).reshape(b.shape)
+    np.testing.assert_array_equal(found, expected)
+
+
+@on_hopper
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("row_bytes", "n"), SHAPES)
+def test_gathered_mma(row_bytes: int, n: int, dtype: str) -> None:
+    rng = np.random.default_rng(n)
+    run = Run(row_bytes, dtype)
+    dense = rng.integers(-4, 5, (1, 64, 16)).astype(np.float32)
+    values = two_four.fragments(dense, dtype)[0]
+    offsets = (row_bytes * rng.integers(0, 64, (4, 16))).astype(np.int32)
+    rows = np.arange(64, dtype=np.int32)
+    found = run.launch(gathering(row_bytes, n, dtype), 64 * n, to_gpu(values), to_gpu(offsets), to_gpu(rows))
+    column = 2 * np.arange(n)
+    linear = offsets[..., None] + column // row_bytes * 32 * row_bytes + column % row_bytes
+    b = run.memory().view(np.uint16)[swizzled(linear, row_bytes) // 2]
+    b_values = widened(np.ascontiguousarray(b).view(np.uint32), dtype).reshape(b.shape)
+    expected = opened_dense(values, dtype).reshape(4, 16, 16) @ b_values
+    np.testing.assert_array_equal(found.reshape(64, n), expected.reshape(64, n))
