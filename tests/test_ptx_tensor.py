@@ -148,6 +148,34 @@ def gathering(row_bytes: int, n: int, dtype: str) -> cuda.Ptx:
     return compiled(gathering, 4, (row_bytes, n, dtype))
 
 
+@functools.cache
+def finishing(dtype: str) -> cuda.Ptx:
+    """Kernel ``(out, values, offsets, rows, residual, bias)``: gathered rows of 64 columns, finished and narrowed."""
+    cuda.numba_cuda()
+    from numba import types
+
+    from numbasparse.codegen import ptx
+
+    arrive, _ = arrival(64)
+    mma = ptx.gathered_mma([j // 32 * 2048 + j % 32 * 2 for j in range(0, 64, 16)], ptx.SWIZZLES[64].mask, dtype)
+    zeros = ptx.zeros(32)
+    finish = ptx.Finish(bias=True, scaled=False, residual=True, activation="relu")
+    store = ptx.store_finished_fragments([(0, 0, 0), (0, 1, 0)], dtype, finish, (128, 0, 64, 2), (1, 2, 32))
+    i32, u32, i64 = types.int32, types.uint32, types.int64
+
+    def finishing(out, values, offsets, rows, residual, bias):  # type: ignore[no-untyped-def]
+        thread = ptx.thread_index()
+        tile = arrive(0, 0, 0, 0)
+        lane, warp = thread & 31, thread >> 5
+        a = ptx.load_global_u32x4(i64(values + thread * 16))
+        offset = ptx.load_global_i32(i64(offsets + (warp * 16 + (lane & 15)) * 4))
+        sums = mma(zeros(), a, u32(tile + offset + (lane >> 4) * 16))
+        n, own = (lane & 3) * 8, rows + 4 * (warp * 16 + (lane >> 2))
+        store(sums, i64(out + 2 * n), i64(residual + 2 * n), bias, i64(own), i32(0), i32(0), i32(n))
+
+    return compiled(finishing, 6, dtype)
+
+
 def writing(n: int) -> Any:
     """Device function ``(sums, out, rows)``: a matrix of 64 x n, whose row numbers are at ``rows``."""
     from numba import types
@@ -155,15 +183,13 @@ def writing(n: int) -> Any:
     from numbasparse.codegen import ptx
 
     places = [(0, j, 0) for j in range(n // 8)]
-    store = ptx.store_fragments(
-        places, "float32", ptx.Finish(False, False, False, "none"), (4 * n, 0, 32, 4), (1, n // 8, 8)
-    )
+    store = ptx.store_fragments(places, (4 * n, 0, 32, 4), (1, n // 8, 8))
     i32, i64 = types.int32, types.int64
 
     def write(sums, out, rows):  # type: ignore[no-untyped-def]
         thread = ptx.thread_index()
         own, column = (thread >> 5) * 16 + ((thread & 31) >> 2), 2 * (thread & 3)
-        store(sums, i64(out + 4 * column), i64(0), i64(0), i64(rows + 4 * own), i32(0), i32(0), i32(column))
+        store(sums, i64(out + 4 * column), i64(rows + 4 * own), i32(0), i32(0), i32(column))
 
     return cuda.numba_cuda().jit(device=True, inline=True)(write)
 
@@ -181,6 +207,7 @@ def test_assembled(row_bytes: int) -> None:
         (copying(row_bytes), "cp.async.bulk.tensor.4d"),
         (multiplying(row_bytes, n, "float16"), f"wgmma.mma_async.sp.sync.aligned.m64n{n}k32.f32.f16.f16"),
         (multiplying(row_bytes, n, "bfloat16"), "k32.f32.bf16.bf16"),
+        (finishing("float16"), "shfl.sync.bfly.b32"),
         (gathering(row_bytes, n, "bfloat16"), "ldmatrix.sync.aligned.m8n8.x4.trans"),
     ):
         assert word in ptx.text
@@ -299,3 +326,27 @@ def test_gathered_mma(row_bytes: int, n: int, dtype: str) -> None:
     b_values = widened(np.ascontiguousarray(b).view(np.uint32), dtype).reshape(b.shape)
     expected = opened_dense(values, dtype).reshape(4, 16, 16) @ b_values
     np.testing.assert_array_equal(found.reshape(64, n), expected.reshape(64, n))
+
+
+@on_hopper
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_finished_fragments(dtype: str) -> None:
+    rng = np.random.default_rng(3)
+    run = Run(64, dtype)
+    dense = rng.integers(-4, 5, (1, 64, 16)).astype(np.float32)
+    values = two_four.fragments(dense, dtype)[0]
+    offsets = (64 * rng.integers(0, 64, (4, 16))).astype(np.int32)
+    residual, bias = rng.integers(-9, 10, (64, 64)).astype(np.float32), rng.integers(-9, 10, 64).astype(np.float32)
+    rows = rng.permutation(64).astype(np.int32)
+    rows[5] = -1
+    arguments = (to_gpu(values), to_gpu(offsets), to_gpu(rows), to_gpu(two_four.narrow(residual, dtype)), to_gpu(bias))
+    # 64 x 64 halves are 2048 words, whose start is NaN.
+    found = widened(run.launch(finishing(dtype), 2048, *arguments).view(np.uint32), dtype).reshape(64, 64)
+    linear = offsets[..., None] + np.arange(64) // 32 * 2048 + np.arange(64) % 32 * 2
+    b = np.ascontiguousarray(run.memory().view(np.uint16)[swizzled(linear, 64) // 2])
+    sums = opened_dense(values, dtype).reshape(4, 16, 16) @ widened(b.view(np.uint32), dtype).reshape(b.shape)
+    for i, k in enumerate(rows):
+        if k >= 0:
+            expected = np.maximum(sums.reshape(64, 64)[i] + bias[k] + residual[k], 0)[None]
+            rounded = widened(two_four.narrow(expected, dtype).view(np.uint32), dtype).reshape(-1)
+            np.testing.assert_array_equal(found[k], rounded)

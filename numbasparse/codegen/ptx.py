@@ -7,6 +7,7 @@ so kernels import it where they build their code.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -484,14 +485,7 @@ def _store_global(builder: ir.IRBuilder, address: ir.Value, values: Sequence[Any
         _asm(builder, _VOID, text, "l,f,~{memory}", [(_I64, address), (_F32, values[0])])
         return
     else:
-        # cvt...x2 puts its first source into the upper half (section 9.7.9.21); bfloat16 needs capability 8.0.
-        text = "{ .reg .b16 a, b; cvt.rn.f16.f32 a, $1; cvt.rn.f16.f32 b, $2; mov.b32 $0, {a, b}; }"
-        if dtype == "bfloat16":
-            text = "cvt.rn.bf16x2.f32 $0, $2, $1;"
-        words = [
-            _asm(builder, _I32, text, "=r,f,f", [(_F32, values[i]), (_F32, values[i + 1])])
-            for i in range(0, len(values), 2)
-        ]
+        words = [_narrow_pair(builder, values[i : i + 2], dtype) for i in range(0, len(values), 2)]
         kind, letter, llvm = "b32", "r", _I32
     places = ", ".join(f"${i + 1}" for i in range(len(words)))
     wide, sources = ("", places) if len(words) == 1 else (f".v{len(words)}", f"{{{places}}}")
@@ -767,53 +761,146 @@ def gathered_mma(displacements: Sequence[int], mask: int, dtype: str) -> Any:
 
 def store_fragments(
     places: Sequence[tuple[int, int, int]],
+    strides: tuple[int, int, int, int],
+    limits: tuple[int, int, int],
+) -> Any:
+    """Intrinsic ``(sums, y, table, oy, ox, n) -> void``: store the sums of tensor cores as float32.
+
+    The int32 at ``table`` and ``table + 32`` are the numbers k of this lane's two rows, negative for a row that is
+    not there.  Sums ``4 * i`` and on, in the order of `sparse_wgmma`, are of place (dy, dx, dn): two neighbouring n of
+    the two rows, at ``y + k * strides[0] + dy * strides[1] + dx * strides[2] + dn * strides[3]`` (bytes), written if
+    ``oy + dy``, ``ox + dx`` and ``n + dn`` are under ``limits``.
+    """
+    kind = types.UniTuple(types.float32, 4 * len(places))
+    signature = types.void(kind, _G, _G, types.int32, types.int32, types.int32)
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        packed, y, table, *origin = arguments
+        rows = _two_rows(builder, table, strides[0])
+        for i, place in enumerate(places):
+            inside = _all_under(builder, origin, place, limits)
+            at = ir.Constant(_I64, sum(p * s for p, s in zip(place, strides[1:], strict=True)))
+            for half, (there, start, _) in enumerate(rows):
+                with builder.if_then(builder.and_(inside, there)):
+                    values = [builder.extract_value(packed, 4 * i + 2 * half + v) for v in range(2)]
+                    _store_global(builder, builder.add(y, builder.add(start, at)), values, "float32")
+        return context.get_dummy_value()
+
+    return _intrinsic_of_arity(6, signature, generate)
+
+
+def store_finished_fragments(
+    places: Sequence[tuple[int, int, int]],
     dtype: str,
     finish: Finish,
     strides: tuple[int, int, int, int],
     limits: tuple[int, int, int],
 ) -> Any:
-    """Intrinsic ``(sums, y, residual, bias, table, oy, ox, n) -> void``: finish and store the sums of tensor cores.
+    """Intrinsic ``(sums, y, residual, bias, table, oy, ox, n) -> void``: finish the sums of tensor cores and store.
 
-    The int32 at ``table`` and ``table + 32`` are the numbers k of this lane's two rows, negative for a row that is
-    not there.  Sums ``4 * i`` and on, in the order of `sparse_wgmma`, are of place (dy, dx, dn): two neighbouring n of
-    the two rows, at ``y + k * strides[0] + dy * strides[1] + dx * strides[2] + dn * strides[3]`` (bytes), written if
-    ``oy + dy``, ``ox + dx`` and ``n + dn`` are under ``limits``.  What is written is `store_rows`'s, without a factor.
+    As `store_fragments`, but 16 bytes at once: four lanes trade their pairs of n of four eights, so that each has
+    one eight.  There is a place for each four eights, that of this lane's eight (``oy``, ``ox`` and ``n`` may depend
+    on the lane), at a multiple of 16 bytes.  An eight is written or not as a whole.  What is written is as in
+    `store_rows`, without a factor.
+
+    Parameters
+    ----------
+    dtype
+        ``"float16"`` or ``"bfloat16"``, of ``y`` and of the residual (addressed like ``y``).
     """
-    kind = types.UniTuple(types.float32, 4 * len(places))
+    kind = types.UniTuple(types.float32, 16 * len(places))
     signature = types.void(kind, _G, _G, _G, _G, types.int32, types.int32, types.int32)
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
         packed, y, extra, bias, table, *origin = arguments
-        numbers, shifts, starts = [], [], []
-        for half in range(2):
-            place = builder.add(table, ir.Constant(_I64, 32 * half))
-            number = _asm(builder, _I32, "ld.global.nc.s32 $0, [$1];", "=r,l", [(_I64, place)])
-            there = builder.icmp_signed(">=", number, ir.Constant(_I32, 0))
-            # A row that is not there reads the bias of row 0, and writes nothing.
-            k = builder.zext(builder.select(there, number, ir.Constant(_I32, 0)), _I64)
-            numbers.append(there)
-            shifts.append(finish.load(builder, bias, bias, k)[0])
-            starts.append(builder.mul(k, ir.Constant(_I64, strides[0])))
-        for i, place_of in enumerate(places):
-            under = [
-                builder.icmp_signed("<", builder.add(start, ir.Constant(_I32, offset)), ir.Constant(_I32, limit))
-                for start, offset, limit in zip(origin, place_of, limits, strict=True)
-            ]
-            inside = builder.and_(builder.and_(under[0], under[1]), under[2])
-            at = ir.Constant(_I64, sum(p * s for p, s in zip(place_of, strides[1:], strict=True)))
-            for half in range(2):
-                with builder.if_then(builder.and_(inside, numbers[half])):
-                    where = builder.add(starts[half], at)
-                    added: list[Any] = [None, None]
-                    if finish.residual:
-                        added = _load_global(builder, builder.add(extra, where), 2, dtype)
-                    values = [
-                        finish.apply(
-                            builder, builder.extract_value(packed, 4 * i + 2 * half + v), None, shifts[half], added[v]
-                        )
-                        for v in range(2)
+        rows = _two_rows(builder, table, strides[0])
+        shifts = [finish.load(builder, bias, bias, k)[0] for _, _, k in rows]
+        lane = _asm(builder, _I32, "mov.u32 $0, %laneid;", "=r", [])
+        for i, place in enumerate(places):
+            inside = _all_under(builder, origin, place, limits)
+            at = ir.Constant(_I64, sum(p * s for p, s in zip(place, strides[1:], strict=True)))
+            for half, (there, start, _) in enumerate(rows):
+                where, written = builder.add(start, at), builder.and_(inside, there)
+                added: list[Any] = [None] * 8
+                if finish.residual:
+                    loaded = _load_words_if(builder, written, builder.add(extra, where))
+                    added = [x for word in _trade(builder, lane, loaded) for x in _widen_pair(builder, word, dtype)]
+                words = []
+                for j in range(4):
+                    sums = [builder.extract_value(packed, 16 * i + 4 * j + 2 * half + v) for v in range(2)]
+                    ready = [
+                        finish.apply(builder, value, None, shifts[half], added[2 * j + v])
+                        for v, value in enumerate(sums)
                     ]
-                    _store_global(builder, builder.add(y, where), values, dtype)
+                    words.append(_narrow_pair(builder, ready, dtype))
+                words = _trade(builder, lane, words)
+                with builder.if_then(written):
+                    operands = [(_I64, builder.add(y, where)), *((_I32, word) for word in words)]
+                    _asm(builder, _VOID, "st.global.v4.b32 [$0], {$1, $2, $3, $4};", "l,r,r,r,r,~{memory}", operands)
         return context.get_dummy_value()
 
     return _intrinsic_of_arity(8, signature, generate)
+
+
+def _two_rows(builder: ir.IRBuilder, table: ir.Value, stride: int) -> list[tuple[Any, Any, Any]]:
+    """Of a lane's two rows: whether it is there, its offset, its number (0 where it is not there)."""
+    rows = []
+    for half in range(2):
+        place = builder.add(table, ir.Constant(_I64, 32 * half))
+        number = _asm(builder, _I32, "ld.global.nc.s32 $0, [$1];", "=r,l", [(_I64, place)])
+        there = builder.icmp_signed(">=", number, ir.Constant(_I32, 0))
+        k = builder.zext(builder.select(there, number, ir.Constant(_I32, 0)), _I64)
+        rows.append((there, builder.mul(k, ir.Constant(_I64, stride)), k))
+    return rows
+
+
+def _all_under(builder: ir.IRBuilder, origin: Sequence[Any], place: Sequence[int], limits: Sequence[int]) -> Any:
+    under = [
+        builder.icmp_signed("<", builder.add(start, ir.Constant(_I32, offset)), ir.Constant(_I32, limit))
+        for start, offset, limit in zip(origin, place, limits, strict=True)
+    ]
+    return functools.reduce(builder.and_, under)
+
+
+def _load_words_if(builder: ir.IRBuilder, wanted: Any, address: Any) -> list[Any]:
+    """16 bytes in global memory as four words, zeros where they are not wanted."""
+    text = (
+        "{ .reg .pred p; setp.ne.s32 p, $4, 0; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; "
+        "@p ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$5]; }"
+    )
+    operands = [(_I32, builder.zext(wanted, _I32)), (_I64, address)]
+    # Written before the address is read: the results must have registers of their own.
+    loaded = _asm(builder, ir.LiteralStructType([_I32] * 4), text, "=&r,=&r,=&r,=&r,r,l", operands)
+    return [builder.extract_value(loaded, i) for i in range(4)]
+
+
+def _trade(builder: ir.IRBuilder, lane: Any, words: Sequence[Any]) -> list[Any]:
+    """Four neighbouring lanes with four words each: word i of lane t becomes word t of lane i.
+
+    A transposition in two exchanges of half of the words, with the neighbour and with the next but one.
+    """
+    words = list(words)
+    for distance in (1, 2):
+        bit = builder.and_(lane, ir.Constant(_I32, distance))
+        upper = builder.icmp_signed("!=", bit, ir.Constant(_I32, 0))
+        for low in range(4):
+            high = low + distance
+            if low & distance:
+                continue
+            sent = builder.select(upper, words[low], words[high])
+            text = f"shfl.sync.bfly.b32 $0, $1, {distance}, 0x1f, 0xffffffff;"
+            got = _asm(builder, _I32, text, "=r,r", [(_I32, sent)])
+            words[low], words[high] = (
+                builder.select(upper, got, words[low]),
+                builder.select(upper, words[high], got),
+            )
+    return words
+
+
+def _narrow_pair(builder: ir.IRBuilder, values: Sequence[Any], dtype: str) -> Any:
+    """Two float32 rounded to 16 bits, in a register, the first in the lower half."""
+    # cvt...x2 puts its first source into the upper half (section 9.7.9.21); bfloat16 needs capability 8.0.
+    text = "{ .reg .b16 a, b; cvt.rn.f16.f32 a, $1; cvt.rn.f16.f32 b, $2; mov.b32 $0, {a, b}; }"
+    if dtype == "bfloat16":
+        text = "cvt.rn.bf16x2.f32 $0, $2, $1;"
+    return _asm(builder, _I32, text, "=r,f,f", [(_F32, values[0]), (_F32, values[1])])

@@ -533,24 +533,29 @@ def _finish(shape: _Shape) -> Any:
 
     g, spec, split = shape.geometry, shape.spec, shape.split
     i32, i64 = types.int32, types.int64
-    dtype = "float32" if split > 1 else spec.dtype
-    size = ptx.element_bytes(dtype)
-    places = [(i, n // g.batch, n % g.batch) for i in range(g.rows) for n in range(0, g.n, 8)]
+    size = 4 if split > 1 else 2
     plane = spec.out_h * spec.out_w * spec.n * size
     strides = (plane, spec.out_w * spec.n * size, spec.n * size, size)
-    last = ptx.Finish(bias=True, scaled=False, residual=shape.residual, activation=shape.activation)
-    nothing = ptx.Finish(bias=False, scaled=False, residual=False, activation="none")
     limits = (spec.out_h, spec.out_w, spec.n)
-    store = ptx.store_fragments(places, dtype, nothing if split > 1 else last, strides, limits)
-    total, row_bytes, pixel_bytes = plane * spec.k, strides[1], strides[2]
+    # For parts of a split a lane stores pairs of n, else every fourth eight of them.
+    each = 8 if split > 1 else 32
+    places = [(i, n // g.batch, n % g.batch) for i in range(g.rows) for n in range(0, g.n, each)]
+    store_parts = ptx.store_fragments(places, strides, limits) if split > 1 else None
+    last = ptx.Finish(bias=True, scaled=False, residual=shape.residual, activation=shape.activation)
+    store = ptx.store_finished_fragments(places, spec.dtype, last, strides, limits) if split == 1 else None
+    total, row_bytes, pixel_bytes, eights = plane * spec.k, strides[1], strides[2], g.batch // 8
 
     def finish(sums, y, residual, bias, rows, block, image, oy, ox, warp, lane):  # type: ignore[no-untyped-def]
-        n = image + (lane & 3) * 2
-        at = i64(oy) * row_bytes + i64(ox) * pixel_bytes + n * i64(size)
-        if split > 1:
-            at += ptx.block_y() * i64(total)
         own = rows + (block * i64(two_four.ROWS) + warp * 16 + (lane >> 2)) * 4
-        store(sums, i64(y + at), i64(residual + at), bias, i64(own), i32(oy), i32(ox), i32(n))
+        quarter = lane & 3
+        if split > 1:
+            n = image + 2 * quarter
+            at = i64(oy) * row_bytes + i64(ox) * pixel_bytes + n * i64(size) + ptx.block_y() * i64(total)
+            store_parts(sums, i64(y + at), i64(own), i32(oy), i32(ox), i32(n))
+        else:
+            x, n = ox + quarter // eights, image + quarter % eights * 8
+            at = i64(oy) * row_bytes + i64(x) * pixel_bytes + n * i64(size)
+            store(sums, i64(y + at), i64(residual + at), bias, i64(own), i32(oy), i32(x), i32(n))
 
     return _device_function(finish)
 
@@ -636,6 +641,8 @@ class _Runner(CudaRunner):
             x = x.clone(memory_format=torch.preserve_format)
             x_address = x.data_ptr()
         added = None if residual is None else layouts.to_layout(residual, "CHWN")
+        if added is not None and added.data_ptr() % 16:
+            added = added.clone(memory_format=torch.preserve_format)
         y = torch.empty_strided(spec.out_shape, self._y_strides, dtype=self._dtype, device=self._device)
         y_address = target = y.data_ptr()
         if reduce is not None:
@@ -760,8 +767,8 @@ def _reason_shape(spec: ConvSpec, config: Config) -> str | None:
     if tile_h % _GROUPS:
         return f"{_GROUPS} warpgroups share the rows of a tile, got {tile_h}"
     n = tile_w * batch
-    if n > 256 or n % 16:
-        return f"columns * batch must be a multiple of 16 up to 256, got {n}"
+    if n > 256 or n % 32:
+        return f"columns * batch must be a multiple of 32 up to 256, got {n}"
     geometry = geometry_of(spec, config)
     if geometry.sums > 128:
         return f"{geometry.sums} sums exceed a thread's registers, at most 128 fit"
@@ -787,8 +794,8 @@ _L2_BYTES_PER_CLOCK = 26.0
 """What a multiprocessor gets from the second cache while all ask (measured with cp.async on an H100: 24)."""
 _SHARED_BYTES_PER_CLOCK = 128.0
 _TILE_CLOCKS, _START_CLOCKS, _CHUNK_CLOCKS = 300.0, 2500.0, 150.0
-_STORE_CLOCKS = 8.0
-"""Of a store of eight pieces of 16 bytes by a warp."""
+_STORE_CLOCKS = 24.0
+"""Of trading, finishing and storing eight rows of 64 bytes by a warp."""
 
 
 def _estimate(spec: ConvSpec, weight: SparseWeight, config: Config, device: cuda.Device) -> float:
@@ -811,7 +818,7 @@ def _estimate(spec: ConvSpec, weight: SparseWeight, config: Config, device: cuda
     loaded = (g.tile_bytes * max(1.0, 64 / g.row_bytes) + (steps + chunks) * UNIT_BYTES) / _L2_BYTES_PER_CLOCK
     each = max(tensor, shared, loaded) + _TILE_CLOCKS / (shape.stages - 1) + chunks * _CHUNK_CLOCKS
     tiles = ceil(ceil(spec.c_per_group / g.channels) / shape.split)
-    stores = _GROUPS * 4 * g.sums / 2 * _STORE_CLOCKS / 4
+    stores = _GROUPS * 4 * g.sums / 8 * _STORE_CLOCKS
     work = _START_CLOCKS + tiles * each + stores
     waves = -(-shape.grid[0] * shape.split // device.multiprocessors)
     out = spec.n * spec.k * spec.out_h * spec.out_w
