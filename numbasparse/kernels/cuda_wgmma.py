@@ -727,7 +727,7 @@ class CudaWgmma(CudaKernel):
         for number, values in enumerate(itertools.product(*space.values())):
             config = dict(zip(space, values, strict=True))
             if self.check(spec, weight, config) is None:
-                ranked.append((_estimate(spec, weight, config, device), number, config))
+                ranked.append((estimate(spec, weight, config, device), number, config))
         return [config for _, _, config in sorted(ranked)][:count] or [dict(_FALLBACK)]
 
     def layouts(self, spec: ConvSpec, config: Config) -> tuple[layouts.Layout, layouts.Layout]:
@@ -798,7 +798,7 @@ _STORE_CLOCKS = 24.0
 """Of trading, finishing and storing eight rows of 64 bytes by a warp."""
 
 
-def _estimate(spec: ConvSpec, weight: SparseWeight, config: Config, device: cuda.Device) -> float:
+def estimate(spec: ConvSpec, weight: SparseWeight, config: Config, device: cuda.Device) -> float:
     """Clocks that a config may take: the slowest of tensor cores, shared memory and second cache, in whole waves."""
     shape = _shape(spec, config)
     g = shape.geometry

@@ -1,0 +1,285 @@
+"""cuda_wgmma on a device, from the first instruction to the profile, in one call of under ten minutes.
+
+    python benchmarks/tensor_cores.py all      # the steps below, one process each, in this order
+    python benchmarks/tensor_cores.py check    # a small grid against float64; also under compute-sanitizer
+    python benchmarks/tensor_cores.py sweep    # every config of one layer, measured beside the kernel's own estimate
+    python benchmarks/tensor_cores.py layers   # the ten layers against cuDNN's float16, N = 32 and 128
+    python benchmarks/tensor_cores.py pack     # milliseconds of packing 512x512x3x3; needs no GPU
+    python benchmarks/tensor_cores.py once     # three launches of the best known config, for a profiler
+    python benchmarks/tensor_cores.py dry      # compile what `layers` and `sweep` compile, without a GPU
+
+``all`` begins with the tests of single instructions: where one fails, the facts of codegen/ptx.py are wrong for this
+GPU, and nothing after it means anything.  It goes on with the grid of the kernel's tests, memcheck and racecheck, and
+the rest, and writes a log of each step into ``--out``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import geometric_mean
+from gpu import POINTWISE, SPARSITIES, SQUARE, Case, Row, add_dense, add_sparsity, ratios, save, session, unique
+
+from autotune.compiling import Compilers
+from autotune.gpu import GpuBench
+from autotune.measure import measure
+from autotune.space import Candidate, LayerProblem
+from numbasparse import ConvSpec, SparseWeight
+from numbasparse.kernels import Config, kernel
+from numbasparse.runtime import cuda
+
+NAME = "cuda_wgmma"
+TARGET = Case((3, 256, 56, 256), 32, "float16")
+"""The layer of the sweep and of the profile."""
+SUGGESTED, SWEPT = 6, 60
+
+
+def configs(problem: LayerProblem, count: int) -> list[Candidate]:
+    """What the kernel thinks best."""
+    return [Candidate(NAME, c) for c in kernel(NAME).suggest(problem.spec, problem.weight, 1, count)]
+
+
+# ---- right --------------------------------------------------------------------------------------------------
+
+SMALL: list[tuple[ConvSpec, Config]] = [
+    (
+        ConvSpec.create((n, c, h, h), (k, c, r, r), stride, r // 2, dtype="float16"),
+        {"batch": batch, "tile": tile, "channels": channels, "stages": stages, "split": split},
+    )
+    for (n, c, h, k, r, stride), (batch, tile, channels, stages, split) in (
+        ((64, 64, 6, 72, 3, 1), (64, "2x4", 16, 2, 1)),
+        ((32, 64, 6, 72, 3, 1), (32, "4x4", 16, 3, 1)),
+        ((32, 64, 6, 64, 3, 1), (16, "4x4", 16, 2, 2)),
+        ((40, 40, 7, 64, 3, 2), (8, "2x4", 8, 2, 1)),
+        ((32, 160, 4, 64, 1, 1), (32, "2x4", 64, 2, 1)),
+    )
+]
+
+
+def check(args: argparse.Namespace) -> None:
+    """Every case at several sparsities; exits with 1 if any is wrong."""
+    wrong = 0
+    with session(args) as (gpu, _):
+        for number, (spec, config) in enumerate(SMALL):
+            for density in (0.02, 0.2, 0.6):
+                rng = np.random.default_rng(number)
+                dense = rng.standard_normal(spec.weight_shape) * (rng.random(spec.weight_shape) < density)
+                problem = LayerProblem(
+                    "small", spec, SparseWeight.from_dense(dense.astype(np.float32)), activation="relu"
+                )
+                bench = GpuBench(problem, gpu)
+                candidate = Candidate(NAME, config)
+                reason = bench.wrong(candidate, bench.prepare(candidate))
+                wrong += reason is not None
+                print(spec.key, config, f"density {density}:", reason or "right", flush=True)
+    sys.exit(min(wrong, 1))
+
+
+# ---- fast ---------------------------------------------------------------------------------------------------
+
+
+def sweep(args: argparse.Namespace) -> None:
+    """Configs of the target layer at 90 %: measured microseconds beside the estimate's."""
+    from numbasparse.kernels.cuda_wgmma import estimate
+
+    rows: list[dict[str, Any]] = []
+    began = time.perf_counter()
+    with session(args) as (gpu, compilers):
+        problem = TARGET.problem(0.9)
+        candidates = configs(problem, SWEPT)
+        compilers.submit(problem, candidates)
+        row, bench = Row(gpu), GpuBench(problem, gpu, compilers)
+        add_dense(row, TARGET, "cudnn")
+        dense = {name: t["us"] for name, t in row.times().items()}
+        device = cuda.current()
+        for candidate in candidates:
+            if time.perf_counter() - began > args.seconds:
+                print(f"{len(rows)} of {len(candidates)} configs fitted into {args.seconds:.0f} s", flush=True)
+                break
+            compilers.wait(problem, candidate)
+            result = measure(bench, candidate, float("inf"))
+            clocks = estimate(problem.spec, problem.weight, dict(candidate.config), device)
+            rows.append(
+                {"config": candidate.config, "native_us": result.native_us if result.us else None}
+                | {"estimated_us": round(clocks / device.clock_mhz, 1), "reason": result.reason}
+            )
+            print(rows[-1], flush=True)
+            save(args, "tensor_sweep", {"layer": TARGET.name, "cudnn_us": dense, "configs": rows})
+
+
+def layers(args: argparse.Namespace) -> None:
+    """The best of the suggested configs for each layer, batch and sparsity, and cuDNN's two layouts, in turns."""
+    rows: list[dict[str, Any]] = []
+    began, longest = time.perf_counter(), 0.0
+    wanted = [Case(layer, n, "float16") for n in (32, 128) for layer in SQUARE + POINTWISE]
+    with session(args) as (gpu, compilers):
+        for case in wanted:
+            compilers.submit(case.problem(0.9), configs(case.problem(0.9), SUGGESTED))
+        for case in wanted:
+            start = time.perf_counter()
+            if start - began + longest > args.seconds:
+                print(f"{len(rows)} of {len(wanted)} rows fitted into {args.seconds:.0f} s", flush=True)
+                break
+            row, chosen = Row(gpu), {}
+            add_dense(row, case, "cudnn")
+            for sparsity in SPARSITIES:
+                bench = GpuBench(case.problem(sparsity), gpu, compilers)
+                few = unique([*configs(case.problem(0.9), SUGGESTED), *configs(bench.problem, 2)])
+                chosen[f"{sparsity:.0%}"] = add_sparsity(row, bench, f"{sparsity:.0%}", few)
+            times = row.times()
+            rows.append({"layer": case.name, "times": times, "ratios": ratios(times), "configs": chosen})
+            print(case.name, rows[-1]["ratios"], row.wrong, flush=True)
+            save(args, "tensor_layers", {"geometric_means": means(rows), "rows": rows})
+            longest = max(longest, time.perf_counter() - start)
+            torch.cuda.empty_cache()
+    print(means(rows))
+
+
+def means(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Geometric means of the ratios over the 3x3 layers that are there, with input and output as the kernel likes."""
+    found = {}
+    for n in (32, 128):
+        for sparsity in SPARSITIES:
+            name = f"ours native {sparsity:.0%}"
+            own = [r["ratios"][name] for r in rows if f"N={n} " in r["layer"] and r["layer"].startswith("3x3")
+                   and name in r["ratios"]]  # fmt: skip
+            if own:
+                found[f"N={n} {sparsity:.0%} ({len(own)} layers)"] = round(geometric_mean(own), 3)
+    return found
+
+
+def once(args: argparse.Namespace) -> None:
+    """Three launches, and nothing else on the GPU that matters."""
+    problem = TARGET.problem(0.9)
+    best = configs(problem, 1)[0].config if args.config is None else parse_config(args.config)
+    print("config", best)
+    ready: Any = kernel(NAME).prepare(problem.spec, problem.weight, dict(best))
+    x = torch.randn(problem.spec.x_shape, device="cuda", dtype=torch.float16)
+    for _ in range(3):
+        ready.apply(x, None)
+    torch.cuda.synchronize()
+
+
+def parse_config(text: str) -> Config:
+    """ "batch=32,tile=4x4,..." as a config."""
+    pairs = (part.partition("=")[::2] for part in text.split(","))
+    return {name: int(value) if value.isdecimal() else value for name, value in pairs}
+
+
+# ---- without a GPU ------------------------------------------------------------------------------------------
+
+
+def pack(args: argparse.Namespace) -> None:
+    """Best of several runs, on one core, of a layer of 512x512x3x3 at each sparsity."""
+    from numbasparse.kernels import cuda_wgmma, two_four
+
+    del args
+    spec = ConvSpec.create((32, 512, 28, 28), (512, 512, 3, 3), padding=1, dtype="float16")
+    for sparsity in SPARSITIES:
+        rng = np.random.default_rng(0)
+        dense = rng.standard_normal(spec.weight_shape) * (rng.random(spec.weight_shape) >= sparsity)
+        weight = SparseWeight.from_dense(dense.astype(np.float32))
+        config: Config = {"batch": 32, "tile": "4x4", "channels": 32, "stages": 2, "split": 1}
+        width = spec.c * spec.r * spec.s
+
+        def gathered(weight: SparseWeight = weight, width: int = width) -> Any:
+            blocks = two_four.order_rows(weight.indptr, weight.indices, width)
+            steps = two_four.gather_steps(weight.indptr, weight.indices, weight.data, width, blocks, 0.5)
+            return steps if isinstance(steps, str) else two_four.fragments(steps.values, "float16")
+
+        def whole(weight: SparseWeight = weight, config: Config = config) -> Any:
+            return cuda_wgmma.pack(spec, weight, config)
+
+        gathered_ms, whole_ms = fastest_ms(gathered), fastest_ms(whole)
+        print(f"{sparsity:.0%}: columns ordered {gathered_ms:.1f} ms, octets covered and written {whole_ms:.1f} ms")
+
+
+def fastest_ms(call: Any) -> float:
+    """The least of seven runs, after one that compiles."""
+    times = []
+    for _ in range(8):
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return 1e3 * min(times[1:])
+
+
+def dry(args: argparse.Namespace) -> None:
+    """Compile ahead; fails if anything does not."""
+    with cuda.assumed((9, 0)) as device, Compilers(device, args.workers) as compilers:
+        cases = [Case(layer, n, "float16").problem(0.9) for n in (32, 128) for layer in SQUARE + POINTWISE]
+        jobs = [(p, c) for p in cases for c in configs(p, SUGGESTED)]
+        jobs += [(TARGET.problem(0.9), c) for c in configs(TARGET.problem(0.9), SWEPT)]
+        for problem, candidate in jobs:
+            compilers.submit(problem, [candidate])
+        failed = [reason for problem, c in jobs if (reason := compilers.wait(problem, c)) is not None]
+    print(f"{len(jobs)} configs, {len(failed)} failed", *failed, sep="\n")
+    sys.exit(min(len(failed), 1))
+
+
+# ---- all ----------------------------------------------------------------------------------------------------
+
+
+def everything(args: argparse.Namespace) -> None:
+    """One process for each step, since one that fails on the device loses it for the rest of its process."""
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    python, me = sys.executable, str(Path(__file__))
+    tests = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "-m", "gpu"]
+    steps: list[tuple[str, float, list[str]]] = [
+        ("instructions", 80, [*tests, "tests/test_ptx_tensor.py"]),
+        ("grid", 120, [*tests, "tests/test_cuda_wgmma.py"]),
+    ]
+    if shutil.which("compute-sanitizer"):
+        for tool, seconds in (("memcheck", 50.0), ("racecheck", 70.0)):
+            command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+            steps.append((tool, seconds, [*command, python, me, "check"]))
+    steps += [
+        ("sweep", 90, [python, me, "sweep", "--seconds", "70"]),
+        ("layers", 130, [python, me, "layers", "--seconds", "110"]),
+    ]
+    if shutil.which("ncu"):
+        profile = ["ncu", "--set", "full", "--kernel-name", "cuda_wgmma", "--launch-skip", "1", "--launch-count", "1"]
+        steps.append(("profile", 60, [*profile, python, me, "once"]))
+    results = []
+    for name, seconds, command in steps:
+        began = time.perf_counter()
+        with (out / f"{name}.log").open("w") as log, contextlib.suppress(subprocess.TimeoutExpired):
+            code: int | str = "over time"
+            code = subprocess.run(
+                command, stdout=log, stderr=subprocess.STDOUT, timeout=seconds, check=False
+            ).returncode
+        results.append(f"{name}: exit {code}, {time.perf_counter() - began:.0f} s")
+        lines = (out / f"{name}.log").read_text(errors="replace").splitlines()
+        print(f"=== {results[-1]}", *lines[-12:], sep="\n", flush=True)
+        if name == "instructions" and code != 0:
+            print("an instruction does not do what codegen/ptx.py says: nothing else would mean anything")
+            break
+    print("\n".join(results))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    steps = {f.__name__: f for f in (check, sweep, layers, once, pack, dry)} | {"all": everything}
+    parser.add_argument("what", choices=steps)
+    parser.add_argument("--seconds", type=float, default=100.0, help="sweep, layers: end before this time is over")
+    parser.add_argument("--config", help='once: as "batch=32,tile=4x4,channels=32,stages=3,split=1"')
+    parser.add_argument("--out", default="benchmarks/results/tensor", help="all: folder of the logs")
+    parser.add_argument("--workers", type=int, help="compiling processes; all cores but one if not given")
+    parser.add_argument("--suffix", default="", help="added to the results file's name")
+    args = parser.parse_args()
+    args.tuned = None
+    steps[args.what](args)
+
+
+if __name__ == "__main__":
+    main()
