@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import random_weight
-from tensor_cores import box, opened, opened_dense, operand, swizzled, widened
+from tensor_emulation import box, opened, opened_dense, operand, swizzled, widened
 
 from numbasparse import SparseWeight
 from numbasparse.kernels import KERNELS, Config, ConfigError
@@ -21,7 +21,7 @@ from numbasparse.runtime import cuda
 from numbasparse.spec import ConvSpec
 
 KERNEL = KERNELS["cuda_wgmma"]
-BASE: Config = {"batch": 32, "tile": "2x4", "channels": 16, "stages": 2, "split": 1}
+BASE: Config = {"batch": 32, "tile": "2x4", "channels": 16, "stages": 2, "split": 1, "cluster": 1}
 
 
 def config_of(**changes: int | str) -> Config:
@@ -184,6 +184,7 @@ def problems(draw: st.DrawFn) -> tuple[ConvSpec, Config]:
         "channels": draw(st.sampled_from([8, 16, 32])),
         "stages": draw(st.integers(2, 3)),
         "split": draw(st.sampled_from([1, 1, 2])),
+        "cluster": draw(st.sampled_from([1, 1, 2])),
     }
     return spec, config
 
@@ -255,6 +256,7 @@ def spec_of(n: int, c: int, h: int, k: int, r: int, dtype: str = "float16", grou
         ({"tile": "2x9"}, "a multiple of 32 up to 256, got 288"),
         ({"tile": "8x8"}, "512 sums exceed a thread's registers"),
         ({"channels": 128, "stages": 8}, "bytes of shared memory exceed"),
+        ({"cluster": 2}, "a cluster of 2 does not divide the 1 blocks"),
         ({"split": 9}, "9 splits exceed the 1 tiles"),
         ({"stages": 1}, "stages must be from 2 to 8"),
     ],
@@ -297,7 +299,7 @@ CODES: list[Config] = [
     config_of(batch=64, channels=32),
     config_of(batch=16, tile="4x8"),
     config_of(batch=8, tile="8x8"),
-    config_of(tile="2x7", split=2),
+    config_of(tile="2x7", split=2, cluster=2),
 ]
 
 
@@ -305,7 +307,7 @@ CODES: list[Config] = [
 @pytest.mark.parametrize("config", CODES, ids=[str(tuple(c.values())) for c in CODES])
 def test_code(config: Config, dtype: str) -> None:
     """Sums stay in registers, and the tensor cores are given a step before the last one is done."""
-    spec = spec_of(64, 64, 28, 64, 3, dtype, padding=1)
+    spec = spec_of(64, 64, 28, 128, 3, dtype, padding=1)
     weight = SparseWeight.from_dense(random_weight(spec, 0.1, np.random.default_rng(0)))
     for ptx in KERNEL.ptx(spec, weight, config, "relu"):  # type: ignore[attr-defined]
         assert ".f64" not in ptx.text
@@ -333,6 +335,8 @@ GPU_CASES: list[tuple[ConvSpec, Config, float]] = [
             ({"batch": 8, "tile": "8x8"}, 0.1),
             ({"tile": "2x7", "stages": 3}, 0.1),
             ({"tile": "4x4", "split": 3}, 0.1),
+            ({"cluster": 2}, 0.1),
+            ({"cluster": 2, "tile": "4x4", "split": 2, "stages": 3}, 0.2),
         )
     ),
     (spec_of(64, 48, 14, 72, 3, **SAME), BASE, 0.0),
@@ -343,6 +347,8 @@ GPU_CASES: list[tuple[ConvSpec, Config, float]] = [
     (spec_of(32, 160, 8, 130, 1), config_of(channels=64, split=2), 0.1),
     (spec_of(32, 3, 32, 64, 7, stride=2, padding=3), config_of(channels=8), 0.2),
     (spec_of(32, 64, 8, 64, 3, groups=4, **SAME), config_of(), 0.2),
+    (spec_of(32, 160, 8, 256, 1), config_of(channels=64, cluster=4), 0.1),
+    (spec_of(32, 64, 8, 300, 3, groups=2, **SAME), config_of(cluster=3, channels=8), 0.02),
     (spec_of(8, 16, 7, 24, 3, **SAME), config_of(batch=8, tile="2x8"), 0.2),
     (spec_of(24, 16, 7, 24, 3, **SAME), config_of(batch=16), 0.2),
 ]

@@ -1,4 +1,4 @@
-"""One instruction each: what tensor copies and tensor cores do is what `tensor_cores` says, on a GPU that has them.
+"""One instruction each: what tensor copies and tensor cores do is what `tensor_emulation` says, on a GPU that has them.
 
 Without one the kernels are assembled, so that an operand of a wrong kind is found anywhere.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tensor_cores import box, opened, opened_dense, operand, swizzled, widened
+from tensor_emulation import box, opened, opened_dense, operand, swizzled, widened
 
 from numbasparse.kernels import two_four
 from numbasparse.runtime import cuda
@@ -257,7 +257,7 @@ class Run:
         return out.cpu().numpy()
 
     def memory(self, n: int = 0, c: int = 0, w: int = 0, h: int = 0) -> np.ndarray:
-        """Bytes of shared memory with the box at 0, by the rules of `tensor_cores`."""
+        """Bytes of shared memory with the box at 0, by the rules of `tensor_emulation`."""
         copied = box(self.words.transpose(1, 2, 0, 3), (h, w, c, n), (1, PIXELS, 32, self.row_bytes // 2)).ravel()
         memory = np.zeros(2 * copied.size, np.uint8)
         memory.view(np.uint16)[swizzled(2 * np.arange(copied.size), self.row_bytes) // 2] = copied

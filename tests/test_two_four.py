@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
-from tensor_cores import opened, opened_dense, well_formed
+from tensor_emulation import opened, opened_dense, well_formed
 
 from numbasparse.kernels import two_four
 

@@ -178,6 +178,25 @@ copy_box = _operation(
     "[$0], [$1, {$2, $3, $4, $5}], [$6];",
     (_S, _G, types.int32, types.int32, types.int32, types.int32, _S),
 )
+# The same, to the same place in every block of the cluster whose bit is set in the last argument; the bytes arrive at
+# the barrier at the same place in each (section 9.7.9.25.5.2, ".multicast::cluster").
+copy_box_to_cluster = _operation(
+    "{ .reg .b16 m; cvt.u16.u32 m, $7; cp.async.bulk.tensor.4d.shared::cluster.global.tile"
+    ".mbarrier::complete_tx::bytes.multicast::cluster [$0], [$1, {$2, $3, $4, $5}], [$6], m; }",
+    (_S, _G, types.int32, types.int32, types.int32, types.int32, _S, types.int32),
+)
+# Blocks of a cluster reach each other's shared memory by addresses of the cluster's window (section 5.1.5).
+cluster_rank = _operation("mov.u32 $0, %cluster_ctarank;", (), types.int32, memory=False)
+cluster_address = _operation("mapa.shared::cluster.u32 $0, $1, $2;", (_S, types.int32), types.uint32, memory=False)
+count_in_cluster = _operation(
+    "atom.acq_rel.cluster.shared::cluster.add.u32 $0, [$1], $2;", (_S, types.int32), types.int32
+)
+mbarrier_expect_in_cluster = _operation(
+    "mbarrier.arrive.expect_tx.release.cluster.shared::cluster.b64 _, [$0], $1;", (_S, types.int32)
+)
+# Every thread of every block arrives before any goes on from the wait (section 9.7.13.4).
+cluster_arrive = _operation("barrier.cluster.arrive.release;", ())
+cluster_wait = _operation("barrier.cluster.wait.acquire;", ())
 # The map lies in parameter space, whose generic address the copy engine takes.
 tensor_map_address = _operation(
     f"{{ .reg .b64 a; mov.b64 a, {MAP_PARAMETER}; cvta.param.u64 $0, a; }}", (), types.int64, memory=False

@@ -11,7 +11,8 @@ same sums by ``mma.sync``, which takes its rows from any address.
 
 Two warpgroups compute a half of the tile's rows each, and fetch the weight from the second cache into registers three
 steps ahead.  The warp that is the last to leave a stage orders the next copy into it: a warp of its own for the copies
-would leave the others fewer registers, since ``setmaxnreg`` is ignored in code that nvJitLink makes from PTX.
+would leave the others fewer registers, since ``setmaxnreg`` is ignored in code that nvJitLink makes from PTX.  In a
+cluster that is the last warp of all its blocks, and its copy goes to all of them.
 
 Bound: each sparse ``wgmma`` reads its 32 x n operand from shared memory as fast as that can give, so that the tensor
 cores and shared memory are both full, and every other use of shared memory (copies into it, the rest) adds to it.
@@ -29,6 +30,9 @@ Search space
     Input channels of a stage, and stages of the ring.
 ``split``
     Blocks that share the input channels of one tile; a second kernel adds up their sums.
+``cluster``
+    Blocks of different output channels that get their input tile from one copy: as many times less is read from the
+    second cache.
 
 The idea of sparse tensor cores for unstructured masks is that of Pool and Yu ("Channel Permutations for N:M
 Sparsity", NeurIPS 2021), without loss; the pipeline is that of CUTLASS's warp-specialised kernels.
@@ -206,14 +210,15 @@ def pack(spec: ConvSpec, weight: SparseWeight, config: Config) -> Packed:
     rows = _row_blocks(spec, weight)
     per_block = -(-spec.c_per_group // geometry.channels)
     steps, rest = _steps(spec, weight, geometry, rows, per_block)
-    sequence, words, ends, ranges, tiles = _sequence(steps, rest, geometry, per_block, split)
+    live = _live(np.diff(steps.first), per_block, int(config["cluster"]))
+    sequence, words, ends, ranges = _sequence(steps, rest, geometry, live, split)
     group = np.arange(len(rows)) // (len(rows) // spec.groups)
     first = group[:, None] * spec.c_per_group + np.arange(per_block)[None] * geometry.channels
     return Packed(
         units=_units(steps, sequence, words, ends, spec.dtype),
         chunks=_chunks(rest, geometry, spec.dtype),
         ranges=ranges,
-        tiles=first.ravel()[tiles].astype(np.int32),
+        tiles=first.ravel()[np.concatenate(live)].astype(np.int32),
         rows=rows,
     )
 
@@ -246,26 +251,30 @@ def _steps(
     return two_four.cover_steps(block * per_block + tile, row, octet, channel % 8, weight.data, parts, geometry.octets)
 
 
+def _live(counts: np.ndarray, per_block: int, cluster: int) -> list[np.ndarray]:
+    """Of every block the parts that it works on: those with steps, in it or in another block of its cluster."""
+    tiles = (counts.reshape(-1, cluster, per_block) > 0).any(axis=1)
+    return [np.flatnonzero(tiles[block // cluster]) + block * per_block for block in range(len(tiles) * cluster)]
+
+
 def _sequence(
-    steps: two_four.Steps, rest: two_four.Rest, geometry: Geometry, per_block: int, split: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Order of the steps in memory (-1: one of zeros), their words, ends of tiles, ranges, and parts with work.
+    steps: two_four.Steps, rest: two_four.Rest, geometry: Geometry, live: list[np.ndarray], split: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Order of the steps in memory (-1: one of zeros), their words, ends of tiles, and ranges.
 
     A round of four steps begins at most one tile, so a tile has four steps at least; a range has whole rounds.
     """
     sequence: list[int] = []
     words: list[int] = []
     ends: list[int] = []
-    blocks = (len(steps.first) - 1) // per_block
-    ranges = np.zeros((blocks, split, 8), np.int32)
-    counts, chunks = np.diff(steps.first), np.diff(rest.first)
-    live = [np.flatnonzero(counts[b * per_block : (b + 1) * per_block]) + b * per_block for b in range(blocks)]
+    ranges = np.zeros((len(live), split, 8), np.int32)
+    chunks = np.diff(rest.first)
     tiles = 0
     # Octets are eight rows, in units of 16 bytes.
     placed = (steps.columns * (8 * geometry.row_bytes // 16)).astype(np.int64)
     coded = placed[:, 0] | placed[:, 1] << 14
-    for block in range(blocks):
-        for number, parts in enumerate(np.array_split(live[block], split)):
+    for block, every in enumerate(live):
+        for number, parts in enumerate(np.array_split(every, split)):
             start, before = len(sequence), 0
             for part in parts:
                 at = len(sequence)
@@ -284,8 +293,7 @@ def _sequence(
             first = int(rest.first[parts[0]]) if len(parts) else 0
             ranges[block, number, :6] = start, len(sequence) - start, first, tiles, len(parts), before
             tiles += len(parts)
-    every = np.concatenate(live).astype(np.int64)
-    return np.array(sequence, np.int64), np.array(words, np.int64), np.array(ends, np.int64), ranges, every
+    return np.array(sequence, np.int64), np.array(words, np.int64), np.array(ends, np.int64), ranges
 
 
 def _units(steps: two_four.Steps, sequence: np.ndarray, words: np.ndarray, ends: np.ndarray, dtype: str) -> np.ndarray:
@@ -323,6 +331,7 @@ class _Shape:
     geometry: Geometry
     stages: int
     split: int
+    cluster: int
     blocks: int
     activation: str
     residual: bool
@@ -351,20 +360,33 @@ def _code(shape: _Shape) -> Callable[..., None]:
     geometry, spec, stages, split = shape.geometry, shape.spec, shape.stages, shape.split
     locate, finish = _locate(shape), _finish(shape)
     stage_bytes, tile_bytes = geometry.stage_bytes, geometry.tile_bytes
-    own_lines, warps = geometry.rows, 4 * _GROUPS
+    own_lines, cluster = geometry.rows, shape.cluster
+    # Of all blocks of the cluster.
+    warps = 4 * _GROUPS * cluster
     own_rows = own_lines * spec.stride[0] * geometry.patch_w * geometry.pixel_bytes
     shared_base, zeros = ptx.shared_base(1024), ptx.zeros(geometry.sums)
     wait_one, settle = ptx.wgmma_wait(1), ptx.wgmma_settle(geometry.sums)
     multiply, leftover = _multiply(shape), _leftover(shape)
 
     def order(base, tiles, number, image, top, left):  # type: ignore[no-untyped-def]
-        """One thread: order the copy of a tile into its stage, which is empty."""
+        """One thread: order the copy of a tile into its stage, which is empty, in every block of the cluster."""
         slot = number % stages
-        full = u32(base + 8 * slot)
-        channel = ptx.load_global_i32(i64(tiles + 4 * i64(number)))
-        ptx.mbarrier_expect(full, i32(tile_bytes))
-        stage = u32(base + _HEAD_BYTES + slot * stage_bytes)
-        ptx.copy_box(stage, ptx.tensor_map_address(), i32(image), channel, i32(left), i32(top), full)
+        full, stage = u32(base + 8 * slot), u32(base + _HEAD_BYTES + slot * stage_bytes)
+        channel, tensor_map = ptx.load_global_i32(i64(tiles + 4 * i64(number))), ptx.tensor_map_address()
+        if cluster > 1:
+            for rank in range(cluster):
+                ptx.mbarrier_expect_in_cluster(ptx.cluster_address(full, i32(rank)), i32(tile_bytes))
+            every = i32((1 << cluster) - 1)
+            ptx.copy_box_to_cluster(stage, tensor_map, i32(image), channel, i32(left), i32(top), full, every)
+        else:
+            ptx.mbarrier_expect(full, i32(tile_bytes))
+            ptx.copy_box(stage, tensor_map, i32(image), channel, i32(left), i32(top), full)
+
+    def leave(counter):  # type: ignore[no-untyped-def]
+        """One thread of a warp: how many warps have left a stage before."""
+        if cluster > 1:
+            return ptx.count_in_cluster(ptx.cluster_address(counter, i32(0)), i32(1))
+        return ptx.count_shared(counter, i32(1))
 
     def turn_to(word, number, slot, phase, base):  # type: ignore[no-untyped-def]
         """Tile of a step and its stage: those of the step before, or the next, when it is full."""
@@ -382,7 +404,7 @@ def _code(shape: _Shape) -> Callable[..., None]:
         values = ptx.load_global_u32x4(i64(unit + within))
         return values, ptx.load_global_u32(i64(unit + place)), ptx.load_global_i32(i64(unit + _WORD))
 
-    order, turn_to, load = _device_function(order), _device_function(turn_to), _device_function(load)
+    order, leave, turn_to, load = (_device_function(f) for f in (order, leave, turn_to, load))
 
     def cuda_wgmma(y, residual, bias, scale, rows, units, chunks, ranges, tiles):  # type: ignore[no-untyped-def]
         base = i64(shared_base())
@@ -400,9 +422,14 @@ def _code(shape: _Shape) -> Callable[..., None]:
                 ptx.mbarrier_init(u32(base + 8 * i), i32(1))
                 ptx.store_shared_i32(u32(base + 8 * stages + 4 * i), i32(0))
             ptx.mbarrier_init_fence()
+        if cluster > 1:
+            ptx.cluster_arrive()
+            ptx.cluster_wait()
+        else:
+            ptx.barrier()
+        if thread == 0 and (cluster == 1 or ptx.cluster_rank() == 0):
             for i in range(min(stages, count)):
                 order(base, own_tiles, i32(i), image, top, left)
-        ptx.barrier()
         stage = base + _HEAD_BYTES + group * own_rows
         values, metadata = within * 16, 2048 + ((warp * 8 + (lane >> 2)) * 2 + (lane & 1)) * 4
         a0, m0, w0 = load(unit, values, metadata)
@@ -440,14 +467,21 @@ def _code(shape: _Shape) -> Callable[..., None]:
                 # Every lane has read the stage when the first one counts.
                 ptx.warp_barrier()
                 following = number - 1 + stages
-                if lane == 0:
-                    left_by = ptx.count_shared(u32(base + 8 * stages + 4 * before), i32(1))
-                    if left_by == warps * ((number - 1) // stages + 1) - 1 and following < count:
-                        order(base, own_tiles, i32(following), image, top, left)
+                # Where no tile follows nobody counts, so that no block is asked which may have ended.
+                empty = warps * ((number - 1) // stages + 1) - 1
+                if lane == 0 and following < count and leave(u32(base + 8 * stages + 4 * before)) == empty:
+                    order(base, own_tiles, i32(following), image, top, left)
+                # The next instructions want all lanes together.
+                ptx.warp_barrier()
         sums = settle(sums)
         last = ptx.load_global_i32(i64(own + 20))
         sums = leftover(sums, last, stage + slot * stage_bytes, chunk, within, warp, lane)
+        # A block ends when all of its cluster have got their last tile.
+        if cluster > 1:
+            ptx.cluster_arrive()
         finish(sums, y, residual, bias, rows, block, image, oy + group * own_lines, ox, warp, lane)
+        if cluster > 1:
+            ptx.cluster_wait()
 
     return cuda_wgmma
 
@@ -582,8 +616,8 @@ def _compile(shape: _Shape, capability: tuple[int, int]) -> tuple[cuda.Ptx, cuda
 
 def _shape(spec: ConvSpec, config: Config, activation: str = "none", residual: bool = False) -> _Shape:
     blocks = spec.groups * -(-spec.k_per_group // two_four.ROWS)
-    stages, split = int(config["stages"]), int(config["split"])
-    return _Shape(spec, geometry_of(spec, config), stages, split, blocks, activation, residual)
+    stages, split, cluster = (int(config[f]) for f in ("stages", "split", "cluster"))
+    return _Shape(spec, geometry_of(spec, config), stages, split, cluster, blocks, activation, residual)
 
 
 # ---- the kernel ---------------------------------------------------------------------------------------------
@@ -657,6 +691,7 @@ class _Runner(CudaRunner):
             shape.shared_bytes,
             stream,
             (target, *finish, *self._pointers),
+            cluster=shape.cluster,
             tensor_map=self._map(shape, x_address),
         )
         if reduce is not None:
@@ -710,6 +745,7 @@ class CudaWgmma(CudaKernel):
             "channels": (16, 32, 64, 128),
             "stages": (2, 3, 4),
             "split": (1, 2, 4, 8),
+            "cluster": (1, 2, 4),
         }
 
     def check(self, spec: ConvSpec, weight: SparseWeight, config: Config) -> str | None:
@@ -748,9 +784,16 @@ class CudaWgmma(CudaKernel):
 
 _FLOAT16_LIMIT = 65520.0
 """The least value that float16 rounds to infinity."""
-_FIELDS: dict[str, Any] = {"batch": (8, 64), "tile": (), "channels": (8, 256), "stages": (2, 8), "split": (1, 64)}
+_FIELDS: dict[str, Any] = {
+    "batch": (8, 64),
+    "tile": (),
+    "channels": (8, 256),
+    "stages": (2, 8),
+    "split": (1, 64),
+    "cluster": (1, 8),
+}
 _TILES = ("2x1", "2x2", "2x4", "2x7", "2x8", "2x14", "2x16", "4x2", "4x4", "4x7", "4x8", "4x14", "8x2", "8x4", "8x8")
-_FALLBACK: Config = {"batch": 8, "tile": "2x2", "channels": 8, "stages": 2, "split": 1}
+_FALLBACK: Config = {"batch": 8, "tile": "2x2", "channels": 8, "stages": 2, "split": 1, "cluster": 1}
 """Small enough for most problems."""
 
 
@@ -785,6 +828,9 @@ def _reason_resources(spec: ConvSpec, config: Config) -> str | None:
     tiles = -(-spec.c_per_group // shape.geometry.channels)
     if shape.split > tiles:
         return f"{shape.split} splits exceed the {tiles} tiles of {shape.geometry.channels} channels"
+    blocks = shape.blocks // spec.groups
+    if blocks % shape.cluster:
+        return f"a cluster of {shape.cluster} does not divide the {blocks} blocks of output channels of a group"
     if shape.grid[0] >= 2**31:
         return "the grid is too large"
     return None
@@ -815,12 +861,15 @@ def estimate(spec: ConvSpec, weight: SparseWeight, config: Config, device: cuda.
     tensor = steps * g.n / 2 * g.rows * _GROUPS
     shared = (steps * operand + chunks * 2 * operand + g.tile_bytes) / _SHARED_BYTES_PER_CLOCK
     # Short rows are more orders to the second cache, and under 32 bytes a part of a sector.
-    loaded = (g.tile_bytes * max(1.0, 64 / g.row_bytes) + (steps + chunks) * UNIT_BYTES) / _L2_BYTES_PER_CLOCK
+    tile = g.tile_bytes * max(1.0, 64 / g.row_bytes) / shape.cluster
+    loaded = (tile + (steps + chunks) * UNIT_BYTES) / _L2_BYTES_PER_CLOCK
     each = max(tensor, shared, loaded) + _TILE_CLOCKS / (shape.stages - 1) + chunks * _CHUNK_CLOCKS
     tiles = ceil(ceil(spec.c_per_group / g.channels) / shape.split)
     stores = _GROUPS * 4 * g.sums / 8 * _STORE_CLOCKS
     work = _START_CLOCKS + tiles * each + stores
-    waves = -(-shape.grid[0] * shape.split // device.multiprocessors)
+    # Clusters are placed within the 16 or 18 multiprocessors of a part of the GPU, four of which leave some out.
+    usable = device.multiprocessors if shape.cluster < 4 else device.multiprocessors * 16 // 17
+    waves = -(-shape.grid[0] * shape.split // usable)
     out = spec.n * spec.k * spec.out_h * spec.out_w
     extra = 0.0 if shape.split == 1 else 3000.0 + shape.split * out * 8 / device.multiprocessors / 20
     return waves * work + extra
