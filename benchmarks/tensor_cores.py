@@ -53,15 +53,24 @@ def configs(problem: LayerProblem, count: int) -> list[Candidate]:
 SMALL: list[tuple[ConvSpec, Config]] = [
     (
         ConvSpec.create((n, c, h, h), (k, c, r, r), stride, r // 2, dtype="float16"),
-        {"batch": batch, "tile": tile, "channels": channels, "stages": stages, "split": split, "cluster": cluster},
+        {
+            "batch": batch,
+            "tile": tile,
+            "channels": channels,
+            "stages": stages,
+            "split": split,
+            "cluster": cluster,
+            "groups": groups,
+        },
     )
-    for (n, c, h, k, r, stride), (batch, tile, channels, stages, split, cluster) in (
-        ((64, 64, 6, 72, 3, 1), (64, "2x4", 16, 2, 1, 1)),
-        ((64, 64, 6, 72, 3, 1), (32, "2x4", 16, 2, 1, 2)),
-        ((32, 64, 6, 72, 3, 1), (32, "4x4", 16, 3, 1, 1)),
-        ((32, 64, 6, 64, 3, 1), (16, "4x4", 16, 2, 2, 1)),
-        ((40, 40, 7, 64, 3, 2), (8, "2x4", 8, 2, 1, 1)),
-        ((32, 160, 4, 64, 1, 1), (32, "2x4", 64, 2, 1, 1)),
+    for (n, c, h, k, r, stride), (batch, tile, channels, stages, split, cluster, groups) in (
+        ((64, 64, 6, 72, 3, 1), (64, "2x4", 16, 2, 1, 1, 2)),
+        ((64, 64, 6, 72, 3, 1), (32, "2x4", 16, 2, 1, 2, 2)),
+        ((32, 64, 6, 72, 3, 1), (32, "4x4", 16, 3, 1, 1, 2)),
+        ((32, 64, 6, 72, 3, 1), (32, "2x4", 16, 3, 1, 2, 1)),
+        ((32, 64, 6, 64, 3, 1), (16, "4x4", 16, 2, 2, 1, 2)),
+        ((40, 40, 7, 64, 3, 2), (8, "2x4", 8, 2, 1, 1, 2)),
+        ((32, 160, 4, 64, 1, 1), (32, "2x4", 64, 2, 1, 1, 2)),
     )
 ]
 
@@ -189,7 +198,15 @@ def pack(args: argparse.Namespace) -> None:
         rng = np.random.default_rng(0)
         dense = rng.standard_normal(spec.weight_shape) * (rng.random(spec.weight_shape) >= sparsity)
         weight = SparseWeight.from_dense(dense.astype(np.float32))
-        config: Config = {"batch": 32, "tile": "4x4", "channels": 32, "stages": 2, "split": 1, "cluster": 1}
+        config: Config = {
+            "batch": 32,
+            "tile": "4x4",
+            "channels": 32,
+            "stages": 2,
+            "split": 1,
+            "cluster": 1,
+            "groups": 2,
+        }
         width = spec.c * spec.r * spec.s
 
         def gathered(weight: SparseWeight = weight, width: int = width) -> Any:
@@ -273,7 +290,7 @@ def main() -> None:
     steps = {f.__name__: f for f in (check, sweep, layers, once, pack, dry)} | {"all": everything}
     parser.add_argument("what", choices=steps)
     parser.add_argument("--seconds", type=float, default=100.0, help="sweep, layers: end before this time is over")
-    parser.add_argument("--config", help='once: as "batch=32,tile=4x4,channels=32,stages=3,split=1,cluster=1"')
+    parser.add_argument("--config", help='once: as "batch=32,tile=4x4,channels=32,stages=3,split=1,cluster=1,groups=2"')
     parser.add_argument("--out", default="benchmarks/results/tensor", help="all: folder of the logs")
     parser.add_argument("--workers", type=int, help="compiling processes; all cores but one if not given")
     parser.add_argument("--suffix", default="", help="added to the results file's name")

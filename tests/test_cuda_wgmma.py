@@ -21,7 +21,7 @@ from numbasparse.runtime import cuda
 from numbasparse.spec import ConvSpec
 
 KERNEL = KERNELS["cuda_wgmma"]
-BASE: Config = {"batch": 32, "tile": "2x4", "channels": 16, "stages": 2, "split": 1, "cluster": 1}
+BASE: Config = {"batch": 32, "tile": "2x4", "channels": 16, "stages": 2, "split": 1, "cluster": 1, "groups": 2}
 
 
 def config_of(**changes: int | str) -> Config:
@@ -180,11 +180,12 @@ def problems(draw: st.DrawFn) -> tuple[ConvSpec, Config]:
     )
     config: Config = {
         "batch": draw(st.sampled_from([8, 16, 32, 64])),
-        "tile": draw(st.sampled_from(["2x1", "2x4", "4x2", "4x3"])),
+        "tile": draw(st.sampled_from(["1x4", "2x4", "4x2", "4x3"])),
         "channels": draw(st.sampled_from([8, 16, 32])),
         "stages": draw(st.integers(2, 3)),
         "split": draw(st.sampled_from([1, 1, 2])),
         "cluster": draw(st.sampled_from([1, 1, 2])),
+        "groups": draw(st.sampled_from([1, 2])),
     }
     return spec, config
 
@@ -252,7 +253,7 @@ def spec_of(n: int, c: int, h: int, k: int, r: int, dtype: str = "float16", grou
         ({"tile": "4"}, "tile must be a text like '2x4'"),
         ({"batch": 24}, "batch must be 8, 16, 32 or 64"),
         ({"channels": 12}, "channels must be a multiple of 8"),
-        ({"tile": "3x4"}, "2 warpgroups share the rows of a tile, got 3"),
+        ({"tile": "3x4"}, "2 warpgroups cannot share the rows of a tile of 3"),
         ({"tile": "2x9"}, "a multiple of 32 up to 256, got 288"),
         ({"tile": "8x8"}, "512 sums exceed a thread's registers"),
         ({"channels": 128, "stages": 8}, "bytes of shared memory exceed"),
@@ -292,6 +293,7 @@ def test_common_layers_have_configs(n: int, c: int, h: int, r: int) -> None:
     assert len(suggested) == 8
     assert all(KERNEL.check(spec, weight, config) is None for config in suggested)
     assert KERNEL.default(spec, weight, 1) == suggested[0]
+    assert KERNEL.check(spec, weight, room._FALLBACK) is None
 
 
 CODES: list[Config] = [
@@ -300,6 +302,7 @@ CODES: list[Config] = [
     config_of(batch=16, tile="4x8"),
     config_of(batch=8, tile="8x8"),
     config_of(tile="2x7", split=2, cluster=2),
+    config_of(groups=1),
 ]
 
 
@@ -336,6 +339,8 @@ GPU_CASES: list[tuple[ConvSpec, Config, float]] = [
             ({"tile": "2x7", "stages": 3}, 0.1),
             ({"tile": "4x4", "split": 3}, 0.1),
             ({"cluster": 2}, 0.1),
+            ({"groups": 1}, 0.1),
+            ({"groups": 1, "tile": "1x8", "cluster": 2, "stages": 3}, 0.2),
             ({"cluster": 2, "tile": "4x4", "split": 2, "stages": 3}, 0.2),
         )
     ),

@@ -9,10 +9,10 @@ pixels of a tile, needs an address and a distance, nothing is copied or gathered
 `two_four.cover_steps` says.  The rest, where four neighbouring channels hold more than two non-zeros, is added to the
 same sums by ``mma.sync``, which takes its rows from any address.
 
-Two warpgroups compute a half of the tile's rows each, and fetch the weight from the second cache into registers three
-steps ahead.  The warp that is the last to leave a stage orders the next copy into it: a warp of its own for the copies
-would leave the others fewer registers, since ``setmaxnreg`` is ignored in code that nvJitLink makes from PTX.  In a
-cluster that is the last warp of all its blocks, and its copy goes to all of them.
+One or two warpgroups compute the tile's rows, each its share, and fetch the weight from the second cache into registers
+three steps ahead.  The warp that is the last to leave a stage orders the next copy into it: a warp of its own for the
+copies would leave the others fewer registers, since nvJitLink ignores ``setmaxnreg`` in PTX.  In a cluster that is the
+last warp of all its blocks, and its copy goes to all of them.
 
 Bound: each sparse ``wgmma`` reads its 32 x n operand from shared memory as fast as that can give, so that the tensor
 cores and shared memory are both full, and every other use of shared memory (copies into it, the rest) adds to it.
@@ -33,6 +33,8 @@ Search space
 ``cluster``
     Blocks of different output channels that get their input tile from one copy: as many times less is read from the
     second cache.
+``groups``
+    Warpgroups of a block.  Blocks of one may be two on a multiprocessor, so that one stores while the other computes.
 
 The idea of sparse tensor cores for unstructured masks is that of Pool and Yu ("Channel Permutations for N:M
 Sparsity", NeurIPS 2021), without loss; the pipeline is that of CUTLASS's warp-specialised kernels.
@@ -61,10 +63,8 @@ if TYPE_CHECKING:
     import torch
 
 _DTYPES = ("float16", "bfloat16")
-_GROUPS = 2
-"""Warpgroups of a block."""
-_THREADS = 128 * _GROUPS
 _REGISTERS = 255
+"""Of a thread, of which a multiprocessor has enough for 256."""
 _AHEAD = 4
 """Steps of a round; the weight of a step is fetched a round ahead, less one."""
 _HEAD_BYTES = 1024
@@ -84,6 +84,8 @@ class Geometry:
 
     Attributes
     ----------
+    groups
+        Warpgroups.
     batch, channels
         Images and input channels of a stage.
     tile_h, tile_w
@@ -100,6 +102,7 @@ class Geometry:
         Groups of eight channels from the first tap's first to the last tap's last: what a step can start from.
     """
 
+    groups: int
     batch: int
     channels: int
     tile_h: int
@@ -114,7 +117,7 @@ class Geometry:
     @property
     def rows(self) -> int:
         """Rows of the tile of a warpgroup."""
-        return self.tile_h // _GROUPS
+        return self.tile_h // self.groups
 
     @property
     def n(self) -> int:
@@ -146,6 +149,7 @@ def geometry_of(spec: ConvSpec, config: Config) -> Geometry:
     patch_w = (tile_w - 1) * sw + (spec.s - 1) * dw + 1
     pixel_bytes = 2 * batch * channels
     return Geometry(
+        groups=int(config["groups"]),
         batch=batch,
         channels=channels,
         tile_h=tile_h,
@@ -253,7 +257,7 @@ def _steps(
 
 def _live(counts: np.ndarray, per_block: int, cluster: int) -> list[np.ndarray]:
     """Of every block the parts that it works on: those with steps, in it or in another block of its cluster."""
-    tiles = (counts.reshape(-1, cluster, per_block) > 0).any(axis=1)
+    tiles = np.any(counts.reshape(-1, cluster, per_block) > 0, axis=1)
     return [np.flatnonzero(tiles[block // cluster]) + block * per_block for block in range(len(tiles) * cluster)]
 
 
@@ -341,6 +345,10 @@ class _Shape:
         return 1024 + _HEAD_BYTES + self.stages * self.geometry.stage_bytes
 
     @property
+    def threads(self) -> int:
+        return 128 * self.geometry.groups
+
+    @property
     def tiles(self) -> tuple[int, int]:
         return -(-self.spec.out_h // self.geometry.tile_h), -(-self.spec.out_w // self.geometry.tile_w)
 
@@ -362,7 +370,7 @@ def _code(shape: _Shape) -> Callable[..., None]:
     stage_bytes, tile_bytes = geometry.stage_bytes, geometry.tile_bytes
     own_lines, cluster = geometry.rows, shape.cluster
     # Of all blocks of the cluster.
-    warps = 4 * _GROUPS * cluster
+    warps = 4 * geometry.groups * cluster
     own_rows = own_lines * spec.stride[0] * geometry.patch_w * geometry.pixel_bytes
     shared_base, zeros = ptx.shared_base(1024), ptx.zeros(geometry.sums)
     wait_one, settle = ptx.wgmma_wait(1), ptx.wgmma_settle(geometry.sums)
@@ -603,7 +611,7 @@ def _compile(shape: _Shape, capability: tuple[int, int]) -> tuple[cuda.Ptx, cuda
         9,
         repr(shape),
         capability=capability,
-        threads=_THREADS,
+        threads=shape.threads,
         max_registers=_REGISTERS,
         fastmath=False,
     )
@@ -687,7 +695,7 @@ class _Runner(CudaRunner):
         stream = cuda.current_stream()
         main.launch(
             shape.grid,
-            _THREADS,
+            shape.threads,
             shape.shared_bytes,
             stream,
             (target, *finish, *self._pointers),
@@ -746,6 +754,7 @@ class CudaWgmma(CudaKernel):
             "stages": (2, 3, 4),
             "split": (1, 2, 4, 8),
             "cluster": (1, 2, 4),
+            "groups": (1, 2),
         }
 
     def check(self, spec: ConvSpec, weight: SparseWeight, config: Config) -> str | None:
@@ -791,9 +800,30 @@ _FIELDS: dict[str, Any] = {
     "stages": (2, 8),
     "split": (1, 64),
     "cluster": (1, 8),
+    "groups": (1, 2),
 }
-_TILES = ("2x1", "2x2", "2x4", "2x7", "2x8", "2x14", "2x16", "4x2", "4x4", "4x7", "4x8", "4x14", "8x2", "8x4", "8x8")
-_FALLBACK: Config = {"batch": 8, "tile": "2x2", "channels": 8, "stages": 2, "split": 1, "cluster": 1}
+_TILES = (
+    "1x4",
+    "1x7",
+    "1x8",
+    "1x16",
+    "2x1",
+    "2x2",
+    "2x4",
+    "2x7",
+    "2x8",
+    "2x14",
+    "2x16",
+    "4x2",
+    "4x4",
+    "4x7",
+    "4x8",
+    "4x14",
+    "8x2",
+    "8x4",
+    "8x8",
+)
+_FALLBACK: Config = {"batch": 8, "tile": "2x4", "channels": 8, "stages": 2, "split": 1, "cluster": 1, "groups": 1}
 """Small enough for most problems."""
 
 
@@ -807,8 +837,9 @@ def _reason_shape(spec: ConvSpec, config: Config) -> str | None:
         return f"batch must be 8, 16, 32 or 64, got {batch}"
     if channels % 8:
         return f"channels must be a multiple of 8, got {channels}"
-    if tile_h % _GROUPS:
-        return f"{_GROUPS} warpgroups share the rows of a tile, got {tile_h}"
+    groups = int(config["groups"])
+    if tile_h % groups:
+        return f"{groups} warpgroups cannot share the rows of a tile of {tile_h}"
     n = tile_w * batch
     if n > 256 or n % 32:
         return f"columns * batch must be a multiple of 32 up to 256, got {n}"
@@ -857,19 +888,24 @@ def estimate(spec: ConvSpec, weight: SparseWeight, config: Config, device: cuda.
     chunks = 0.0 if over < 0.1 else max(1.0, 1.2 * over / two_four.REST)
     if 2 * chunks > steps:
         steps, chunks = 2 * steps, 0.0
-    operand = 64 * g.n * g.rows * _GROUPS
-    tensor = steps * g.n / 2 * g.rows * _GROUPS
+    operand = 64 * g.n * g.tile_h
+    tensor = steps * g.n / 2 * g.tile_h
     shared = (steps * operand + chunks * 2 * operand + g.tile_bytes) / _SHARED_BYTES_PER_CLOCK
     # Short rows are more orders to the second cache, and under 32 bytes a part of a sector.
     tile = g.tile_bytes * max(1.0, 64 / g.row_bytes) / shape.cluster
     loaded = (tile + (steps + chunks) * UNIT_BYTES) / _L2_BYTES_PER_CLOCK
-    each = max(tensor, shared, loaded) + _TILE_CLOCKS / (shape.stages - 1) + chunks * _CHUNK_CLOCKS
-    tiles = ceil(ceil(spec.c_per_group / g.channels) / shape.split)
-    stores = _GROUPS * 4 * g.sums / 8 * _STORE_CLOCKS
-    work = _START_CLOCKS + tiles * each + stores
+    each = max(tensor, shared, loaded) + _TILE_CLOCKS / (shape.stages - 1) + chunks * _CHUNK_CLOCKS / g.groups
+    work = each * ceil(ceil(spec.c_per_group / g.channels) / shape.split)
+    overhead = _START_CLOCKS + g.groups * 4 * g.sums / 8 * _STORE_CLOCKS
     # Clusters are placed within the 16 or 18 multiprocessors of a part of the GPU, four of which leave some out.
     usable = device.multiprocessors if shape.cluster < 4 else device.multiprocessors * 16 // 17
-    waves = -(-shape.grid[0] * shape.split // usable)
+    resident = min(2 // g.groups, device.shared_per_multiprocessor // (shape.shared_bytes + 1024))
+    blocks = shape.grid[0] * shape.split
+    waves = ceil(blocks / (usable * resident))
+    together = min(resident, ceil(blocks / usable))
+    # What one block does besides, another computes through.
+    exposed = overhead if together == 1 else max(0.0, overhead - work)
+    clocks = waves * (together * work + exposed) + (overhead if together > 1 else 0.0)
     out = spec.n * spec.k * spec.out_h * spec.out_w
     extra = 0.0 if shape.split == 1 else 3000.0 + shape.split * out * 8 / device.multiprocessors / 20
-    return waves * work + extra
+    return clocks + extra
