@@ -168,6 +168,13 @@ def test_few_steps_and_a_small_rest(density: float, chunks: int) -> None:
     assert rest.count <= chunks
 
 
+def test_rows_of_the_rest_meet_different_banks() -> None:
+    _, rest = covered(matrix("random", 64, 288, 0.1, 2), 1)
+    eights = rest.columns.reshape(-1, 8) % 8
+    different = [len(set(eight)) for eight in eights]
+    assert sum(different) >= 8 * len(eights) - 2  # three columns of one place are too many for two eights
+
+
 def test_dense_takes_every_octet_twice() -> None:
     steps, rest = covered(matrix("full", 64, 288, 1.0, 3), 1)
     assert (steps.count, rest.count) == (18, 0)

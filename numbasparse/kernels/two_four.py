@@ -296,7 +296,8 @@ class Rest:
         Chunks of part p are ``first[p]`` up to ``first[p + 1]``.
     columns : int32, (chunks, 4, 16)
         For each 16 rows of a block the columns (eight times the octet, plus the place in it); where there are fewer
-        than sixteen, octet 0 place 0 with values of zero.
+        than sixteen, some of octet 0 with values of zero.  The places of the first eight are different, and those of
+        the others, where that is possible: rows of shared memory in different places are in different banks.
     values : float32, (chunks, 64, 16)
         Values of row i in the columns of ``i // 16``.
     """
@@ -365,7 +366,7 @@ def _cover(starts: Any, row: Any, place: Any, parts: int, octets: int) -> Any:
     first, rest_first = np.zeros(parts + 1, np.int64), np.zeros(parts + 1, np.int64)
     columns = np.empty((2 * octets * parts, 2), np.int32)
     chunks = (octets * OCTET + REST - 1) // REST
-    rest_columns = np.zeros((chunks * parts, 4, REST), np.int32)
+    rest_columns = np.full((chunks * parts, 4, REST), -1, np.int32)
     column_of = np.full(len(row), -1, np.int64)
     # Of each column of the octets and each 16 rows, its place in the rest.
     known = np.full((octets * OCTET, 4), -1, np.int64)
@@ -386,6 +387,7 @@ def _cover(starts: Any, row: Any, place: Any, parts: int, octets: int) -> Any:
             made += 1
         # `again` is now what no spare place of a step has taken a second time.
         known[:] = -1
+        # Chunks of each 16 rows.
         width = np.zeros(4, np.int64)
         for u in range(octets):
             i, end = starts[part * octets + u], starts[part * octets + u + 1]
@@ -396,24 +398,63 @@ def _cover(starts: Any, row: Any, place: Any, parts: int, octets: int) -> Any:
                     chosen = _leave(place, i, j, u, group, known, column_of)
                     key = u * OCTET + place[chosen]
                     if known[key, group] < 0:
-                        known[key, group] = width[group]
-                        rest_columns[rest + width[group] // REST, group, width[group] % REST] = key
-                        width[group] += 1
+                        at = _slot(rest_columns[rest:, group], width[group], key)
+                        known[key, group] = at
+                        rest_columns[rest + at // REST, group, at % REST] = key
+                        width[group] = max(width[group], at // REST + 1)
                     column_of[chosen] = known[key, group]
                 i = j
-        wanted = (width.max() + REST - 1) // REST
+        wanted = width.max()
         before = made
         copy = again.copy()
         while made - before < 2 * wanted and _pick(copy, need, columns, made):
             made += 1
         if made - before < 2 * wanted:
-            rest_columns[rest : rest + wanted] = 0
+            rest_columns[rest : rest + wanted] = -1
             column_of[starts[part * octets] : starts[(part + 1) * octets]] = -1
         else:
             made = before
+            _fill_up(rest_columns[rest : rest + wanted])
             rest += wanted
         first[part + 1], rest_first[part + 1] = made, rest
     return first, columns[:made].copy(), rest_first, rest_columns[:rest].copy(), column_of
+
+
+def _slot(columns: Any, chunks: int, key: int) -> int:
+    """Where a column goes in the chunks there are, or in the next: beside no equal place, if that can be."""
+    free = -1
+    for half in range(2 * chunks):
+        alone, empty = True, -1
+        for i in range(OCTET):
+            other = columns[half // 2, half % 2 * OCTET + i]
+            if other < 0:
+                empty = half * OCTET + i if empty < 0 else empty
+            elif other % OCTET == key % OCTET:
+                alone = False
+        if empty >= 0 and alone:
+            return empty
+        free = empty if free < 0 else free
+    return free if free >= 0 else chunks * REST
+
+
+def _fill_up(columns: Any) -> None:
+    """Put columns of octet 0 where none is, in places that the eight around do not have."""
+    chunks, groups, _ = columns.shape
+    for chunk in range(chunks):
+        for group in range(groups):
+            for half in range(2):
+                eight = columns[chunk, group, half * OCTET : (half + 1) * OCTET]
+                used = 0
+                for i in range(OCTET):
+                    if eight[i] >= 0:
+                        used |= 1 << (eight[i] % OCTET)
+                place = 0
+                for i in range(OCTET):
+                    if eight[i] < 0:
+                        while used >> place & 1:
+                            place += 1
+                        eight[i] = place
+                        used |= 1 << place
 
 
 def _run(row: Any, place: Any, i: int, end: int) -> int:
@@ -562,7 +603,7 @@ def _finish(kept: Any, where: Any, counts: Any) -> Any:
     return kept, metadata
 
 
-_HELPERS = ("_empty", "_keep", "_finish", "_pick", "_run", "_leave")
+_HELPERS = ("_empty", "_keep", "_finish", "_pick", "_run", "_leave", "_slot", "_fill_up")
 
 
 @functools.cache
