@@ -347,7 +347,7 @@ GPU_CASES: list[tuple[ConvSpec, Config, float]] = [
     (spec_of(64, 48, 14, 72, 3, **SAME), BASE, 0.0),
     (spec_of(40, 24, 9, 20, 3, stride=2, **SAME), config_of(tile="2x4"), 0.2),
     (spec_of(40, 24, 9, 20, 3, stride=2, **SAME), config_of(batch=8, tile="4x4"), 0.2),
-    (spec_of(32, 24, 12, 20, 5, padding=2, dilation=2), config_of(), 0.2),
+    (spec_of(32, 24, 12, 20, 5, padding=2, dilation=2), config_of(channels=8), 0.2),
     (spec_of(32, 160, 8, 130, 1), config_of(channels=128), 0.1),
     (spec_of(32, 160, 8, 130, 1), config_of(channels=64, split=2), 0.1),
     (spec_of(32, 3, 32, 64, 7, stride=2, padding=3), config_of(channels=8), 0.2),

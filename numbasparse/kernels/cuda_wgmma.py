@@ -750,7 +750,7 @@ class CudaWgmma(CudaKernel):
         return {
             "batch": tuple(b for b in (64, 32, 16, 8) if b <= max(8, spec.n)),
             "tile": _TILES,
-            "channels": (16, 32, 64, 128),
+            "channels": (8, 16, 32, 64, 128),
             "stages": (2, 3, 4),
             "split": (1, 2, 4, 8),
             "cluster": (1, 2, 4),
