@@ -27,15 +27,14 @@ def opened(fragment: np.ndarray, metadata: np.ndarray, dtype: str) -> np.ndarray
 
 
 def opened_dense(fragment: np.ndarray, dtype: str) -> np.ndarray:
-    """Matrices A of four warps' ``mma.m16n8k16``, float32 (64, 16), from registers (128, 4)."""
+    """Matrices A of four warps' ``mma.m16n8k8``, float32 (64, 8), from registers (128, 2)."""
     dense = np.zeros((two_four.ROWS, two_four.REST), np.float32)
     values = widened(fragment, dtype)
     for thread in range(128):
         warp, lane = divmod(thread, 32)
         g, t = divmod(lane, 4)
-        for register in range(4):
-            column = 2 * t + 8 * (register // 2)
-            dense[warp * 16 + g + 8 * (register % 2), column : column + 2] = values[thread, register]
+        for register in range(2):
+            dense[warp * 16 + g + 8 * register, 2 * t : 2 * t + 2] = values[thread, register]
     return dense
 
 

@@ -140,17 +140,18 @@ class Emulator:
     def _rest(self, sums: np.ndarray, memory: np.ndarray, first: int, count: int, slot: int) -> None:
         g = self.g
         column = self.spec.stride[1] * g.pixel_bytes
-        ninth = 16 if g.batch > 8 else column
+        eight = np.arange(4)
+        lanes = eight // (g.batch // 8) * column + eight % (g.batch // 8) * 16
         for chunk in self.packed.chunks[first : first + count]:
-            a = opened_dense(chunk[:2048].view(np.uint32).reshape(128, 4), self.spec.dtype)
-            offsets = chunk[2048:].view(np.int32).reshape(4, 16)
+            a = opened_dense(chunk[:1024].view(np.uint32).reshape(128, 2), self.spec.dtype)
+            offsets = chunk[1024:].view(np.int32).reshape(4, 8)
             for i in range(g.tile_h):
-                for n in range(0, g.n, 16):
+                for n in range(0, g.n, 32):
                     address = self._stage(slot) + offsets + self._line(i) + n // g.batch * column + n % g.batch * 2
-                    both = swizzled(np.stack([address, address + ninth], axis=2), g.row_bytes)
-                    words = memory.view(np.uint16)[both[..., None] // 2 + np.arange(8)].reshape(4, 16, 16)
-                    product = a.reshape(4, 16, 16) @ self._values(words)
-                    sums[i, :, n : n + 16] += product.reshape(64, 16)
+                    every = swizzled(address[..., None] + lanes, g.row_bytes)
+                    words = memory.view(np.uint16)[every[..., None] // 2 + np.arange(8)].reshape(4, 8, 32)
+                    product = a.reshape(4, 16, 8) @ self._values(words)
+                    sums[i, :, n : n + 32] += product.reshape(64, 32)
 
     def _values(self, words: np.ndarray) -> np.ndarray:
         pairs = np.ascontiguousarray(words).view(np.uint32)

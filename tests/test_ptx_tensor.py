@@ -131,8 +131,8 @@ def gathering(row_bytes: int, n: int, dtype: str) -> cuda.Ptx:
 
     arrive, _ = arrival(row_bytes)
     pixel = 32 * row_bytes
-    displacements = [2 * j // row_bytes * pixel + 2 * j % row_bytes for j in range(0, n, 16)]
-    ninth = 16 if row_bytes > 16 else pixel
+    displacements = [2 * j // row_bytes * pixel + 2 * j % row_bytes for j in range(0, n, 32)]
+    eights = row_bytes // 16
     mma = ptx.gathered_mma(displacements, ptx.SWIZZLES[row_bytes].mask, dtype)
     zeros, write = ptx.zeros(n // 2), writing(n)
     u32, i64 = types.uint32, types.int64
@@ -141,9 +141,11 @@ def gathering(row_bytes: int, n: int, dtype: str) -> cuda.Ptx:
         thread = ptx.thread_index()
         tile = arrive(0, 0, 0, 0)
         lane = thread & 31
-        a = ptx.load_global_u32x4(i64(values + thread * 16))
-        offset = ptx.load_global_i32(i64(offsets + ((thread >> 5) * 16 + (lane & 15)) * 4))
-        write(mma(zeros(), a, u32(tile + offset + (lane >> 4) * ninth)), out, rows)
+        a = ptx.load_global_u32x2(i64(values + thread * 8))
+        offset = ptx.load_global_i32(i64(offsets + ((thread >> 5) * 8 + (lane & 7)) * 4))
+        eight = lane >> 3
+        own = tile + eight // eights * pixel + eight % eights * 16
+        write(mma(zeros(), a, u32(own + offset)), out, rows)
 
     return compiled(gathering, 4, (row_bytes, n, dtype))
 
@@ -157,7 +159,7 @@ def finishing(dtype: str) -> cuda.Ptx:
     from numbasparse.codegen import ptx
 
     arrive, _ = arrival(64)
-    mma = ptx.gathered_mma([j // 32 * 2048 + j % 32 * 2 for j in range(0, 64, 16)], ptx.SWIZZLES[64].mask, dtype)
+    mma = ptx.gathered_mma([0, 2048], ptx.SWIZZLES[64].mask, dtype)
     zeros = ptx.zeros(32)
     finish = ptx.Finish(bias=True, scaled=False, residual=True, activation="relu")
     store = ptx.store_finished_fragments([(0, 0, 0), (0, 1, 0)], dtype, finish, (128, 0, 64, 2), (1, 2, 32))
@@ -167,9 +169,9 @@ def finishing(dtype: str) -> cuda.Ptx:
         thread = ptx.thread_index()
         tile = arrive(0, 0, 0, 0)
         lane, warp = thread & 31, thread >> 5
-        a = ptx.load_global_u32x4(i64(values + thread * 16))
-        offset = ptx.load_global_i32(i64(offsets + (warp * 16 + (lane & 15)) * 4))
-        sums = mma(zeros(), a, u32(tile + offset + (lane >> 4) * 16))
+        a = ptx.load_global_u32x2(i64(values + thread * 8))
+        offset = ptx.load_global_i32(i64(offsets + (warp * 8 + (lane & 7)) * 4))
+        sums = mma(zeros(), a, u32(tile + offset + (lane >> 3) * 16))
         n, own = (lane & 3) * 8, rows + 4 * (warp * 16 + (lane >> 2))
         store(sums, i64(out + 2 * n), i64(residual + 2 * n), bias, i64(own), i32(0), i32(0), i32(n))
 
@@ -315,16 +317,16 @@ def test_sparse_wgmma(row_bytes: int, n: int, start: int, distance: int, dtype: 
 def test_gathered_mma(row_bytes: int, n: int, dtype: str) -> None:
     rng = np.random.default_rng(n)
     run = Run(row_bytes, dtype)
-    dense = rng.integers(-4, 5, (1, 64, 16)).astype(np.float32)
+    dense = rng.integers(-4, 5, (1, 64, 8)).astype(np.float32)
     values = two_four.fragments(dense, dtype)[0]
-    offsets = (row_bytes * rng.integers(0, 64, (4, 16))).astype(np.int32)
+    offsets = (row_bytes * rng.integers(0, 64, (4, 8))).astype(np.int32)
     rows = np.arange(64, dtype=np.int32)
     found = run.launch(gathering(row_bytes, n, dtype), 64 * n, to_gpu(values), to_gpu(offsets), to_gpu(rows))
     column = 2 * np.arange(n)
     linear = offsets[..., None] + column // row_bytes * 32 * row_bytes + column % row_bytes
     b = run.memory().view(np.uint16)[swizzled(linear, row_bytes) // 2]
     b_values = widened(np.ascontiguousarray(b).view(np.uint32), dtype).reshape(b.shape)
-    expected = opened_dense(values, dtype).reshape(4, 16, 16) @ b_values
+    expected = opened_dense(values, dtype).reshape(4, 16, 8) @ b_values
     np.testing.assert_array_equal(found.reshape(64, n), expected.reshape(64, n))
 
 
@@ -333,9 +335,9 @@ def test_gathered_mma(row_bytes: int, n: int, dtype: str) -> None:
 def test_finished_fragments(dtype: str) -> None:
     rng = np.random.default_rng(3)
     run = Run(64, dtype)
-    dense = rng.integers(-4, 5, (1, 64, 16)).astype(np.float32)
+    dense = rng.integers(-4, 5, (1, 64, 8)).astype(np.float32)
     values = two_four.fragments(dense, dtype)[0]
-    offsets = (64 * rng.integers(0, 64, (4, 16))).astype(np.int32)
+    offsets = (64 * rng.integers(0, 64, (4, 8))).astype(np.int32)
     residual, bias = rng.integers(-9, 10, (64, 64)).astype(np.float32), rng.integers(-9, 10, 64).astype(np.float32)
     rows = rng.permutation(64).astype(np.int32)
     rows[5] = -1
@@ -344,7 +346,7 @@ def test_finished_fragments(dtype: str) -> None:
     found = widened(run.launch(finishing(dtype), 2048, *arguments).view(np.uint32), dtype).reshape(64, 64)
     linear = offsets[..., None] + np.arange(64) // 32 * 2048 + np.arange(64) % 32 * 2
     b = np.ascontiguousarray(run.memory().view(np.uint16)[swizzled(linear, 64) // 2])
-    sums = opened_dense(values, dtype).reshape(4, 16, 16) @ widened(b.view(np.uint32), dtype).reshape(b.shape)
+    sums = opened_dense(values, dtype).reshape(4, 16, 8) @ widened(b.view(np.uint32), dtype).reshape(b.shape)
     for i, k in enumerate(rows):
         if k >= 0:
             expected = np.maximum(sums.reshape(64, 64)[i] + bias[k] + residual[k], 0)[None]

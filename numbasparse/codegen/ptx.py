@@ -627,19 +627,22 @@ def matrix_descriptor(row_bytes: int, n_stride: int) -> MatrixDescriptor:
     return MatrixDescriptor(low=0, high=units, k_high=False)
 
 
-def _load_global_u32x4() -> Any:
-    kind = types.UniTuple(types.uint32, 4)
+def _load_global_words(count: int) -> Any:
+    kind = types.UniTuple(types.uint32, count)
+    places = ", ".join(f"${i}" for i in range(count))
+    text = f"ld.global.nc.v{count}.u32 {{{places}}}, [${count}];"
+    letters = ",".join(["=r"] * count + ["l"])
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-        text = "ld.global.nc.v4.u32 {$0, $1, $2, $3}, [$4];"
-        loaded = _asm(builder, ir.LiteralStructType([_I32] * 4), text, "=r,=r,=r,=r,l", [(_I64, arguments[0])])
-        return context.make_tuple(builder, kind, [builder.extract_value(loaded, i) for i in range(4)])
+        loaded = _asm(builder, ir.LiteralStructType([_I32] * count), text, letters, [(_I64, arguments[0])])
+        return context.make_tuple(builder, kind, [builder.extract_value(loaded, i) for i in range(count)])
 
     return _intrinsic_of_arity(1, kind(_G), generate)
 
 
-# Four neighbours at a multiple of 16 bytes, as a tuple.
-load_global_u32x4 = _load_global_u32x4()
+# Neighbours at a multiple of their size, as a tuple.
+load_global_u32x2 = _load_global_words(2)
+load_global_u32x4 = _load_global_words(4)
 
 _SHORT = {"float16": "f16", "bfloat16": "bf16"}
 
@@ -725,16 +728,16 @@ def wgmma_settle(total: int) -> Any:
 
 
 def gathered_mma(displacements: Sequence[int], mask: int, dtype: str) -> Any:
-    """Intrinsic ``(sums, values, address) -> sums``: a 16 x 16 matrix times gathered rows, for each warp its own.
+    """Intrinsic ``(sums, values, address) -> sums``: a 16 x 8 matrix times gathered rows, for each warp its own.
 
-    For each displacement two ``mma.sync.m16n8k16``, whose operands B are 16 columns of 16 rows in shared memory.
-    Lane l gives the address of row ``l % 16``, and from lane 16 on that of the ninth column of row ``l - 16``; the
-    displacement is added, and then `Swizzle.mask` applied.
+    For each displacement four ``mma.sync.m16n8k8``, whose operands B are 32 columns of 8 rows in shared memory.
+    Lane l gives the address of row ``l % 8`` at column ``8 * (l // 8)``; the displacement is added, and then
+    `Swizzle.mask` applied.
 
     Parameters
     ----------
     displacements
-        Bytes; displacement i belongs to sums ``8 * i`` and on, in the order of `sparse_wgmma`.
+        Bytes; displacement i belongs to sums ``16 * i`` and on, in the order of `sparse_wgmma`.
     mask
         See `Swizzle`.
     dtype
@@ -742,35 +745,33 @@ def gathered_mma(displacements: Sequence[int], mask: int, dtype: str) -> Any:
 
     Notes
     -----
-    PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type" (A as in `two_four.fragments`), and
-    "ldmatrix": four 8 x 8 matrices, lanes 8 m to 8 m + 7 giving the rows of matrix m; transposed, a lane gets what
-    operand B of an mma holds, rows 0-7 and 8-15 of k in two registers.
+    PTX ISA, "Matrix fragments for mma.m16n8k8" (A as in `two_four.fragments`), and "ldmatrix": four 8 x 8 matrices,
+    lanes 8 m to 8 m + 7 giving the rows of matrix m; transposed, a lane gets what operand B of an mma holds.
     """
-    total = 8 * len(displacements)
+    total = 16 * len(displacements)
     kind = types.UniTuple(types.float32, total)
-    signature = kind(kind, types.UniTuple(types.uint32, 4), types.uint32)
+    signature = kind(kind, types.UniTuple(types.uint32, 2), types.uint32)
     short = _SHORT[dtype]
     load = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3}, [$4];"
     multiply = (
-        f"mma.sync.aligned.m16n8k16.row.col.f32.{short}.{short}.f32 "
-        "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+        f"mma.sync.aligned.m16n8k8.row.col.f32.{short}.{short}.f32 "
+        "{$0, $1, $2, $3}, {$4, $5}, {$6}, {$7, $8, $9, $10};"
     )
-    constraint = ",".join(["=f"] * 4 + ["r"] * 6 + ["f"] * 4)
+    constraint = ",".join(["=f"] * 4 + ["r"] * 3 + ["f"] * 4)
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
         packed, values, base = arguments
         sums = [builder.extract_value(packed, i) for i in range(total)]
-        a = [(_I32, builder.extract_value(values, i)) for i in range(4)]
+        a = [(_I32, builder.extract_value(values, i)) for i in range(2)]
         for number, displacement in enumerate(displacements):
             linear = builder.add(base, ir.Constant(_I32, displacement))
             moved = builder.and_(builder.lshr(linear, ir.Constant(_I32, 3)), ir.Constant(_I32, mask))
             place = builder.xor(linear, moved)
             loaded = _asm(builder, ir.LiteralStructType([_I32] * 4), load, "=r,=r,=r,=r,r,~{memory}", [(_I32, place)])
-            b = [(_I32, builder.extract_value(loaded, i)) for i in range(4)]
-            for half in range(2):
-                at = number * 8 + half * 4
+            for eight in range(4):
+                at = number * 16 + eight * 4
                 c = [(_F32, sums[at + i]) for i in range(4)]
-                operands = a + b[2 * half : 2 * half + 2] + c
+                operands = [*a, (_I32, builder.extract_value(loaded, eight)), *c]
                 made = _asm(builder, ir.LiteralStructType([_F32] * 4), multiply, constraint, operands)
                 sums[at : at + 4] = [builder.extract_value(made, i) for i in range(4)]
         return context.make_tuple(builder, kind, sums)

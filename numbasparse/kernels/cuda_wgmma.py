@@ -69,7 +69,7 @@ _AHEAD = 4
 """Steps of a round; the weight of a step is fetched a round ahead, less one."""
 _HEAD_BYTES = 1024
 """Of shared memory: the barriers, and so much that the stages are aligned to the swizzle's pattern."""
-UNIT_BYTES, CHUNK_BYTES, _WORD = 2320, 2304, 2304
+UNIT_BYTES, CHUNK_BYTES, _WORD = 2320, 1152, 2304
 """Of a step in memory, and of a chunk of the rest; where a step's word is."""
 NEXT = -1 << 31
 """Bit of a step's word: it is the first of its tile."""
@@ -184,9 +184,9 @@ class Packed:
         start (bits 0-13) and the distance between octets (14-27) in units of 16 bytes and the bit `NEXT`, an int32 that
         means something in every fourth step (0, or one more than the chunks of the rest of the tile that ended within
         these four), and 8 bytes of nothing.  The last four are for what is fetched ahead.
-    chunks : uint8, (chunks, 2304)
-        The rest of all blocks: 2048 bytes of `two_four.fragments`, and the offset of every row in the input tile,
-        int32 (4, 16).
+    chunks : uint8, (chunks, 1152)
+        The rest of all blocks: 1024 bytes of `two_four.fragments`, and the offset of every row in the input tile,
+        int32 (4, 8).
     ranges : int32, (blocks, splits, 8)
         What a block does: its first unit, its number of units (a multiple of four), first chunk, first tile, number of
         tiles, chunks of the last tile, 0, 0.
@@ -314,8 +314,8 @@ def _units(steps: two_four.Steps, sequence: np.ndarray, words: np.ndarray, ends:
 
 def _chunks(rest: two_four.Rest, geometry: Geometry, dtype: str) -> np.ndarray:
     chunks = np.empty((rest.count, CHUNK_BYTES), np.uint8)
-    chunks[:, :2048] = _as_bytes(two_four.fragments(rest.values, dtype))
-    chunks[:, 2048:] = _as_bytes((rest.columns * geometry.row_bytes).astype(np.int32))
+    chunks[:, :1024] = _as_bytes(two_four.fragments(rest.values, dtype))
+    chunks[:, 1024:] = _as_bytes((rest.columns * geometry.row_bytes).astype(np.int32))
     return chunks
 
 
@@ -445,33 +445,37 @@ def _code(shape: _Shape) -> Callable[..., None]:
         a2, m2, w2 = load(unit + 2 * UNIT_BYTES, values, metadata)
         sums = zeros()
         number, slot, phase = i32(-1), i32(stages - 1), i32(1)
-        for _ in range(0, steps, _AHEAD):
-            ended = ptx.load_global_i32(i64(unit + _WORD + 4))
-            # Where the step before is done, its registers take the weight of three steps ahead.
-            number, slot, phase = turn_to(w0, number, slot, phase, base)
-            sums = multiply(sums, a0, m0, w0, stage + slot * stage_bytes)
-            wait_one()
-            a3, m3, w3 = load(unit + 3 * UNIT_BYTES, values, metadata)
-            number, slot, phase = turn_to(w1, number, slot, phase, base)
-            sums = multiply(sums, a1, m1, w1, stage + slot * stage_bytes)
-            wait_one()
-            a0, m0, w0 = load(unit + 4 * UNIT_BYTES, values, metadata)
-            number, slot, phase = turn_to(w2, number, slot, phase, base)
-            sums = multiply(sums, a2, m2, w2, stage + slot * stage_bytes)
-            wait_one()
-            a1, m1, w1 = load(unit + 5 * UNIT_BYTES, values, metadata)
-            number, slot, phase = turn_to(w3, number, slot, phase, base)
-            sums = multiply(sums, a3, m3, w3, stage + slot * stage_bytes)
-            wait_one()
-            a2, m2, w2 = load(unit + 6 * UNIT_BYTES, values, metadata)
-            unit += i64(4 * UNIT_BYTES)
+        left_rounds = steps // _AHEAD
+        while left_rounds > 0:
+            ended = i32(0)
+            # Nothing but wgmma may write sums in this loop, or ptxas waits for each before the next (C7515).
+            while ended == 0 and left_rounds > 0:
+                left_rounds -= i32(1)
+                ended = ptx.load_global_i32(i64(unit + _WORD + 4))
+                # Where the step before is done, its registers take the weight of three steps ahead.
+                number, slot, phase = turn_to(w0, number, slot, phase, base)
+                sums = multiply(sums, a0, m0, w0, stage + slot * stage_bytes)
+                wait_one()
+                a3, m3, w3 = load(unit + 3 * UNIT_BYTES, values, metadata)
+                number, slot, phase = turn_to(w1, number, slot, phase, base)
+                sums = multiply(sums, a1, m1, w1, stage + slot * stage_bytes)
+                wait_one()
+                a0, m0, w0 = load(unit + 4 * UNIT_BYTES, values, metadata)
+                number, slot, phase = turn_to(w2, number, slot, phase, base)
+                sums = multiply(sums, a2, m2, w2, stage + slot * stage_bytes)
+                wait_one()
+                a1, m1, w1 = load(unit + 5 * UNIT_BYTES, values, metadata)
+                number, slot, phase = turn_to(w3, number, slot, phase, base)
+                sums = multiply(sums, a3, m3, w3, stage + slot * stage_bytes)
+                wait_one()
+                a2, m2, w2 = load(unit + 6 * UNIT_BYTES, values, metadata)
+                unit += i64(4 * UNIT_BYTES)
+            sums = settle(sums)
             if ended > 0:
-                # A tile ended before the last of these steps, so no step that is not done reads it.
+                # A tile ended before the last of these steps.
                 before = (slot if slot > 0 else i32(stages)) - 1
-                if ended > 1:
-                    sums = settle(sums)
-                    sums = leftover(sums, ended - 1, stage + before * stage_bytes, chunk, within, warp, lane)
-                    chunk += (ended - 1) * i64(CHUNK_BYTES)
+                sums = leftover(sums, ended - 1, stage + before * stage_bytes, chunk, within, warp, lane)
+                chunk += (ended - 1) * i64(CHUNK_BYTES)
                 # Every lane has read the stage when the first one counts.
                 ptx.warp_barrier()
                 following = number - 1 + stages
@@ -481,7 +485,6 @@ def _code(shape: _Shape) -> Callable[..., None]:
                     order(base, own_tiles, i32(following), image, top, left)
                 # The next instructions want all lanes together.
                 ptx.warp_barrier()
-        sums = settle(sums)
         last = ptx.load_global_i32(i64(own + 20))
         sums = leftover(sums, last, stage + slot * stage_bytes, chunk, within, warp, lane)
         # A block ends when all of its cluster have got their last tile.
@@ -550,17 +553,19 @@ def _leftover(shape: _Shape) -> Any:
     i64, u32 = types.int64, types.uint32
     row, column = spec.stride[0] * g.patch_w * g.pixel_bytes, spec.stride[1] * g.pixel_bytes
     displacements = [
-        i * row + n // g.batch * column + n % g.batch * 2 for i in range(g.rows) for n in range(0, g.n, 16)
+        i * row + n // g.batch * column + n % g.batch * 2 for i in range(g.rows) for n in range(0, g.n, 32)
     ]
-    # Where eight images are a row, the ninth column is the next pixel.
-    ninth = 16 if g.batch > 8 else column
+    # Lanes of an eight that is not of the first pixel's images are at another pixel.
+    eights, pixel = g.batch // 8, column
     mma = ptx.gathered_mma(displacements, ptx.SWIZZLES[g.row_bytes].mask, spec.dtype)
 
     def leftover(sums, count, stage, chunk, within, warp, lane):  # type: ignore[no-untyped-def]
+        eight = lane >> 3
+        own = stage + eight // eights * pixel + eight % eights * 16
         for _ in range(count):
-            values = ptx.load_global_u32x4(i64(chunk + within * 16))
-            offset = ptx.load_global_i32(i64(chunk + 2048 + (warp * 16 + (lane & 15)) * 4))
-            sums = mma(sums, values, u32(stage + offset + (lane >> 4) * ninth))
+            values = ptx.load_global_u32x2(i64(chunk + within * 8))
+            offset = ptx.load_global_i32(i64(chunk + 1024 + (warp * 8 + (lane & 7)) * 4))
+            sums = mma(sums, values, u32(own + offset))
             chunk += i64(CHUNK_BYTES)
         return sums
 
@@ -870,7 +875,7 @@ def _reason_resources(spec: ConvSpec, config: Config) -> str | None:
 _L2_BYTES_PER_CLOCK = 26.0
 """What a multiprocessor gets from the second cache while all ask (measured with cp.async on an H100: 24)."""
 _SHARED_BYTES_PER_CLOCK = 128.0
-_TILE_CLOCKS, _START_CLOCKS, _CHUNK_CLOCKS = 300.0, 2500.0, 150.0
+_TILE_CLOCKS, _START_CLOCKS, _CHUNK_CLOCKS = 300.0, 2500.0, 100.0
 _STORE_CLOCKS = 24.0
 """Of trading, finishing and storing eight rows of 64 bytes by a warp."""
 
@@ -882,15 +887,15 @@ def estimate(spec: ConvSpec, weight: SparseWeight, config: Config, device: cuda.
     channels = min(g.channels, spec.c_per_group)
     columns = spec.r * spec.s * channels
     steps = max(_AHEAD, -(-columns // two_four.STEP))
-    # Of four places, those over two; sixteen rows share a column of the rest.
+    # Of four places, those over two; sixteen rows share a column of the rest, and four times sixteen the chunks.
     p = weight.density
     over = 16 * columns / 4 * (4 * p**3 * (1 - p) + 2 * p**4)
-    chunks = 0.0 if over < 0.1 else max(1.0, 1.2 * over / two_four.REST)
-    if 2 * chunks > steps:
+    chunks = 0.0 if over < 0.1 else max(1.0, 1.1 * over / two_four.REST)
+    if chunks > steps:
         steps, chunks = 2 * steps, 0.0
     operand = 64 * g.n * g.tile_h
     tensor = steps * g.n / 2 * g.tile_h
-    shared = (steps * operand + chunks * 2 * operand + g.tile_bytes) / _SHARED_BYTES_PER_CLOCK
+    shared = ((steps + chunks) * operand + g.tile_bytes) / _SHARED_BYTES_PER_CLOCK
     # Short rows are more orders to the second cache, and under 32 bytes a part of a sector.
     tile = g.tile_bytes * max(1.0, 64 / g.row_bytes) / shape.cluster
     loaded = (tile + (steps + chunks) * UNIT_BYTES) / _L2_BYTES_PER_CLOCK

@@ -61,22 +61,23 @@ def fragments(values: NDArray[np.float32], dtype: str) -> NDArray[np.uint32]:
 
     Parameters
     ----------
-    values : float32, (steps, 64, 16)
+    values : float32, (steps, 64, 16), or (chunks, 64, 8) of a rest
     dtype : str
         ``"float16"`` or ``"bfloat16"``, to which they are rounded (to nearest, ties to even).
 
     Returns
     -------
-    uint32, (steps, 128, 4)
+    uint32, (steps, 128, 4), or (chunks, 128, 2)
         PTX ISA, "Register fragments for wgmma.mma_async.sp.m64nNk32" (that of matrix A, and of
         ``mma.sp.m16n8k32`` for each warp): warp w has rows 16 w to 16 w + 15; lane l holds of rows l / 4 and l / 4 + 8
         (registers 0 and 1) the kept columns 2 (l % 4) and the next, in registers 2 and 3 those plus 8; the lower half
-        of a register has the lower column.
+        of a register has the lower column.  Without the last two, that is matrix A of ``mma.m16n8k8``.
     """
     halves = narrow(values, dtype)
+    eights = values.shape[2] // 8
     # (warp, row half, row, column half, column pair, two) -> (warp, row, column pair, column half, row half, two)
-    parts = halves.reshape(-1, 4, 2, 8, 2, 4, 2).transpose(0, 1, 3, 5, 4, 2, 6)
-    return np.ascontiguousarray(parts).view(np.uint32).reshape(-1, 128, 4)
+    parts = halves.reshape(-1, 4, 2, 8, eights, 4, 2).transpose(0, 1, 3, 5, 4, 2, 6)
+    return np.ascontiguousarray(parts).view(np.uint32).reshape(-1, 128, 2 * eights)
 
 
 def narrow(values: NDArray[np.float32], dtype: str) -> NDArray[np.uint16]:
@@ -282,8 +283,8 @@ def _fill_gathered(indptr: Any, indices: Any, data: Any, width: int, blocks: Any
 
 # ---- columns where they are ---------------------------------------------------------------------------------
 
-REST = 16
-"""Columns of a chunk of the rest: what one ``mma.m16n8k16`` multiplies."""
+REST = 8
+"""Columns of a chunk of the rest: what one ``mma.m16n8k8`` multiplies."""
 
 
 @dataclass(frozen=True)
@@ -294,11 +295,11 @@ class Rest:
     ----------
     first : int64, (parts + 1,)
         Chunks of part p are ``first[p]`` up to ``first[p + 1]``.
-    columns : int32, (chunks, 4, 16)
+    columns : int32, (chunks, 4, 8)
         For each 16 rows of a block the columns (eight times the octet, plus the place in it); where there are fewer
-        than sixteen, some of octet 0 with values of zero.  The places of the first eight are different, and those of
-        the others, where that is possible: rows of shared memory in different places are in different banks.
-    values : float32, (chunks, 64, 16)
+        than eight, some of octet 0 with values of zero.  The places of a chunk are different where that is possible:
+        rows of shared memory in different places are in different banks.
+    values : float32, (chunks, 64, 8)
         Values of row i in the columns of ``i // 16``.
     """
 
@@ -336,7 +337,7 @@ def cover_steps(
     steps, rest
         An octet with a non-zero is taken once.  Where a quad of it holds three or four, what is over two goes into the
         rest, or the octet is taken twice, whichever is less work for a part: a chunk of the rest takes about as long
-        as two steps.  Four values are two and two, so there are at most twice as many steps as without zeros.
+        as a step.  Four values are two and two, so there are at most twice as many steps as without zeros.
     """
     order, starts = _compiled(_sort)(part * octets + octet, parts * octets)
     row, place, data = (np.ascontiguousarray(a[order]) for a in (row, place, data))
@@ -370,6 +371,7 @@ def _cover(starts: Any, row: Any, place: Any, parts: int, octets: int) -> Any:
     column_of = np.full(len(row), -1, np.int64)
     # Of each column of the octets and each 16 rows, its place in the rest.
     known = np.full((octets * OCTET, 4), -1, np.int64)
+    keys = np.zeros((octets * OCTET, 4), np.int64)
     need, again = np.zeros(octets, np.int64), np.zeros(octets, np.int64)
     made = rest = 0
     for part in range(parts):
@@ -387,74 +389,77 @@ def _cover(starts: Any, row: Any, place: Any, parts: int, octets: int) -> Any:
             made += 1
         # `again` is now what no spare place of a step has taken a second time.
         known[:] = -1
-        # Chunks of each 16 rows.
+        # Columns of each 16 rows, and how many of them in each place.
         width = np.zeros(4, np.int64)
+        crowd = np.zeros((OCTET, 4), np.int64)
         for u in range(octets):
             i, end = starts[part * octets + u], starts[part * octets + u + 1]
             while again[u] > 0 and i < end:
                 j = _run(row, place, i, end)
                 group = row[i] // 16
                 for _ in range(j - i - 2):
-                    chosen = _leave(place, i, j, u, group, known, column_of)
+                    chosen = _leave(place, i, j, u, group, known, crowd, column_of)
                     key = u * OCTET + place[chosen]
                     if known[key, group] < 0:
-                        at = _slot(rest_columns[rest:, group], width[group], key)
-                        known[key, group] = at
-                        rest_columns[rest + at // REST, group, at % REST] = key
-                        width[group] = max(width[group], at // REST + 1)
+                        known[key, group] = width[group]
+                        keys[width[group], group] = key
+                        crowd[place[chosen], group] += 1
+                        width[group] += 1
                     column_of[chosen] = known[key, group]
                 i = j
-        wanted = width.max()
+        wanted = (width.max() + REST - 1) // REST
         before = made
         copy = again.copy()
-        while made - before < 2 * wanted and _pick(copy, need, columns, made):
+        while made - before < wanted and _pick(copy, need, columns, made):
             made += 1
-        if made - before < 2 * wanted:
-            rest_columns[rest : rest + wanted] = -1
+        if made - before < wanted:
             column_of[starts[part * octets] : starts[(part + 1) * octets]] = -1
         else:
             made = before
-            _fill_up(rest_columns[rest : rest + wanted])
+            own = rest_columns[rest : rest + wanted]
+            slots = _deal(keys, width, own)
+            for n in range(starts[part * octets], starts[(part + 1) * octets]):
+                if column_of[n] >= 0:
+                    column_of[n] = slots[column_of[n], row[n] // 16]
+            _fill_up(own)
             rest += wanted
         first[part + 1], rest_first[part + 1] = made, rest
     return first, columns[:made].copy(), rest_first, rest_columns[:rest].copy(), column_of
 
 
-def _slot(columns: Any, chunks: int, key: int) -> int:
-    """Where a column goes in the chunks there are, or in the next: beside no equal place, if that can be."""
-    free = -1
-    for half in range(2 * chunks):
-        alone, empty = True, -1
-        for i in range(OCTET):
-            other = columns[half // 2, half % 2 * OCTET + i]
-            if other < 0:
-                empty = half * OCTET + i if empty < 0 else empty
-            elif other % OCTET == key % OCTET:
-                alone = False
-        if empty >= 0 and alone:
-            return empty
-        free = empty if free < 0 else free
-    return free if free >= 0 else chunks * REST
+def _deal(keys: Any, width: Any, columns: Any) -> Any:
+    """Deal the columns of each 16 rows to their chunks, those of one place one by one; returns where each went."""
+    chunks = len(columns)
+    slots = np.zeros_like(keys)
+    for group in range(4):
+        dealt = 0
+        for place in range(OCTET):
+            for i in range(width[group]):
+                if keys[i, group] % OCTET == place:
+                    chunk, at = dealt % chunks, dealt // chunks
+                    columns[chunk, group, at] = keys[i, group]
+                    slots[i, group] = chunk * REST + at
+                    dealt += 1
+    return slots
 
 
 def _fill_up(columns: Any) -> None:
-    """Put columns of octet 0 where none is, in places that the eight around do not have."""
+    """Put columns of octet 0 where none is, in places that the others of a chunk do not have."""
     chunks, groups, _ = columns.shape
     for chunk in range(chunks):
         for group in range(groups):
-            for half in range(2):
-                eight = columns[chunk, group, half * OCTET : (half + 1) * OCTET]
-                used = 0
-                for i in range(OCTET):
-                    if eight[i] >= 0:
-                        used |= 1 << (eight[i] % OCTET)
-                place = 0
-                for i in range(OCTET):
-                    if eight[i] < 0:
-                        while used >> place & 1:
-                            place += 1
-                        eight[i] = place
-                        used |= 1 << place
+            own = columns[chunk, group]
+            used = 0
+            for i in range(REST):
+                if own[i] >= 0:
+                    used |= 1 << (own[i] % OCTET)
+            place = 0
+            for i in range(REST):
+                if own[i] < 0:
+                    while used >> place & 1:
+                        place += 1
+                    own[i] = place
+                    used |= 1 << place
 
 
 def _run(row: Any, place: Any, i: int, end: int) -> int:
@@ -465,14 +470,15 @@ def _run(row: Any, place: Any, i: int, end: int) -> int:
     return j
 
 
-def _leave(place: Any, i: int, j: int, octet: int, group: int, known: Any, column_of: Any) -> int:
-    """Which non-zero of a quad, i to j, goes into the rest: one whose column is there already, else the last."""
+def _leave(place: Any, i: int, j: int, octet: int, group: int, known: Any, crowd: Any, column_of: Any) -> int:
+    """Which non-zero of a quad, i to j, goes into the rest: one whose column is there already, else of a rare place."""
     chosen = -1
     for n in range(i, j):
         if column_of[n] < 0:
-            chosen = n
             if known[octet * OCTET + place[n], group] >= 0:
-                break
+                return n
+            if chosen < 0 or crowd[place[n], group] < crowd[place[chosen], group]:
+                chosen = n
     return chosen
 
 
@@ -603,7 +609,7 @@ def _finish(kept: Any, where: Any, counts: Any) -> Any:
     return kept, metadata
 
 
-_HELPERS = ("_empty", "_keep", "_finish", "_pick", "_run", "_leave", "_slot", "_fill_up")
+_HELPERS = ("_empty", "_keep", "_finish", "_pick", "_run", "_leave", "_deal", "_fill_up")
 
 
 @functools.cache
