@@ -54,7 +54,6 @@ import numpy as np
 from numbasparse.activations import Activation
 from numbasparse.kernels import cuda_reduce, two_four
 from numbasparse.kernels.base import Config, CudaKernel, CudaRunner, Space, check_fields
-from numbasparse.kernels.cpu_rows import coordinates
 from numbasparse.runtime import cuda, layouts
 from numbasparse.spec import ConvSpec
 from numbasparse.weight import SparseWeight
@@ -246,13 +245,15 @@ def _steps(
     """Steps of every block and tile of input channels; part ``block * per_block + tile``."""
     place = np.empty(spec.k, np.int64)
     place[rows[rows >= 0]] = np.flatnonzero(rows.ravel() >= 0)
-    k, c, r, s = coordinates(weight)
-    block, row = np.divmod(place[k], two_four.ROWS)
-    within = c - k // spec.k_per_group * spec.c_per_group
-    tile, channel = np.divmod(within, geometry.channels)
-    octet = geometry.octet(channel, r, s, spec)
+    block, row = np.divmod(place, two_four.ROWS)
+    # Of every column of a weight's matrix, and then of every non-zero.
+    c, tap = np.divmod(np.arange(spec.c_per_group * spec.r * spec.s), spec.r * spec.s)
+    tile, channel = np.divmod(c, geometry.channels)
+    octet = geometry.octet(channel, tap // spec.s, tap % spec.s, spec)
+    k, column = np.repeat(np.arange(spec.k), np.diff(weight.indptr)), weight.indices
+    part = (block * per_block)[k] + tile[column]
     parts = len(rows) * per_block
-    return two_four.cover_steps(block * per_block + tile, row, octet, channel % 8, weight.data, parts, geometry.octets)
+    return two_four.cover_steps(part, row[k], octet[column], (channel % 8)[column], weight.data, parts, geometry.octets)
 
 
 def _live(counts: np.ndarray, per_block: int, cluster: int) -> list[np.ndarray]:
