@@ -232,7 +232,7 @@ def fastest_ms(call: Any) -> float:
 
 
 def dry(args: argparse.Namespace) -> None:
-    """Compile ahead; fails if anything does not."""
+    """Compile ahead; fails where anything does not, or where the assembler could not do as asked."""
     with cuda.assumed((9, 0)) as device, Compilers(device, args.workers) as compilers:
         cases = [Case(layer, n, "float16").problem(0.9) for n in (32, 128) for layer in SQUARE + POINTWISE]
         jobs = [(p, c) for p in cases for c in configs(p, SUGGESTED)]
@@ -240,7 +240,13 @@ def dry(args: argparse.Namespace) -> None:
         for problem, candidate in jobs:
             compilers.submit(problem, [candidate])
         failed = [reason for problem, c in jobs if (reason := compilers.wait(problem, c)) is not None]
-    print(f"{len(jobs)} configs, {len(failed)} failed", *failed, sep="\n")
+        for problem, candidate in jobs:
+            chosen: Any = kernel(NAME)
+            for ptx in chosen.ptx(problem.spec, problem.weight, dict(candidate.config)):
+                cubin = cuda.assemble(ptx)
+                failed += [f"{candidate.key}: {loss}" for loss in cubin.losses]
+                failed += [f"{candidate.key}: {cubin.local_bytes} bytes spilled"] if cubin.local_bytes else []
+    print(f"{len(jobs)} configs, {len(failed)} failed or slowed", *failed, sep="\n")
     sys.exit(min(len(failed), 1))
 
 

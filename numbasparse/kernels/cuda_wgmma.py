@@ -46,7 +46,7 @@ import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, exp
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -891,7 +891,7 @@ def estimate(spec: ConvSpec, weight: SparseWeight, config: Config, device: cuda.
     # Of four places, those over two; sixteen rows share a column of the rest, and four times sixteen the chunks.
     p = weight.density
     over = 16 * columns / 4 * (4 * p**3 * (1 - p) + 2 * p**4)
-    chunks = 0.0 if over < 0.1 else max(1.0, 1.1 * over / two_four.REST)
+    chunks = max(1.0 - exp(-4 * over), 1.1 * over / two_four.REST)
     if chunks > steps:
         steps, chunks = 2 * steps, 0.0
     operand = 64 * g.n * g.tile_h
