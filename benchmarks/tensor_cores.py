@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import shutil
 import subprocess
 import sys
@@ -134,6 +135,8 @@ def layers(args: argparse.Namespace) -> None:
     with session(args) as (gpu, compilers):
         for case in wanted:
             compilers.submit(case.problem(0.9), configs(case.problem(0.9), SUGGESTED))
+            for sparsity in SPARSITIES:
+                compilers.submit(case.problem(sparsity), configs(case.problem(sparsity), 2))
         for case in wanted:
             start = time.perf_counter()
             if start - began + longest > args.seconds:
@@ -257,38 +260,48 @@ def everything(args: argparse.Namespace) -> None:
     """One process for each step, since one that fails on the device loses it for the rest of its process."""
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    python, me = sys.executable, str(Path(__file__))
-    tests = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "-m", "gpu"]
-    steps: list[tuple[str, float, list[str]]] = [
-        ("instructions", 80, [*tests, "tests/test_ptx_tensor.py"]),
-        ("grid", 120, [*tests, "tests/test_cuda_wgmma.py"]),
-    ]
-    if shutil.which("compute-sanitizer"):
-        for tool, seconds in (("memcheck", 50.0), ("racecheck", 70.0)):
-            command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
-            steps.append((tool, seconds, [*command, python, me, "check"]))
-    steps += [
-        ("sweep", 90, [python, me, "sweep", "--seconds", "70"]),
-        ("layers", 130, [python, me, "layers", "--seconds", "110"]),
-    ]
-    if shutil.which("ncu"):
-        profile = ["ncu", "--set", "full", "--kernel-name", "cuda_wgmma", "--launch-skip", "1", "--launch-count", "1"]
-        steps.append(("profile", 60, [*profile, python, me, "once"]))
-    results = []
-    for name, seconds, command in steps:
-        began = time.perf_counter()
-        with (out / f"{name}.log").open("w") as log, contextlib.suppress(subprocess.TimeoutExpired):
-            code: int | str = "over time"
-            code = subprocess.run(
-                command, stdout=log, stderr=subprocess.STDOUT, timeout=seconds, check=False
-            ).returncode
-        results.append(f"{name}: exit {code}, {time.perf_counter() - began:.0f} s")
-        lines = (out / f"{name}.log").read_text(errors="replace").splitlines()
-        print(f"=== {results[-1]}", *lines[-12:], sep="\n", flush=True)
-        if name == "instructions" and code != 0:
-            print("an instruction does not do what codegen/ptx.py says: nothing else would mean anything")
-            break
-    print("\n".join(results))
+    me = [sys.executable, str(Path(__file__))]
+    report = [tests("instructions", "tests/test_ptx_tensor.py", 70, out)]
+    if not report[0].startswith("instructions: exit 0"):
+        print("an instruction does not do what codegen/ptx.py says: nothing after it would mean anything")
+    else:
+        report += [tests("grid", "tests/test_cuda_wgmma.py", 110, out), step("check", 50, [*me, "check"], out)]
+        if shutil.which("compute-sanitizer"):
+            for tool, seconds in (("memcheck", 40.0), ("racecheck", 50.0)):
+                sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+                report.append(step(tool, seconds, [*sanitizer, *me, "check"], out))
+        report.append(step("sweep", 80, [*me, "sweep", "--seconds", "65"], out))
+        report.append(step("layers", 120, [*me, "layers", "--seconds", "100"], out))
+        if shutil.which("ncu"):
+            profile = ["ncu", "--set", "full", "--kernel-name", "cuda_wgmma", "--launch-skip", "1"]
+            report.append(step("profile", 50, [*profile, "--launch-count", "1", *me, "once"], out))
+    print("\n".join(report))
+
+
+def step(name: str, seconds: float, command: list[str], out: Path) -> str:
+    """Run a command into a log, print the log's end, and say how it went."""
+    began, code = time.perf_counter(), "over time"
+    with (out / f"{name}.log").open("w") as log, contextlib.suppress(subprocess.TimeoutExpired):
+        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=seconds, check=False)
+        code = str(done.returncode)
+    said = f"{name}: exit {code}, {time.perf_counter() - began:.0f} s"
+    lines = (out / f"{name}.log").read_text(errors="replace").splitlines()
+    print(f"=== {said}", *lines[-12:], sep="\n", flush=True)
+    return said
+
+
+def tests(name: str, path: str, seconds: float, out: Path) -> str:
+    """Run a file's tests for a GPU in several processes at once, which mostly compile."""
+    pytest = f"{sys.executable} -m pytest -q -p no:cacheprovider -m gpu"
+    count = max(1, min(12, (os.cpu_count() or 1) - 1))
+    # Tests are dealt to the processes one by one; the step fails if any does.
+    script = (
+        f"{pytest} --collect-only {path} 2>/dev/null | grep :: > {out}/{name}.ids; "
+        f'for i in $(seq 0 {count - 1}); do (awk "NR % {count} == $i" {out}/{name}.ids | '
+        f"xargs -r -d '\\n' {pytest} --tb=short || touch {out}/{name}.failed) > {out}/{name}.$i.log 2>&1 & done; wait; "
+        f"cat {out}/{name}.*.log; test -s {out}/{name}.ids && ! test -e {out}/{name}.failed"
+    )
+    return step(name, seconds, ["bash", "-c", script], out)
 
 
 def main() -> None:
