@@ -153,7 +153,8 @@ def openvino_call(dense: nn.Module, x: Tensor, threads: int) -> Callable[[], Any
 
 def layer_times(model: nn.Module, x: Tensor, seconds: float) -> tuple[dict[str, float], float]:
     """Median microseconds in each convolution by name, and of the whole model with the clocks in it."""
-    found = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, SparseConv2d))}
+    kinds = (nn.Conv2d, nn.Linear, SparseConv2d)
+    found = {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
     begun: dict[str, float] = {}
     times: dict[str, list[float]] = {name: [] for name in found}
 
