@@ -15,6 +15,7 @@ anew after every model.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import io
 import subprocess
@@ -23,6 +24,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -297,6 +299,18 @@ def model_row(name: str, make: Callable[[], nn.Module], shape: tuple[int, ...], 
     return {"model": name, "shape": list(shape), "best_torch": best, "dense": dense_times, "ours": details}
 
 
+def rivals(deepsparse_python: str | None) -> dict[str, str]:
+    """Versions of what is compared with, where it is installed."""
+    found = {}
+    for name in ("onnxruntime", "openvino"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    if deepsparse_python:
+        ask = "from importlib.metadata import version; print(version('deepsparse'))"
+        found["deepsparse"] = subprocess.check_output([deepsparse_python, "-c", ask], text=True).strip()
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(CASES), default=None)
@@ -316,11 +330,12 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     numbasparse.set_num_threads(args.threads)
     rows = []
+    versions = rivals(args.deepsparse)
     with torch.inference_mode():
         for name in args.models or cases:
             rows.append(model_row(name, *cases[name], args))
             settings = {"threads": args.threads, "trials": args.trials, "seconds": args.seconds}
-            path = write(f"models{args.suffix}.json", {**environment(), **settings, "rows": rows})
+            path = write(f"models{args.suffix}.json", {**environment(), "rivals": versions, **settings, "rows": rows})
             print(f"written to {path}", flush=True)
 
 
