@@ -12,7 +12,7 @@ from autotune.study import DEFAULT_TRIALS, tune_layers
 from autotune.tuned import TunedModel
 from numbasparse.plans import LINEAR_DENSE_ABOVE, parse_device
 from numbasparse.spec import ConvSpec, linear_image_shape
-from numbasparse.weight import SparseWeight
+from numbasparse.weight import SparseWeight, as_convolution
 
 if TYPE_CHECKING:
     import torch
@@ -120,9 +120,7 @@ def _sparse_weight(module: Any) -> SparseWeight:
     held = _held_sparse_weight(module)
     if held is not None:
         return held
-    if _takes_vectors(module):
-        return SparseWeight.from_dense(module.weight.detach()[:, :, None, None])
-    return SparseWeight.from_dense(module.weight, module.groups)
+    return SparseWeight.from_dense(as_convolution(module.weight), getattr(module, "groups", 1))
 
 
 def _takes_vectors(module: Any) -> bool:

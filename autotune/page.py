@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib import resources
+from itertools import accumulate
 from string import Template
 from typing import Any
 
@@ -21,7 +22,7 @@ from autotune.footprint import Form
 from autotune.pictures import Picture
 from autotune.report import layer_rows, summary
 from autotune.results import Points, Series, Sweep, Sweeps, crossover, front, of_tuned
-from autotune.roofline import Peak, Place, place_of
+from autotune.roofline import Peak, Place, has_place, places
 from autotune.tuned import Layer, TunedModel
 
 
@@ -295,12 +296,11 @@ def _footprint(content: Content) -> _Section | _Absent:
 
 def _roofline(content: Content) -> _Section | _Absent:
     heading = "Roofline"
-    numbered: dict[int, Place] = {}
-    number = 1
-    for layer in content.tuned.layers:
-        if layer.nnz and (layer.median_us if layer.gpu is None else layer.gpu.native_us):
-            numbered[number] = place_of(layer)
-        number += len(layer.names)
+    layers = content.tuned.layers
+    # A layer's number is that of the first row of its names among the chosen kernels.
+    first = accumulate((len(layer.names) for layer in layers), initial=1)
+    numbers = [number for number, layer in zip(first, layers, strict=False) if has_place(layer)]
+    numbered = dict(zip(numbers, places(layers), strict=True))
     if not numbered:
         return _Absent(heading, "a tuned file whose layers have non-zeros and times above 0.")
     peak = content.peak

@@ -56,7 +56,12 @@ def places(layers: Iterable[Layer]) -> list[Place]:
     FLOP: two for each non-zero at each output position (those that meet padding are counted). Bytes: input, output
     and the weight's values and columns, each once: what a convolution moves at least with nothing in a cache.
     """
-    return [place_of(layer) for layer in layers if layer.nnz and _us(layer)]
+    return [place_of(layer) for layer in layers if has_place(layer)]
+
+
+def has_place(layer: Layer) -> bool:
+    """Whether a layer has non-zeros and a time."""
+    return bool(layer.nnz and _us(layer))
 
 
 def place_of(layer: Layer) -> Place:

@@ -4,21 +4,27 @@
     python benchmarks/models.py --models resnet50 --trials 40
     python benchmarks/models.py --tiny               # every path on small models: no figures worth reading
 
-Weights are random.  Masks keep the largest of each convolution but the first; linear layers stay dense.  Ours is
-tuned and converted (`numbasparse.nn.convert`).  Dense: torch eager in NCHW and channels-last, ``torch.compile``,
-the same with frozen weights, and onnxruntime and OpenVINO where they are installed; the ratio is to the best of
-torch's.  All are timed in turns in one process.  The results file is written anew after every model.
+Weights are random.  Masks keep the largest of each convolution but the first, and of each linear layer but the last.
+Ours is tuned and converted (`numbasparse.nn.convert`).  Dense: torch eager in NCHW and channels-last,
+``torch.compile``, the same with frozen weights, and onnxruntime and OpenVINO where they are installed; the ratio is to
+the best of torch's.  With ``--deepsparse PYTHON``, an interpreter that has DeepSparse, the same pruned model runs there
+too, in a process of its own that waits while others are timed.  All are timed in turns.  The results file is written
+anew after every model.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import io
+import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +32,7 @@ from common import environment, fair_malloc, interleaved, summary, write
 
 fair_malloc()
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
@@ -54,19 +61,18 @@ TINY: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-def first_conv(model: nn.Module) -> nn.Conv2d:
-    return next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+def to_prune(model: nn.Module) -> list[nn.Module]:
+    """The convolutions but the first, and the linear layers but the last."""
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return [*convolutions[1:], *linear[:-1]]
 
 
 def pruned(dense: nn.Module, sparsity: float, x: Tensor) -> nn.Module:
-    """A copy with the largest weights of each convolution, the first left as it is."""
+    """A copy with the largest weights of each layer of `to_prune`."""
     model = copy.deepcopy(dense)
-    first = first_conv(model)
-    prune_(
-        model,
-        MagnitudePruning(sparsity=sparsity, scope="layer"),
-        filter=lambda module, name: isinstance(module, nn.Conv2d) and module is not first,
-    )
+    layers = to_prune(model)
+    prune_(model, MagnitudePruning(sparsity=sparsity, scope="layer"), filter=lambda module, name: module in layers)
     zoo.settle_batch_norms(model, x)
     return model.eval()
 
@@ -124,16 +130,20 @@ def compiled(dense: nn.Module, x: Tensor, *, frozen: bool) -> Callable[[], Any]:
     return lambda: function(x)
 
 
+def as_onnx(model: nn.Module, x: Tensor) -> bytes:
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model, (x,), file, dynamo=False, input_names=["x"], opset_version=14)
+    return file.getvalue()
+
+
 def onnxruntime_call(dense: nn.Module, x: Tensor, threads: int) -> Callable[[], Any]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    file = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(dense, (x,), file, dynamo=False, input_names=["x"])
-    session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(as_onnx(dense, x), options, providers=["CPUExecutionProvider"])
     feed = {"x": x.numpy()}
     return lambda: torch.from_numpy(session.run(None, feed)[0])
 
@@ -148,12 +158,50 @@ def openvino_call(dense: nn.Module, x: Tensor, threads: int) -> Callable[[], Any
     return lambda: torch.from_numpy(request.infer([picture])[0].copy())
 
 
+class DeepSparse:
+    """A pruned model in DeepSparse; calling it is one run of the process that has it."""
+
+    def __init__(self, python: str, model: nn.Module, x: Tensor, threads: int) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path, given, gives = (str(Path(folder) / name) for name in ("model.onnx", "x.npy", "y.npy"))
+            Path(path).write_bytes(as_onnx(model, x))
+            np.save(given, x.numpy())
+            child = str(Path(__file__).parent / "deepsparse_child.py")
+            self.process = subprocess.Popen(
+                [python, child, path, given, gives, str(threads)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
+            self._wait("ready")
+            self.output = torch.from_numpy(np.load(gives))
+
+    def __call__(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write("run\n")
+        self.process.stdin.flush()
+        self._wait("done")
+
+    def _wait(self, word: str) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.strip() == word:
+                return
+        raise RuntimeError(f"DeepSparse ended with status {self.process.wait()}")
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
 # ---- where the time goes ------------------------------------------------------------------------------------
 
 
 def layer_times(model: nn.Module, x: Tensor, seconds: float) -> tuple[dict[str, float], float]:
     """Median microseconds in each convolution by name, and of the whole model with the clocks in it."""
-    found = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, SparseConv2d))}
+    kinds = (nn.Conv2d, nn.Linear, SparseConv2d)
+    found = {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
     begun: dict[str, float] = {}
     times: dict[str, list[float]] = {name: [] for name in found}
 
@@ -217,7 +265,7 @@ def model_row(name: str, make: Callable[[], nn.Module], shape: tuple[int, ...], 
     calls: dict[Any, Callable[[], Any]] = dict(dense_calls(dense, x, tuple(args.against), args.threads))
     for key, call in calls.items():
         check(f"{name}, {key}", call(), expected)
-    ours, details = {}, {}
+    ours, details, others = {}, {}, {}
     for sparsity in args.sparsity:
         key = f"{sparsity:.0%}"
         model = pruned(dense, sparsity, x)
@@ -226,21 +274,41 @@ def model_row(name: str, make: Callable[[], nn.Module], shape: tuple[int, ...], 
         details[key] = {"tuning_seconds": round(seconds, 1), **profile(model, ours[key], x, args.seconds / 4)}
         print_profile(f"{name} {key}", details[key])
         calls[key] = lambda m=ours[key]: m(x)
+        if args.deepsparse:
+            others[key] = calls["deepsparse", key] = DeepSparse(args.deepsparse, model, x, args.threads)
+            check(f"{name} {key}, deepsparse", others[key].output, model(x))
     times = {key: summary(t) for key, t in interleaved(calls, args.seconds).items()}
+    for other in others.values():
+        other.close()
     stock = {key: times[key]["median_us"] for key in TORCH if key in times}
     best = min(stock, key=lambda key: stock[key])
     for key in ours:
         mine = times[key]["median_us"]
         ratios = {other: round(times[other]["median_us"] / mine, 3) for other in args.against if other in times}
         details[key] |= {**times[key], "ratio": round(stock[best] / mine, 3), "ratios": ratios}
+        if key in others:
+            theirs = times["deepsparse", key]
+            details[key] |= {"deepsparse": theirs, "ratio_to_deepsparse": round(theirs["median_us"] / mine, 3)}
     dense_times = {key: times[key] for key in args.against if key in times}
     for key, found in dense_times.items():
         print(f"{name} {key}: {found['median_us'] / 1000:.1f} ms")
     for key in ours:
-        print(
-            f"{name} {key}: {times[key]['median_us'] / 1000:.1f} ms, {details[key]['ratio']} times {best}", flush=True
-        )
+        beside = f", {details[key]['ratio_to_deepsparse']} times deepsparse" if key in others else ""
+        words = f"{times[key]['median_us'] / 1000:.1f} ms, {details[key]['ratio']} times {best}{beside}"
+        print(f"{name} {key}: {words}", flush=True)
     return {"model": name, "shape": list(shape), "best_torch": best, "dense": dense_times, "ours": details}
+
+
+def rivals(deepsparse_python: str | None) -> dict[str, str]:
+    """Versions of what is compared with, where it is installed."""
+    found = {}
+    for name in ("onnxruntime", "openvino"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    if deepsparse_python:
+        ask = "from importlib.metadata import version; print(version('deepsparse'))"
+        found["deepsparse"] = subprocess.check_output([deepsparse_python, "-c", ask], text=True).strip()
+    return found
 
 
 def main() -> None:
@@ -251,6 +319,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=80, help="configs tried for each layer")
     parser.add_argument("--seconds", type=float, default=20.0, help="time for each model")
     parser.add_argument("--against", nargs="+", choices=[*TORCH, *OTHERS], default=[*TORCH, *OTHERS])
+    parser.add_argument("--deepsparse", metavar="PYTHON", help="an interpreter that has DeepSparse")
     parser.add_argument("--suffix", default="", help="added to the results file's name")
     parser.add_argument("--tiny", action="store_true", help="small models, few configs: tries every path")
     parser.add_argument("--progress", action="store_true")
@@ -261,11 +330,12 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     numbasparse.set_num_threads(args.threads)
     rows = []
+    versions = rivals(args.deepsparse)
     with torch.inference_mode():
         for name in args.models or cases:
             rows.append(model_row(name, *cases[name], args))
             settings = {"threads": args.threads, "trials": args.trials, "seconds": args.seconds}
-            path = write(f"models{args.suffix}.json", {**environment(), **settings, "rows": rows})
+            path = write(f"models{args.suffix}.json", {**environment(), "rivals": versions, **settings, "rows": rows})
             print(f"written to {path}", flush=True)
 
 

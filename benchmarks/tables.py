@@ -79,6 +79,30 @@ def gpu_layers(name: str) -> list[str]:
     return lines
 
 
+def models(name: str) -> list[str]:
+    """Whole models: the best of torch, and the ratios to it and to each rival."""
+    content = load(name)
+    rivals = content["rivals"]
+    sparsities = list(content["rows"][0]["ours"])
+    head = " | ".join(f"vs {rival} {number}" for rival, number in rivals.items())
+    lines = [
+        describe({"environment": content, **content}),
+        "",
+        f"| model, {' / '.join(sparsities)} zeros | best of torch, ms | ours, ms | vs best of torch | {head} |",
+        "|---" * (4 + len(rivals)) + "|",
+    ]
+    for row in content["rows"]:
+        ours = [row["ours"][sparsity] for sparsity in sparsities]
+        cells = [row["model"], f"{row['dense'][row['best_torch']]['median_us'] / 1000:.0f} ({row['best_torch']})"]
+        cells.append(" / ".join(f"{one['median_us'] / 1000:.0f}" for one in ours))
+        cells.append(" / ".join(f"{one['ratio']:.2f}" for one in ours))
+        for rival in rivals:
+            found = (one["ratio_to_deepsparse"] if rival == "deepsparse" else one["ratios"][rival] for one in ours)
+            cells.append(" / ".join(f"{ratio:.2f}" for ratio in found))
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
 def describe(content: dict[str, Any]) -> str:
     env = content["environment"]
     versions = env["versions"]
@@ -94,6 +118,8 @@ def main() -> None:
             print(f"\n`benchmarks/results/{name}`: " + "\n".join(layers(name)))
     if (RESULTS / "cuda_layers.json").exists():
         print("\n`benchmarks/results/cuda_layers.json`: " + "\n".join(gpu_layers("cuda_layers.json")))
+    if (RESULTS / "models.json").exists():
+        print("\n`benchmarks/results/models.json`: " + "\n".join(models("models.json")))
     if (RESULTS / "cpu_awkward.json").exists():
         print("\n`benchmarks/results/cpu_awkward.json`: " + "\n".join(awkward("cpu_awkward.json")))
 

@@ -21,7 +21,8 @@ Activation = str
 SIMPLE = ("none", "relu", "relu6", "silu")
 
 _LEAKY = re.compile(r"leaky_relu(?:\((.+)\))?")
-_USUAL_SLOPE = 0.01
+USUAL_SLOPE = 0.01
+"""That of torch where none is given."""
 
 
 def check_activation(activation: str | None) -> Activation:
@@ -37,7 +38,7 @@ def check_activation(activation: str | None) -> Activation:
     match = _LEAKY.fullmatch(activation) if isinstance(activation, str) else None
     if match is None:
         raise ValueError(f"activation must be None, 'relu', 'relu6', 'silu' or 'leaky_relu(SLOPE)', got {activation!r}")
-    return leaky_relu(_USUAL_SLOPE if match[1] is None else _number(match[1]))
+    return leaky_relu(USUAL_SLOPE if match[1] is None else _number(match[1]))
 
 
 def leaky_relu(slope: float) -> Activation:

@@ -880,3 +880,8 @@ def _take(tensors: dict[str, Any], name: str, dtype: str, dimensions: int = 1) -
         tensor["shape"]
     )
     return little.astype(little.dtype.newbyteorder("="), copy=False)
+
+
+def as_convolution(weight: Any) -> Any:
+    """A linear layer's weight (K, C), array or tensor, as a 1x1 convolution's (K, C, 1, 1); others as they are."""
+    return weight[:, :, None, None] if weight.ndim == 2 else weight

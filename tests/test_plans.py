@@ -111,7 +111,7 @@ def test_attributes() -> None:
     ("change", "words"),
     [
         ({"device": "abacus"}, "device must be 'cpu', 'cuda' or a certain GPU like 'cuda:1', got 'abacus'"),
-        ({"activation": "gelu"}, "activation must be None, 'relu', 'relu6' or 'silu', got 'gelu'"),
+        ({"activation": "gelu"}, "activation must be None, 'relu'.*, got 'gelu'"),
         ({"threads": 0}, "threads must be from 1"),
         ({"threads": 2.0}, "threads must be from 1"),
     ],

@@ -17,6 +17,12 @@ or an exported program (.pt2)."""
 _EXPECTED = (ValueError, TypeError, OSError, ImportError, RuntimeError)
 
 
+_EXTRAS = dict.fromkeys(("torch", "optuna", "matplotlib"), "all") | dict.fromkeys(
+    ("onnx", "onnxruntime", "onnxscript"), "onnx,all"
+)
+"""What to install for a package that is missing."""
+
+
 def _clear_errors(command: Callable[..., Any]) -> Callable[..., Any]:
     """Print an expected error as one line, and exit with status 1."""
 
@@ -30,10 +36,9 @@ def _clear_errors(command: Callable[..., Any]) -> Callable[..., Any]:
         except BrokenPipeError:  # the reader of a pipe went away: click ends quietly
             raise
         except _EXPECTED as error:
-            if isinstance(error, ImportError) and error.name in ("torch", "optuna", "matplotlib"):
-                click.echo(f"error: {error.name} is not installed: pip install 'numbasparse[all]'", err=True)
-            elif isinstance(error, ImportError) and error.name in ("onnx", "onnxruntime", "onnxscript"):
-                click.echo(f"error: {error.name} is not installed: pip install 'numbasparse[onnx,all]'", err=True)
+            if isinstance(error, ImportError) and error.name in _EXTRAS:
+                extras = _EXTRAS[error.name]
+                click.echo(f"error: {error.name} is not installed: pip install 'numbasparse[{extras}]'", err=True)
             else:
                 click.echo(f"error: {' '.join(str(error).split()) or type(error).__name__}", err=True)
             sys.exit(1)

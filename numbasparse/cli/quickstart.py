@@ -19,7 +19,6 @@ from torch import nn
 import autotune
 import numbasparse
 from numbasparse.cli.models import dense_rivals, time_models
-from numbasparse.cli.plot import layer_bars
 from numbasparse.files import write_whole
 from numbasparse.nn import convert
 from numbasparse.runtime import cpu
@@ -89,7 +88,9 @@ def run(out: Path, *, batch: int, images: int, trials: int, threads: int | None)
     write_whole(out / "quickstart.json", (json.dumps(record, indent=1) + "\n").encode())
     where = f"{cpu.processor_name()}, {torch.get_num_threads()} threads"
     title = f"Fashion-MNIST CNN, batch {batch}, {where}: whole model {ratio:.2f}x"
-    layer_bars(autotune.layer_rows(tuned), title, out / "layers.png")
+    from autotune import pictures
+
+    write_whole(out / "layers.png", pictures.layer_bars(autotune.layer_rows(tuned), title).png())
     wrote = f"wrote {out / 'tuned.json'} and {out / 'layers.png'} ({time.perf_counter() - start:.0f} s in all)"
     console.print(wrote, markup=False, soft_wrap=True)
 

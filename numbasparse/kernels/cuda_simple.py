@@ -86,8 +86,8 @@ def build(spec: ConvSpec, activation: Activation) -> Callable[..., None]:
     # Everything is float32: a Python float would be a float64 in the kernel.
     zero, one, six = np.float32(0), np.float32(1), np.float32(6)
     relu, relu6, silu = (activation == name for name in ("relu", "relu6", "silu"))
-    leaky = slope_of(activation) is not None
-    slope = np.float32(slope_of(activation) or 0.0)
+    negative = slope_of(activation)
+    leaky, slope = negative is not None, np.float32(negative or 0.0)
 
     def cuda_simple(x, values, offsets, taps, indptr, bias, residual, y):  # type: ignore[no-untyped-def]
         pixel = api.blockIdx.x * api.blockDim.x + api.threadIdx.x

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from numbasparse.kernels import CudaKernel, kernel
 from numbasparse.nn.epilogue import Fused, activation_of, calls_of, fuse_epilogues
-from numbasparse.nn.linear import SparseLinear, linear_weight
+from numbasparse.nn.linear import SparseLinear
 from numbasparse.nn.module import SparseConv2d
 from numbasparse.nn.native import Tracer, keep_native
 from numbasparse.nn.pooling import SeparableMaxPool2d
@@ -27,7 +27,7 @@ from numbasparse.plans import LINEAR_DENSE_ABOVE, Choice, default_choice
 from numbasparse.runtime import cpu
 from numbasparse.runtime.layouts import Layout
 from numbasparse.spec import DTYPES, ConvSpec, linear_image_shape
-from numbasparse.weight import SparseWeight
+from numbasparse.weight import SparseWeight, as_convolution
 
 _REPORT = "_numbasparse_conversion"
 
@@ -119,10 +119,9 @@ def convert(
         ``nn.ReLU``, ``nn.ReLU6``, ``nn.SiLU`` or ``nn.LeakyReLU`` in the sparse convolution. The modules so folded
         become ``nn.Identity``. With an ``example_input``, so do activations that layers share or that are functions
         (``F.relu``), and before them a sum with another tensor or a product with a number, as at the end of a residual
-        block: a module whose
-        ``forward`` has such calls becomes an ``fx.GraphModule`` with the same children, if it takes one argument and
-        torch.fx can trace it. The rewritten model must give what it gave before on the example. An
-        ``nn.MaxPool2d`` becomes a `SeparableMaxPool2d`, which gives the same in less time on a CPU.
+        block: a module whose ``forward`` has such calls becomes an ``fx.GraphModule`` with the same children, if it
+        takes one argument and torch.fx can trace it. The rewritten model must give what it gave before on the
+        example. An ``nn.MaxPool2d`` becomes a `SeparableMaxPool2d`, which gives the same in less time on a CPU.
     quantized : mapping of str to SparseWeight, optional
         Quantized weights of layers by name: the ``weights`` of what ``numbasparse.quantization`` reported when it
         quantized the model, or a file of them. Sparse layers then keep codes; a batch normalization is folded into
@@ -223,8 +222,7 @@ def _checked_weights(model: nn.Module, quantized: Mapping[str, SparseWeight]) ->
         layer = modules[name]
         if not isinstance(layer, (nn.Conv2d, nn.Linear)):
             continue
-        own = layer.weight.detach().cpu()
-        own = own if own.dim() == 4 else own[:, :, None, None]
+        own = as_convolution(layer.weight.detach().cpu())
         if own.shape != weight.shape or not torch.equal(own, torch.from_numpy(weight.to_dense())):
             raise ValueError(
                 f"the quantized weight of layer {name!r} differs from the layer's: quantize the model itself "
@@ -550,7 +548,8 @@ def _decide_layer(
     layer = model.get_submodule(name)
     assert isinstance(layer, (nn.Conv2d, nn.Linear))
     try:
-        weight = _weight_of(layer) if weight is None else weight
+        if weight is None:
+            weight = SparseWeight.from_dense(as_convolution(layer.weight), getattr(layer, "groups", 1))
     except (TypeError, ValueError) as error:
         raise type(error)(f"{error} (layer {name!r})") from None
     spec = _spec(layer, weight, seen, name)
@@ -570,12 +569,6 @@ def _decide_layer(
     origin = "default" if tuned is None else "default, as nothing is tuned for it"
     reason = f"{origin}: {usual.kernel} at density {weight.density:.1%}"
     return _Decision(not kernel(usual.kernel).is_dense, reason, weight.sparsity, gives=_gives(usual, spec))
-
-
-def _weight_of(layer: nn.Conv2d | nn.Linear) -> SparseWeight:
-    if isinstance(layer, nn.Conv2d):
-        return SparseWeight.from_dense(layer.weight, layer.groups)
-    return linear_weight(layer)
 
 
 def _usual(spec: ConvSpec, weight: SparseWeight, device: torch.device) -> Choice:

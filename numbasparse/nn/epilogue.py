@@ -19,7 +19,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from numbasparse.activations import Activation, leaky_relu
+from numbasparse.activations import USUAL_SLOPE, Activation, leaky_relu
 from numbasparse.nn.module import SparseConv2d
 
 aten = torch.ops.aten
@@ -37,7 +37,6 @@ _FUNCTIONS: dict[Any, str] = {
     aten.relu_.default: "relu",
 }
 _LEAKY = (F.leaky_relu, aten.leaky_relu.default, aten.leaky_relu_.default)
-_USUAL_SLOPE = 0.01
 _METHODS = {"relu": "relu", "relu_": "relu"}
 
 _SUMS: tuple[Any, ...] = (operator.add, torch.add, aten.add.Tensor, "add")
@@ -332,7 +331,7 @@ def _leaky_call(value: fx.Node, call: fx.Node) -> Activation | None:
     """The activation of a call ``F.leaky_relu(value, slope, inplace)``; None if it is one of something else."""
     if not call.args or call.args[0] is not value:
         return None
-    slope = call.args[1] if len(call.args) > 1 else call.kwargs.get("negative_slope", _USUAL_SLOPE)
+    slope = call.args[1] if len(call.args) > 1 else call.kwargs.get("negative_slope", USUAL_SLOPE)
     return _leaky(slope)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from numbasparse.activations import in_torch
 from numbasparse.nn.module import ChoiceLike, SparseConv2d
 from numbasparse.spec import linear_image_shape
-from numbasparse.weight import SparseWeight
+from numbasparse.weight import SparseWeight, as_convolution
 
 
 class SparseLinear(SparseConv2d):
@@ -44,7 +44,7 @@ class SparseLinear(SparseConv2d):
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"expected an nn.Linear, got {type(linear).__name__}")
-        own = linear_weight(linear) if weight is None else weight
+        own = SparseWeight.from_dense(as_convolution(linear.weight)) if weight is None else weight
         return cls(own, linear.bias, choice=choice, activation=activation).to(linear.weight.device)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -76,8 +76,3 @@ class SparseLinear(SparseConv2d):
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.clone())
         return linear.train(self.training)
-
-
-def linear_weight(linear: nn.Linear) -> SparseWeight:
-    """The non-zero weights of a dense layer, as of a 1x1 convolution."""
-    return SparseWeight.from_dense(linear.weight.detach()[:, :, None, None])

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import io
-import logging
-import warnings
 from typing import Any
 
 import torch
 
 from numbasparse.onnx_io.importer import Imported
+from numbasparse.onnx_io.quiet import quiet
 
 LEAST_OPEN_SIZE = 8
 """Height and width stay open from here up: torch.export wants every open size to fit the kernels."""
@@ -72,18 +71,10 @@ def _export(imported: Imported, batch: int, open_axes: tuple[int, ...]) -> torch
     x = example_of(imported, batch)
     # Named, not AUTO: those would end as conditions in the program, which torch.fx cannot trace afterwards.
     dims: Any = {axis: _dim(axis, x.shape[axis]) for axis in open_axes} or None
-    logs = [logging.getLogger(name) for name in ("torch.export", "torch._export")]
-    silent = [log.disabled for log in logs]
     try:
-        for log in logs:
-            log.disabled = True
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with torch.no_grad(), quiet("torch.export", "torch._export"):
             imported.module(x)
             return torch.export.export(imported.module, (x,), dynamic_shapes=(dims,) if dims else None)
     except Exception as error:  # torch raises many kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"the model does not run on an input of shape {tuple(x.shape)}: {reason}") from error
-    finally:
-        for log, before in zip(logs, silent, strict=True):
-            log.disabled = before

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from numbasparse.files import write_whole
+from numbasparse.onnx_io.quiet import quiet
 from numbasparse.onnx_io.source import load_checked
 
 DEFAULT_THRESHOLD = 0.7
@@ -115,15 +114,10 @@ def _export(model: nn.Module, x: Tensor) -> onnx.ModelProto:
 def _export_once(model: nn.Module, x: Tensor, shapes: tuple[object, ...] | None) -> onnx.ModelProto:
     import torch
 
-    log = logging.getLogger("torch.onnx._internal.exporter._registration")  # warns that torchvision is not installed
-    silent, log.disabled = log.disabled, True
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            program = torch.export.export(model, (x,), dynamic_shapes=shapes)
-            exported = torch.onnx.export(program, dynamo=True, optimize=True, verbose=False)
-    finally:
-        log.disabled = silent
+    # The logger says that torchvision is not installed.
+    with quiet("torch.onnx._internal.exporter._registration"):
+        program = torch.export.export(model, (x,), dynamic_shapes=shapes)
+        exported = torch.onnx.export(program, dynamo=True, optimize=True, verbose=False)
     assert exported is not None
     return exported.model_proto
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from numbasparse.pruning.layers import LayerFilter, default_filter
 from numbasparse.quantization.summary import QuantizationReport, compare
-from numbasparse.weight import Quantization, SparseWeight
+from numbasparse.weight import Quantization, SparseWeight, as_convolution
 
 
 class QuantizationConfig(Quantization, Protocol):
@@ -118,8 +118,8 @@ def _check_weight(module: nn.Module, name: str) -> None:
 
 def dense_weight(weight: torch.Tensor) -> NDArray[np.float32]:
     """Return a weight as NumPy array of its own, (K, C/groups, R, S); a linear layer's has R = S = 1."""
-    array = weight.detach().cpu().numpy().copy()
-    return array.reshape((*array.shape, 1, 1)) if array.ndim == 2 else array
+    array: NDArray[np.float32] = as_convolution(weight.detach().cpu().numpy().copy())
+    return array
 
 
 def to_sparse(name: str, module: nn.Module, weight: NDArray[np.float32], config: QuantizationConfig) -> SparseWeight:
