@@ -16,9 +16,9 @@ the rest, and writes a log of each step into ``--out``.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -280,10 +280,16 @@ def everything(args: argparse.Namespace) -> None:
 
 def step(name: str, seconds: float, command: list[str], out: Path) -> str:
     """Run a command into a log, print the log's end, and say how it went."""
-    began, code = time.perf_counter(), "over time"
-    with (out / f"{name}.log").open("w") as log, contextlib.suppress(subprocess.TimeoutExpired):
-        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=seconds, check=False)
-        code = str(done.returncode)
+    began = time.perf_counter()
+    with (out / f"{name}.log").open("w") as log:
+        # A session of its own, so that a kernel that never ends is killed with everything that the step started.
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            code = str(process.wait(seconds))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            code = "over time"
     said = f"{name}: exit {code}, {time.perf_counter() - began:.0f} s"
     lines = (out / f"{name}.log").read_text(errors="replace").splitlines()
     print(f"=== {said}", *lines[-12:], sep="\n", flush=True)
