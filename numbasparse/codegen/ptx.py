@@ -191,9 +191,6 @@ cluster_address = _operation("mapa.shared::cluster.u32 $0, $1, $2;", (_S, types.
 count_in_cluster = _operation(
     "atom.acq_rel.cluster.shared::cluster.add.u32 $0, [$1], $2;", (_S, types.int32), types.int32
 )
-mbarrier_expect_in_cluster = _operation(
-    "mbarrier.arrive.expect_tx.release.cluster.shared::cluster.b64 _, [$0], $1;", (_S, types.int32)
-)
 # Every thread of every block arrives before any goes on from the wait (section 9.7.13.4).
 cluster_arrive = _operation("barrier.cluster.arrive.release;", ())
 cluster_wait = _operation("barrier.cluster.wait.acquire;", ())

@@ -183,9 +183,9 @@ class Packed:
         start (bits 0-13) and the distance between octets (14-27) in units of 16 bytes and the bit `NEXT`, an int32 that
         means something in every fourth step (0, or one more than the chunks of the rest of the tile that ended within
         these four), and 8 bytes of nothing.  The last four are for what is fetched ahead.
-    chunks : uint8, (chunks, 1152)
+    chunks : uint8, (chunks + 1, 1152)
         The rest of all blocks: 1024 bytes of `two_four.fragments`, and the offset of every row in the input tile,
-        int32 (4, 8).
+        int32 (4, 8).  The last is for what is fetched ahead.
     ranges : int32, (blocks, splits, 8)
         What a block does: its first unit, its number of units (a multiple of four), first chunk, first tile, number of
         tiles, chunks of the last tile, 0, 0.
@@ -314,9 +314,9 @@ def _units(steps: two_four.Steps, sequence: np.ndarray, words: np.ndarray, ends:
 
 
 def _chunks(rest: two_four.Rest, geometry: Geometry, dtype: str) -> np.ndarray:
-    chunks = np.empty((rest.count, CHUNK_BYTES), np.uint8)
-    chunks[:, :1024] = _as_bytes(two_four.fragments(rest.values, dtype))
-    chunks[:, 1024:] = _as_bytes((rest.columns * geometry.row_bytes).astype(np.int32))
+    chunks = np.zeros((rest.count + 1, CHUNK_BYTES), np.uint8)
+    chunks[:-1, :1024] = _as_bytes(two_four.fragments(rest.values, dtype))
+    chunks[:-1, 1024:] = _as_bytes((rest.columns * geometry.row_bytes).astype(np.int32))
     return chunks
 
 
@@ -370,32 +370,37 @@ def _code(shape: _Shape) -> Callable[..., None]:
     locate, finish = _locate(shape), _finish(shape)
     stage_bytes, tile_bytes = geometry.stage_bytes, geometry.tile_bytes
     own_lines, cluster = geometry.rows, shape.cluster
-    # Of all blocks of the cluster.
-    warps = 4 * geometry.groups * cluster
+    warps = 4 * geometry.groups
     own_rows = own_lines * spec.stride[0] * geometry.patch_w * geometry.pixel_bytes
     shared_base, zeros = ptx.shared_base(1024), ptx.zeros(geometry.sums)
     wait_one, settle = ptx.wgmma_wait(1), ptx.wgmma_settle(geometry.sums)
-    multiply, leftover = _multiply(shape), _leftover(shape)
+    multiply, (leftover, fetch) = _multiply(shape), _leftover(shape)
 
-    def order(base, tiles, number, image, top, left):  # type: ignore[no-untyped-def]
-        """One thread: order the copy of a tile into its stage, which is empty, in every block of the cluster."""
+    def expect(base, slot):  # type: ignore[no-untyped-def]
+        """One thread of a block: a tile will come to an empty stage.  An arrival from another block with bytes to
+        expect was seen to complete the barrier before the bytes came, so that every block does this for itself."""
+        ptx.mbarrier_expect(u32(base + 8 * slot), i32(tile_bytes))
+
+    def copy(base, tiles, number, image, top, left):  # type: ignore[no-untyped-def]
+        """One thread of a cluster: order the copy of a tile into its stage, which every block expects."""
         slot = number % stages
         full, stage = u32(base + 8 * slot), u32(base + _HEAD_BYTES + slot * stage_bytes)
         channel, tensor_map = ptx.load_global_i32(i64(tiles + 4 * i64(number))), ptx.tensor_map_address()
         if cluster > 1:
-            for rank in range(cluster):
-                ptx.mbarrier_expect_in_cluster(ptx.cluster_address(full, i32(rank)), i32(tile_bytes))
             every = i32((1 << cluster) - 1)
             ptx.copy_box_to_cluster(stage, tensor_map, i32(image), channel, i32(left), i32(top), full, every)
         else:
-            ptx.mbarrier_expect(full, i32(tile_bytes))
             ptx.copy_box(stage, tensor_map, i32(image), channel, i32(left), i32(top), full)
 
-    def leave(counter):  # type: ignore[no-untyped-def]
-        """One thread of a warp: how many warps have left a stage before."""
-        if cluster > 1:
-            return ptx.count_in_cluster(ptx.cluster_address(counter, i32(0)), i32(1))
-        return ptx.count_shared(counter, i32(1))
+    def empty(base, slot, uses):  # type: ignore[no-untyped-def]
+        """One thread of a warp that leaves a stage for the ``uses``-th time: whether it is the last of the cluster."""
+        if ptx.count_shared(u32(base + 8 * stages + 4 * slot), i32(1)) != warps * uses - 1:
+            return False
+        expect(base, slot)
+        if cluster == 1:
+            return True
+        blocks_left = ptx.cluster_address(u32(base + 12 * stages + 4 * slot), i32(0))
+        return ptx.count_in_cluster(blocks_left, i32(1)) == cluster * uses - 1
 
     def turn_to(word, number, slot, phase, base):  # type: ignore[no-untyped-def]
         """Tile of a step and its stage: those of the step before, or the next, when it is full."""
@@ -413,7 +418,8 @@ def _code(shape: _Shape) -> Callable[..., None]:
         values = ptx.load_global_u32x4(i64(unit + within))
         return values, ptx.load_global_u32(i64(unit + place)), ptx.load_global_i32(i64(unit + _WORD))
 
-    order, leave, turn_to, load = (_device_function(f) for f in (order, leave, turn_to, load))
+    expect = _device_function(expect)
+    copy, empty, turn_to, load = (_device_function(f) for f in (copy, empty, turn_to, load))
 
     def cuda_wgmma(y, residual, bias, scale, rows, units, chunks, ranges, tiles):  # type: ignore[no-untyped-def]
         base = i64(shared_base())
@@ -425,12 +431,16 @@ def _code(shape: _Shape) -> Callable[..., None]:
         steps, count = ptx.load_global_i32(i64(own + 4)), ptx.load_global_i32(i64(own + 16))
         chunk = chunks + ptx.load_global_i32(i64(own + 8)) * i64(CHUNK_BYTES)
         own_tiles = tiles + ptx.load_global_i32(i64(own + 12)) * i64(4)
-        # For each stage 8 bytes of barrier, and behind them 4 bytes that count the warps that have left it.
+        # For each stage 8 bytes of barrier; behind them 4 that count the warps that have left it; behind these 4 that
+        # count the blocks, those in the first block of a cluster.
         if thread == 0:
             for i in range(stages):
                 ptx.mbarrier_init(u32(base + 8 * i), i32(1))
                 ptx.store_shared_i32(u32(base + 8 * stages + 4 * i), i32(0))
+                ptx.store_shared_i32(u32(base + 12 * stages + 4 * i), i32(0))
             ptx.mbarrier_init_fence()
+            for i in range(min(stages, count)):
+                expect(base, i)
         if cluster > 1:
             ptx.cluster_arrive()
             ptx.cluster_wait()
@@ -438,12 +448,13 @@ def _code(shape: _Shape) -> Callable[..., None]:
             ptx.barrier()
         if thread == 0 and (cluster == 1 or ptx.cluster_rank() == 0):
             for i in range(min(stages, count)):
-                order(base, own_tiles, i32(i), image, top, left)
+                copy(base, own_tiles, i32(i), image, top, left)
         stage = base + _HEAD_BYTES + group * own_rows
         values, metadata = within * 16, 2048 + ((warp * 8 + (lane >> 2)) * 2 + (lane & 1)) * 4
         a0, m0, w0 = load(unit, values, metadata)
         a1, m1, w1 = load(unit + UNIT_BYTES, values, metadata)
         a2, m2, w2 = load(unit + 2 * UNIT_BYTES, values, metadata)
+        fetched = fetch(chunk, within, warp, lane)
         sums = zeros()
         number, slot, phase = i32(-1), i32(stages - 1), i32(1)
         left_rounds = steps // _AHEAD
@@ -475,19 +486,19 @@ def _code(shape: _Shape) -> Callable[..., None]:
             if ended > 0:
                 # A tile ended before the last of these steps.
                 before = (slot if slot > 0 else i32(stages)) - 1
-                sums = leftover(sums, ended - 1, stage + before * stage_bytes, chunk, within, warp, lane)
-                chunk += (ended - 1) * i64(CHUNK_BYTES)
+                at = stage + before * stage_bytes
+                sums, fetched, chunk = leftover(sums, ended - 1, at, fetched, chunk, within, warp, lane)
                 # Every lane has read the stage when the first one counts.
                 ptx.warp_barrier()
                 following = number - 1 + stages
                 # Where no tile follows nobody counts, so that no block is asked which may have ended.
-                empty = warps * ((number - 1) // stages + 1) - 1
-                if lane == 0 and following < count and leave(u32(base + 8 * stages + 4 * before)) == empty:
-                    order(base, own_tiles, i32(following), image, top, left)
+                if lane == 0 and following < count and empty(base, before, (number - 1) // stages + 1):
+                    copy(base, own_tiles, i32(following), image, top, left)
                 # The next instructions want all lanes together.
                 ptx.warp_barrier()
         last = ptx.load_global_i32(i64(own + 20))
-        sums = leftover(sums, last, stage + slot * stage_bytes, chunk, within, warp, lane)
+        at = stage + slot * stage_bytes
+        sums, fetched, chunk = leftover(sums, last, at, fetched, chunk, within, warp, lane)
         # A block ends when all of its cluster have got their last tile.
         if cluster > 1:
             ptx.cluster_arrive()
@@ -544,8 +555,10 @@ def _multiply(shape: _Shape) -> Any:
     return _device_function(multiply)
 
 
-def _leftover(shape: _Shape) -> Any:
-    """Device function: chunks of the rest for the rows of a warpgroup, whose first input row is at ``stage``."""
+def _leftover(shape: _Shape) -> tuple[Any, Any]:
+    """Device functions: chunks of the rest for the rows of a warpgroup, whose first input row is at ``stage``; and what
+    fetches a thread's share of a chunk, which is done one chunk ahead: the second cache takes as long as the work.
+    """
     from numba import types
 
     from numbasparse.codegen import ptx
@@ -560,17 +573,22 @@ def _leftover(shape: _Shape) -> Any:
     eights, pixel = g.batch // 8, column
     mma = ptx.gathered_mma(displacements, ptx.SWIZZLES[g.row_bytes].mask, spec.dtype)
 
-    def leftover(sums, count, stage, chunk, within, warp, lane):  # type: ignore[no-untyped-def]
+    def leftover(sums, count, stage, fetched, chunk, within, warp, lane):  # type: ignore[no-untyped-def]
         eight = lane >> 3
         own = stage + eight // eights * pixel + eight % eights * 16
         for _ in range(count):
-            values = ptx.load_global_u32x2(i64(chunk + within * 8))
-            offset = ptx.load_global_i32(i64(chunk + 1024 + (warp * 8 + (lane & 7)) * 4))
-            sums = mma(sums, values, u32(own + offset))
             chunk += i64(CHUNK_BYTES)
-        return sums
+            following = fetch(chunk, within, warp, lane)
+            sums = mma(sums, fetched[0], u32(own + fetched[1]))
+            fetched = following
+        return sums, fetched, chunk
 
-    return _device_function(leftover)
+    def fetch(chunk, within, warp, lane):  # type: ignore[no-untyped-def]
+        values = ptx.load_global_u32x2(i64(chunk + within * 8))
+        return values, ptx.load_global_i32(i64(chunk + 1024 + (warp * 8 + (lane & 7)) * 4))
+
+    fetch = _device_function(fetch)
+    return _device_function(leftover), fetch
 
 
 def _finish(shape: _Shape) -> Any:
