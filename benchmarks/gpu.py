@@ -100,7 +100,7 @@ def cases(args: argparse.Namespace) -> list[Case]:
     plan += [(POINTWISE, n, "float32") for n in (8, 128)] + [(SQUARE + POINTWISE, n, "float16") for n in (1, 8, 128)]
     every = [Case(layer, n, dtype) for layers, n, dtype in plan for layer in layers]
     wanted = [case for case in every if case.n in args.batch and case.dtype in args.dtype]
-    return wanted[: args.first]
+    return wanted[args.skip :][: args.first]
 
 
 # ---- choosing configs ---------------------------------------------------------------------------------------
@@ -557,6 +557,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32, 128])
     parser.add_argument("--dtype", nargs="+", default=["float32", "float16"], choices=("float32", "float16"))
     parser.add_argument("--first", type=int, help="only so many rows")
+    parser.add_argument("--skip", type=int, default=0, help="not the first so many of them")
     parser.add_argument("--trials", type=int, default=40, help="configs tried for each row")
     parser.add_argument("--tune-seconds", type=float, default=8.0, help="time for the search of each row")
     parser.add_argument("--suggested", type=int, default=24, help="configs compiled ahead for each row")

@@ -108,6 +108,7 @@ def core_jobs(args: argparse.Namespace) -> Iterator[Job]:
 
 def distilled_jobs(args: argparse.Namespace) -> Iterator[Job]:
     """As ``core``, but all from the same dense checkpoint of half of the epochs, which also teaches the pruned ones."""
+    last: list[Job] = []
     for network in args.networks:
         for seed in range(args.first_seed, args.first_seed + args.seeds):
             common = checkpoint_parameters(args) | {"group": "distilled", "network": network, "seed": seed}
@@ -118,7 +119,8 @@ def distilled_jobs(args: argparse.Namespace) -> Iterator[Job]:
             for sparsity in SPARSITIES[:1] if args.tiny else SPARSITIES:
                 yield Job(f"{name} {sparsity:.0%}", from_checkpoint, common | {"sparsity": sparsity}, f"{name} dense")
             taught = common | {"sparsity": 0.0, "quantizations": ()}
-            yield Job(f"{name} dense, taught", from_checkpoint, taught, f"{name} dense")
+            last.append(Job(f"{name} dense, taught", from_checkpoint, taught, f"{name} dense"))
+    yield from last
 
 
 def methods_jobs(args: argparse.Namespace) -> Iterator[Job]:

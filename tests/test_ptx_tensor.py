@@ -108,9 +108,9 @@ def multiplying(row_bytes: int, n: int, dtype: str) -> cuda.Ptx:
         thread = ptx.thread_index()
         tile = arrive(0, 0, 0, 0)
         lane = thread & 31
-        a = ptx.load_global_u32x4(i64(values + thread * 16))
+        a = ptx.load_ahead_x4(i64(values + thread * 16))
         place = ((thread >> 5) * 8 + (lane >> 2)) * 2 + (lane & 1)
-        m = ptx.load_global_u32(i64(metadata + place * 4))
+        m = ptx.load_ahead(i64(metadata + place * 4))
         low, high = (tile >> 4) + start + low_word, high_word
         if k_high:
             high = high + distance
@@ -141,7 +141,7 @@ def gathering(row_bytes: int, n: int, dtype: str) -> cuda.Ptx:
         thread = ptx.thread_index()
         tile = arrive(0, 0, 0, 0)
         lane = thread & 31
-        a = ptx.load_global_u32x2(i64(values + thread * 8))
+        a = ptx.load_ahead_x2(i64(values + thread * 8))
         offset = ptx.load_global_i32(i64(offsets + ((thread >> 5) * 8 + (lane & 7)) * 4))
         eight = lane >> 3
         own = tile + eight // eights * pixel + eight % eights * 16
@@ -169,7 +169,7 @@ def finishing(dtype: str) -> cuda.Ptx:
         thread = ptx.thread_index()
         tile = arrive(0, 0, 0, 0)
         lane, warp = thread & 31, thread >> 5
-        a = ptx.load_global_u32x2(i64(values + thread * 8))
+        a = ptx.load_ahead_x2(i64(values + thread * 8))
         offset = ptx.load_global_i32(i64(offsets + (warp * 8 + (lane & 7)) * 4))
         sums = mma(zeros(), a, u32(tile + offset + (lane >> 3) * 16))
         n, own = (lane & 3) * 8, rows + 4 * (warp * 16 + (lane >> 2))

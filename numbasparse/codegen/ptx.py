@@ -123,7 +123,6 @@ count_shared = _operation("atom.acq_rel.cta.shared.add.u32 $0, [$1], $2;", (_S, 
 # .nc: the read-only path; what it loads is not written while the kernel runs (section 9.7.9.9).
 load_global_i32 = _operation("ld.global.nc.s32 $0, [$1];", (_G,), types.int32)
 load_global_f32 = _operation("ld.global.nc.f32 $0, [$1];", (_G,), types.float32)
-load_global_u32 = _operation("ld.global.nc.u32 $0, [$1];", (_G,), types.uint32)
 
 # Copies to shared memory that the thread does not wait for (section 9.7.9.25.3).  The last argument is how many
 # bytes come from global memory; the rest of the destination is filled with zeros.
@@ -193,6 +192,8 @@ count_in_cluster = _operation(
 )
 # Every thread of every block arrives before any goes on from the wait (section 9.7.13.4).
 cluster_arrive = _operation("barrier.cluster.arrive.release;", ())
+# Without order of what was written before: for blocks that only have to be there still.
+cluster_arrive_relaxed = _operation("barrier.cluster.arrive.relaxed;", ())
 cluster_wait = _operation("barrier.cluster.wait.acquire;", ())
 # The map lies in parameter space, whose generic address the copy engine takes.
 tensor_map_address = _operation(
@@ -624,22 +625,29 @@ def matrix_descriptor(row_bytes: int, n_stride: int) -> MatrixDescriptor:
     return MatrixDescriptor(low=0, high=units, k_high=False)
 
 
-def _load_global_words(count: int) -> Any:
-    kind = types.UniTuple(types.uint32, count)
+def _load_ahead(count: int) -> Any:
+    kind: Any = types.uint32 if count == 1 else types.UniTuple(types.uint32, count)
     places = ", ".join(f"${i}" for i in range(count))
-    text = f"ld.global.nc.v{count}.u32 {{{places}}}, [${count}];"
+    target = f".v{count}.u32 {{{places}}}" if count > 1 else f".u32 {places}"
     letters = ",".join(["=r"] * count + ["l"])
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-        loaded = _asm(builder, ir.LiteralStructType([_I32] * count), text, letters, [(_I64, arguments[0])])
+        text = f"ld.relaxed.cta.global{target}, [${count}];"
+        result = _I32 if count == 1 else ir.LiteralStructType([_I32] * count)
+        loaded = _asm(builder, result, text, letters, [(_I64, arguments[0])])
+        if count == 1:
+            return loaded
         return context.make_tuple(builder, kind, [builder.extract_value(loaded, i) for i in range(count)])
 
     return _intrinsic_of_arity(1, kind(_G), generate)
 
 
-# Neighbours at a multiple of their size, as a tuple.
-load_global_u32x2 = _load_global_words(2)
-load_global_u32x4 = _load_global_words(4)
+# Neighbouring words, at a multiple of their size, that are wanted long after the load: ptxas moves loads through the
+# read-only path down to their first use, behind branches that the waiting would have filled, but leaves alone what the
+# memory model orders (section 8.4, "Strong operations"). The scope of the block lets the first cache answer.
+load_ahead = _load_ahead(1)
+load_ahead_x2 = _load_ahead(2)
+load_ahead_x4 = _load_ahead(4)
 
 _SHORT = {"float16": "f16", "bfloat16": "bf16"}
 

@@ -10,7 +10,7 @@ pixels of a tile, needs an address and a distance, nothing is copied or gathered
 same sums by ``mma.sync``, which takes its rows from any address.
 
 One or two warpgroups compute the tile's rows, each its share, and fetch the weight from the second cache into registers
-three steps ahead.  The warp that is the last to leave a stage orders the next copy into it: a warp of its own for the
+four steps ahead.  The warp that is the last to leave a stage orders the next copy into it: a warp of its own for the
 copies would leave the others fewer registers, since nvJitLink ignores ``setmaxnreg`` in PTX.  In a cluster that is the
 last warp of all its blocks, and its copy goes to all of them.
 
@@ -64,8 +64,11 @@ if TYPE_CHECKING:
 _DTYPES = ("float16", "bfloat16")
 _REGISTERS = 255
 """Of a thread, of which a multiprocessor has enough for 256."""
-_AHEAD = 4
+_AHEAD = 5
 """Steps of a round; the weight of a step is fetched a round ahead, less one."""
+_WINDOW = 0x3FFFF
+"""Bits of an address of shared memory that a matrix descriptor holds; above is the number of the block in its cluster
+(PTX ISA, "Matrix descriptor format")."""
 _HEAD_BYTES = 1024
 """Of shared memory: the barriers, and so much that the stages are aligned to the swizzle's pattern."""
 UNIT_BYTES, CHUNK_BYTES, _WORD = 2320, 1152, 2304
@@ -178,17 +181,17 @@ class Packed:
 
     Attributes
     ----------
-    units : uint8, (units + 4, 2320)
+    units : uint8, (units + 5, 2320)
         Steps of all blocks: 2048 bytes of `two_four.fragments`, 256 of `two_four.Steps.metadata`, an int32 with the
         start (bits 0-13) and the distance between octets (14-27) in units of 16 bytes and the bit `NEXT`, an int32 that
-        means something in every fourth step (0, or one more than the chunks of the rest of the tile that ended within
-        these four), and 8 bytes of nothing.  The last four are for what is fetched ahead.
+        means something in the first step of a round (0, or one more than the chunks of the rest of the tile that ended
+        within the round), and 8 bytes of nothing.  The last `_AHEAD` are for what is fetched ahead.
     chunks : uint8, (chunks + 1, 1152)
         The rest of all blocks: 1024 bytes of `two_four.fragments`, and the offset of every row in the input tile,
         int32 (4, 8).  The last is for what is fetched ahead.
     ranges : int32, (blocks, splits, 8)
-        What a block does: its first unit, its number of units (a multiple of four), first chunk, first tile, number of
-        tiles, chunks of the last tile, 0, 0.
+        What a block does: its first unit, its number of units (whole rounds of `_AHEAD`), first chunk, first tile,
+        number of tiles, chunks of the last tile, 0, 0.
     tiles : int32
         First input channel of every tile.
     rows : int32, (blocks, 64)
@@ -267,7 +270,7 @@ def _sequence(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Order of the steps in memory (-1: one of zeros), their words, ends of tiles, and ranges.
 
-    A round of four steps begins at most one tile, so a tile has four steps at least; a range has whole rounds.
+    A round of steps begins at most one tile, so a tile has as many at least; a range has whole rounds.
     """
     sequence: list[int] = []
     words: list[int] = []
@@ -377,8 +380,7 @@ def _code(shape: _Shape) -> Callable[..., None]:
     multiply, (leftover, fetch) = _multiply(shape), _leftover(shape)
 
     def expect(base, slot):  # type: ignore[no-untyped-def]
-        """One thread of a block: a tile will come to an empty stage.  An arrival from another block with bytes to
-        expect was seen to complete the barrier before the bytes came, so that every block does this for itself."""
+        """One thread of a block: a tile will come to an empty stage."""
         ptx.mbarrier_expect(u32(base + 8 * slot), i32(tile_bytes))
 
     def copy(base, tiles, number, image, top, left):  # type: ignore[no-untyped-def]
@@ -415,8 +417,8 @@ def _code(shape: _Shape) -> Callable[..., None]:
 
     def load(unit, within, place):  # type: ignore[no-untyped-def]
         """The weight of a step for one thread, and its word."""
-        values = ptx.load_global_u32x4(i64(unit + within))
-        return values, ptx.load_global_u32(i64(unit + place)), ptx.load_global_i32(i64(unit + _WORD))
+        values = ptx.load_ahead_x4(i64(unit + within))
+        return values, ptx.load_ahead(i64(unit + place)), i32(ptx.load_ahead(i64(unit + _WORD)))
 
     expect = _device_function(expect)
     copy, empty, turn_to, load = (_device_function(f) for f in (copy, empty, turn_to, load))
@@ -450,10 +452,12 @@ def _code(shape: _Shape) -> Callable[..., None]:
             for i in range(min(stages, count)):
                 copy(base, own_tiles, i32(i), image, top, left)
         stage = base + _HEAD_BYTES + group * own_rows
+        operand = stage & _WINDOW
         values, metadata = within * 16, 2048 + ((warp * 8 + (lane >> 2)) * 2 + (lane & 1)) * 4
         a0, m0, w0 = load(unit, values, metadata)
         a1, m1, w1 = load(unit + UNIT_BYTES, values, metadata)
         a2, m2, w2 = load(unit + 2 * UNIT_BYTES, values, metadata)
+        a3, m3, w3 = load(unit + 3 * UNIT_BYTES, values, metadata)
         fetched = fetch(chunk, within, warp, lane)
         sums = zeros()
         number, slot, phase = i32(-1), i32(stages - 1), i32(1)
@@ -463,25 +467,29 @@ def _code(shape: _Shape) -> Callable[..., None]:
             # Nothing but wgmma may write sums in this loop, or ptxas waits for each before the next (C7515).
             while ended == 0 and left_rounds > 0:
                 left_rounds -= i32(1)
-                ended = ptx.load_global_i32(i64(unit + _WORD + 4))
-                # Where the step before is done, its registers take the weight of three steps ahead.
+                ended = i32(ptx.load_ahead(i64(unit + _WORD + 4)))
+                # Where the step before is done, its registers take the weight of four steps ahead.
                 number, slot, phase = turn_to(w0, number, slot, phase, base)
-                sums = multiply(sums, a0, m0, w0, stage + slot * stage_bytes)
+                sums = multiply(sums, a0, m0, w0, operand + slot * stage_bytes)
                 wait_one()
-                a3, m3, w3 = load(unit + 3 * UNIT_BYTES, values, metadata)
+                a4, m4, w4 = load(unit + 4 * UNIT_BYTES, values, metadata)
                 number, slot, phase = turn_to(w1, number, slot, phase, base)
-                sums = multiply(sums, a1, m1, w1, stage + slot * stage_bytes)
+                sums = multiply(sums, a1, m1, w1, operand + slot * stage_bytes)
                 wait_one()
-                a0, m0, w0 = load(unit + 4 * UNIT_BYTES, values, metadata)
+                a0, m0, w0 = load(unit + 5 * UNIT_BYTES, values, metadata)
                 number, slot, phase = turn_to(w2, number, slot, phase, base)
-                sums = multiply(sums, a2, m2, w2, stage + slot * stage_bytes)
+                sums = multiply(sums, a2, m2, w2, operand + slot * stage_bytes)
                 wait_one()
-                a1, m1, w1 = load(unit + 5 * UNIT_BYTES, values, metadata)
+                a1, m1, w1 = load(unit + 6 * UNIT_BYTES, values, metadata)
                 number, slot, phase = turn_to(w3, number, slot, phase, base)
-                sums = multiply(sums, a3, m3, w3, stage + slot * stage_bytes)
+                sums = multiply(sums, a3, m3, w3, operand + slot * stage_bytes)
                 wait_one()
-                a2, m2, w2 = load(unit + 6 * UNIT_BYTES, values, metadata)
-                unit += i64(4 * UNIT_BYTES)
+                a2, m2, w2 = load(unit + 7 * UNIT_BYTES, values, metadata)
+                number, slot, phase = turn_to(w4, number, slot, phase, base)
+                sums = multiply(sums, a4, m4, w4, operand + slot * stage_bytes)
+                wait_one()
+                a3, m3, w3 = load(unit + 8 * UNIT_BYTES, values, metadata)
+                unit += i64(_AHEAD * UNIT_BYTES)
             sums = settle(sums)
             if ended > 0:
                 # A tile ended before the last of these steps.
@@ -501,7 +509,7 @@ def _code(shape: _Shape) -> Callable[..., None]:
         sums, fetched, chunk = leftover(sums, last, at, fetched, chunk, within, warp, lane)
         # A block ends when all of its cluster have got their last tile.
         if cluster > 1:
-            ptx.cluster_arrive()
+            ptx.cluster_arrive_relaxed()
         finish(sums, y, residual, bias, rows, block, image, oy + group * own_lines, ox, warp, lane)
         if cluster > 1:
             ptx.cluster_wait()
@@ -584,8 +592,8 @@ def _leftover(shape: _Shape) -> tuple[Any, Any]:
         return sums, fetched, chunk
 
     def fetch(chunk, within, warp, lane):  # type: ignore[no-untyped-def]
-        values = ptx.load_global_u32x2(i64(chunk + within * 8))
-        return values, ptx.load_global_i32(i64(chunk + 1024 + (warp * 8 + (lane & 7)) * 4))
+        values = ptx.load_ahead_x2(i64(chunk + within * 8))
+        return values, ptx.load_ahead(i64(chunk + 1024 + (warp * 8 + (lane & 7)) * 4))
 
     fetch = _device_function(fetch)
     return _device_function(leftover), fetch
@@ -774,7 +782,7 @@ class CudaWgmma(CudaKernel):
         return {
             "batch": tuple(b for b in (64, 32, 16, 8) if b <= max(8, spec.n)),
             "tile": _TILES,
-            "channels": (8, 16, 32, 64, 128),
+            "channels": (8, 16, 32, 64, 128, 256),
             "stages": (2, 3, 4),
             "split": (1, 2, 4, 8),
             "cluster": (1, 2, 4),
