@@ -86,7 +86,7 @@ class Emulator:
         """Of one block, (rows of the tile, 64, n)."""
         g, stages = self.g, self.shape.stages
         first, steps, chunk, first_tile, count, last = (int(v) for v in own[:6])
-        assert steps % room._AHEAD == 0
+        assert steps % g.ahead == 0
         sums = np.zeros((g.tile_h, 64, g.n), np.float32)
         memory = np.full(self.BASE + self.shape.shared_bytes, 0xFF, np.uint8)  # NaN where nothing was copied
 
@@ -100,10 +100,10 @@ class Emulator:
         for number in range(min(stages, count)):
             order(number)
         number = -1
-        for unit in range(first, first + steps, room._AHEAD):
+        for unit in range(first, first + steps, g.ahead):
             ended = self.words[unit, 1]
             before = number
-            for step in range(unit, unit + room._AHEAD):
+            for step in range(unit, unit + g.ahead):
                 if self.words[step, 0] < 0:
                     number += 1
                 self._step(sums, memory, step, number % stages)

@@ -10,7 +10,7 @@ pixels of a tile, needs an address and a distance, nothing is copied or gathered
 same sums by ``mma.sync``, which takes its rows from any address.
 
 One or two warpgroups compute the tile's rows, each its share, and fetch the weight from the second cache into registers
-four steps ahead.  The warp that is the last to leave a stage orders the next copy into it: a warp of its own for the
+some steps ahead.  The warp that is the last to leave a stage orders the next copy into it: a warp of its own for the
 copies would leave the others fewer registers, since nvJitLink ignores ``setmaxnreg`` in PTX.  In a cluster that is the
 last warp of all its blocks, and its copy goes to all of them.
 
@@ -64,8 +64,9 @@ if TYPE_CHECKING:
 _DTYPES = ("float16", "bfloat16")
 _REGISTERS = 255
 """Of a thread, of which a multiprocessor has enough for 256."""
-_AHEAD = 5
-"""Steps of a round; the weight of a step is fetched a round ahead, less one."""
+_FEW, _MANY = 5, 7
+"""Steps of a round: the weight of a step is fetched a round ahead, less one.  Beside the copies of tiles the second
+cache takes as long as five steps (profiled on an H100); a tile of fewer steps is filled up to a round."""
 _WINDOW = 0x3FFFF
 """Bits of an address of shared memory that a matrix descriptor holds; above is the number of the block in its cluster
 (PTX ISA, "Matrix descriptor format")."""
@@ -102,6 +103,8 @@ class Geometry:
         An input tile, up to the next multiple of 1024.
     octets
         Groups of eight channels from the first tap's first to the last tap's last: what a step can start from.
+    ahead
+        Steps of a round.
     """
 
     groups: int
@@ -115,6 +118,7 @@ class Geometry:
     pixel_bytes: int
     stage_bytes: int
     octets: int
+    ahead: int
 
     @property
     def rows(self) -> int:
@@ -162,6 +166,7 @@ def geometry_of(spec: ConvSpec, config: Config) -> Geometry:
         pixel_bytes=pixel_bytes,
         stage_bytes=-(-patch_h * patch_w * pixel_bytes // 1024) * 1024,
         octets=((spec.r - 1) * dh * patch_w + (spec.s - 1) * dw + 1) * (channels // 8),
+        ahead=_FEW if spec.r * spec.s * min(channels, spec.c_per_group) <= (_MANY - 1) * two_four.STEP else _MANY,
     )
 
 
@@ -181,16 +186,16 @@ class Packed:
 
     Attributes
     ----------
-    units : uint8, (units + 5, 2320)
+    units : uint8, (units + ahead, 2320)
         Steps of all blocks: 2048 bytes of `two_four.fragments`, 256 of `two_four.Steps.metadata`, an int32 with the
         start (bits 0-13) and the distance between octets (14-27) in units of 16 bytes and the bit `NEXT`, an int32 that
         means something in the first step of a round (0, or one more than the chunks of the rest of the tile that ended
-        within the round), and 8 bytes of nothing.  The last `_AHEAD` are for what is fetched ahead.
+        within the round), and 8 bytes of nothing.  The last ``ahead`` are for what is fetched ahead.
     chunks : uint8, (chunks + 1, 1152)
         The rest of all blocks: 1024 bytes of `two_four.fragments`, and the offset of every row in the input tile,
         int32 (4, 8).  The last is for what is fetched ahead.
     ranges : int32, (blocks, splits, 8)
-        What a block does: its first unit, its number of units (whole rounds of `_AHEAD`), first chunk, first tile,
+        What a block does: its first unit, its number of units (whole rounds), first chunk, first tile,
         number of tiles, chunks of the last tile, 0, 0.
     tiles : int32
         First input channel of every tile.
@@ -221,7 +226,7 @@ def pack(spec: ConvSpec, weight: SparseWeight, config: Config) -> Packed:
     group = np.arange(len(rows)) // (len(rows) // spec.groups)
     first = group[:, None] * spec.c_per_group + np.arange(per_block)[None] * geometry.channels
     return Packed(
-        units=_units(steps, sequence, words, ends, spec.dtype),
+        units=_units(steps, sequence, words, ends, geometry.ahead, spec.dtype),
         chunks=_chunks(rest, geometry, spec.dtype),
         ranges=ranges,
         tiles=first.ravel()[np.concatenate(live)].astype(np.int32),
@@ -287,14 +292,14 @@ def _sequence(
             for part in parts:
                 at = len(sequence)
                 own = list(range(steps.first[part], steps.first[part + 1]))
-                sequence += own + [-1] * (_AHEAD - len(own))
-                words += [*coded[own], *[0] * (_AHEAD - len(own))]
+                sequence += own + [-1] * (geometry.ahead - len(own))
+                words += [*coded[own], *[0] * (geometry.ahead - len(own))]
                 ends += [0] * (len(sequence) - at)
                 words[at] |= 1 << 31
                 if at > start:
-                    ends[at - (at - start) % _AHEAD] = 1 + before
+                    ends[at - (at - start) % geometry.ahead] = 1 + before
                 before = int(chunks[part])
-            spare = -(len(sequence) - start) % _AHEAD
+            spare = -(len(sequence) - start) % geometry.ahead
             sequence += [-1] * spare
             words += [0] * spare
             ends += [0] * spare
@@ -304,15 +309,17 @@ def _sequence(
     return np.array(sequence, np.int64), np.array(words, np.int64), np.array(ends, np.int64), ranges
 
 
-def _units(steps: two_four.Steps, sequence: np.ndarray, words: np.ndarray, ends: np.ndarray, dtype: str) -> np.ndarray:
-    units = np.zeros((len(sequence) + _AHEAD, UNIT_BYTES), np.uint8)
+def _units(
+    steps: two_four.Steps, sequence: np.ndarray, words: np.ndarray, ends: np.ndarray, ahead: int, dtype: str
+) -> np.ndarray:
+    units = np.zeros((len(sequence) + ahead, UNIT_BYTES), np.uint8)
     there = sequence >= 0
-    units[:-_AHEAD][there, :2048] = _as_bytes(two_four.fragments(steps.values, dtype))[sequence[there]]
+    units[:-ahead][there, :2048] = _as_bytes(two_four.fragments(steps.values, dtype))[sequence[there]]
     # Quads of nothing name two different places too.
     units[:, 2048:2304].view(np.uint32)[:] = 0x44444444
-    units[:-_AHEAD][there, 2048:2304] = _as_bytes(steps.metadata)[sequence[there]]
+    units[:-ahead][there, 2048:2304] = _as_bytes(steps.metadata)[sequence[there]]
     tail = units[:, 2304:].view(np.uint32)
-    tail[:-_AHEAD, 0], tail[:-_AHEAD, 1] = words, ends
+    tail[:-ahead, 0], tail[:-ahead, 1] = words, ends
     return units
 
 
@@ -373,6 +380,7 @@ def _code(shape: _Shape) -> Callable[..., None]:
     locate, finish = _locate(shape), _finish(shape)
     stage_bytes, tile_bytes = geometry.stage_bytes, geometry.tile_bytes
     own_lines, cluster = geometry.rows, shape.cluster
+    ahead, many = geometry.ahead, geometry.ahead == _MANY
     warps = 4 * geometry.groups
     own_rows = own_lines * spec.stride[0] * geometry.patch_w * geometry.pixel_bytes
     shared_base, zeros = ptx.shared_base(1024), ptx.zeros(geometry.sums)
@@ -458,38 +466,54 @@ def _code(shape: _Shape) -> Callable[..., None]:
         a1, m1, w1 = load(unit + UNIT_BYTES, values, metadata)
         a2, m2, w2 = load(unit + 2 * UNIT_BYTES, values, metadata)
         a3, m3, w3 = load(unit + 3 * UNIT_BYTES, values, metadata)
+        a4, m4, w4 = a5, m5, w5 = a6, m6, w6 = a3, m3, w3
+        if many:
+            a4, m4, w4 = load(unit + 4 * UNIT_BYTES, values, metadata)
+            a5, m5, w5 = load(unit + 5 * UNIT_BYTES, values, metadata)
         fetched = fetch(chunk, within, warp, lane)
         sums = zeros()
         number, slot, phase = i32(-1), i32(stages - 1), i32(1)
-        left_rounds = steps // _AHEAD
+        left_rounds = steps // ahead
         while left_rounds > 0:
             ended = i32(0)
             # Nothing but wgmma may write sums in this loop, or ptxas waits for each before the next (C7515).
             while ended == 0 and left_rounds > 0:
                 left_rounds -= i32(1)
                 ended = i32(ptx.load_ahead(i64(unit + _WORD + 4)))
-                # Where the step before is done, its registers take the weight of four steps ahead.
+                # Where the step before is done, its registers take the weight of the same step of the next round.
                 number, slot, phase = turn_to(w0, number, slot, phase, base)
                 sums = multiply(sums, a0, m0, w0, operand + slot * stage_bytes)
                 wait_one()
-                a4, m4, w4 = load(unit + 4 * UNIT_BYTES, values, metadata)
+                if many:
+                    a6, m6, w6 = load(unit + 6 * UNIT_BYTES, values, metadata)
+                else:
+                    a4, m4, w4 = load(unit + 4 * UNIT_BYTES, values, metadata)
                 number, slot, phase = turn_to(w1, number, slot, phase, base)
                 sums = multiply(sums, a1, m1, w1, operand + slot * stage_bytes)
                 wait_one()
-                a0, m0, w0 = load(unit + 5 * UNIT_BYTES, values, metadata)
+                a0, m0, w0 = load(unit + ahead * UNIT_BYTES, values, metadata)
                 number, slot, phase = turn_to(w2, number, slot, phase, base)
                 sums = multiply(sums, a2, m2, w2, operand + slot * stage_bytes)
                 wait_one()
-                a1, m1, w1 = load(unit + 6 * UNIT_BYTES, values, metadata)
+                a1, m1, w1 = load(unit + (ahead + 1) * UNIT_BYTES, values, metadata)
                 number, slot, phase = turn_to(w3, number, slot, phase, base)
                 sums = multiply(sums, a3, m3, w3, operand + slot * stage_bytes)
                 wait_one()
-                a2, m2, w2 = load(unit + 7 * UNIT_BYTES, values, metadata)
+                a2, m2, w2 = load(unit + (ahead + 2) * UNIT_BYTES, values, metadata)
                 number, slot, phase = turn_to(w4, number, slot, phase, base)
                 sums = multiply(sums, a4, m4, w4, operand + slot * stage_bytes)
                 wait_one()
-                a3, m3, w3 = load(unit + 8 * UNIT_BYTES, values, metadata)
-                unit += i64(_AHEAD * UNIT_BYTES)
+                a3, m3, w3 = load(unit + (ahead + 3) * UNIT_BYTES, values, metadata)
+                if many:
+                    number, slot, phase = turn_to(w5, number, slot, phase, base)
+                    sums = multiply(sums, a5, m5, w5, operand + slot * stage_bytes)
+                    wait_one()
+                    a4, m4, w4 = load(unit + (ahead + 4) * UNIT_BYTES, values, metadata)
+                    number, slot, phase = turn_to(w6, number, slot, phase, base)
+                    sums = multiply(sums, a6, m6, w6, operand + slot * stage_bytes)
+                    wait_one()
+                    a5, m5, w5 = load(unit + (ahead + 5) * UNIT_BYTES, values, metadata)
+                unit += i64(ahead * UNIT_BYTES)
             sums = settle(sums)
             if ended > 0:
                 # A tile ended before the last of these steps.
@@ -913,7 +937,7 @@ def estimate(spec: ConvSpec, weight: SparseWeight, config: Config, device: cuda.
     g = shape.geometry
     channels = min(g.channels, spec.c_per_group)
     columns = spec.r * spec.s * channels
-    steps = max(_AHEAD, -(-columns // two_four.STEP))
+    steps = max(g.ahead, -(-columns // two_four.STEP))
     # Of four places, those over two; sixteen rows share a column of the rest, and four times sixteen the chunks.
     p = weight.density
     over = 16 * columns / 4 * (4 * p**3 * (1 - p) + 2 * p**4)
