@@ -152,6 +152,42 @@ def bench(
     bench_model(module.to(device), x.to(device), tuned, seconds, threads, quantized)
 
 
+@main.command(help=f"Convert MODEL and save it as OUT (.safetensors), which `run` and nn.load take.\n\n{MODEL_HELP}")
+@click.argument("model")
+@click.argument("out", type=click.Path(path_type=Path))
+@_input_option
+@click.option("--tuned", type=click.Path(path_type=Path), help="Tuned file; the stated defaults if not given.")
+@click.option("--weights", type=click.Path(path_type=Path), help="safetensors file with the model's state_dict.")
+@_quantized_option
+@_clear_errors
+def convert(
+    model: str, out: Path, shape: str, tuned: Path | None, weights: Path | None, quantized: Path | None
+) -> None:
+    from numbasparse.cli.run import convert_file
+
+    convert_file(model, out, shape, tuned, weights, quantized)
+
+
+@main.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--input",
+    "given",
+    required=True,
+    help='An array (.npy), a picture, a folder of pictures of one size, or a shape like "1,3,224,224".',
+)
+@click.option("--tuned", type=click.Path(path_type=Path), help="Tuned file of this machine; else as MODEL was saved.")
+@click.option("--output", type=click.Path(path_type=Path), help="Write the result (.npy; .npz of several).")
+@click.option("--repeat", type=click.IntRange(1), default=10, show_default=True, help="Calls to time.")
+@_threads_option
+@_clear_errors
+def run(model: Path, given: str, tuned: Path | None, output: Path | None, repeat: int, threads: int | None) -> None:
+    """Run a MODEL of `convert`: its layers, what comes out, how long it takes. Needs none of the model's own code."""
+    from numbasparse.cli.run import run_file
+
+    run_file(model, given, tuned, output, repeat, threads)
+
+
 @main.command()
 @click.argument("tuned", type=click.Path(path_type=Path))
 @click.option("--plot", type=click.Path(path_type=Path), help="Also draw the layers' times into this PNG.")

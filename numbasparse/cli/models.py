@@ -162,8 +162,8 @@ def example_input(shape: str, model: nn.Module) -> torch.Tensor:
     return x
 
 
-def time_models(models: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
-    """Median seconds of each, called in turns for ``seconds``, after two calls that are not timed.
+def time_models(models: dict[str, Callable[[], Any]], seconds: float, least: int = 3) -> dict[str, float]:
+    """Median seconds of each, called in turns for ``seconds`` and ``least`` times, after two calls that are not timed.
 
     A call ends when what it started on a GPU has ended.
     """
@@ -174,7 +174,7 @@ def time_models(models: dict[str, Callable[[], Any]], seconds: float) -> dict[st
         call()
     wait()
     start = time.perf_counter()
-    while time.perf_counter() - start < seconds or len(next(iter(times.values()))) < 3:
+    while time.perf_counter() - start < seconds or len(next(iter(times.values()))) < least:
         for name, call in models.items():
             begin = time.perf_counter()
             call()

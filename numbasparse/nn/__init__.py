@@ -12,5 +12,16 @@ from numbasparse.nn.convert import ConvertedLayer, conversion_report, convert
 from numbasparse.nn.linear import SparseLinear
 from numbasparse.nn.module import SparseConv2d
 from numbasparse.nn.operator import clear_cache, conv2d
+from numbasparse.nn.saved import load, save
 
-__all__ = ["ConvertedLayer", "SparseConv2d", "SparseLinear", "clear_cache", "conv2d", "conversion_report", "convert"]
+__all__ = [
+    "ConvertedLayer",
+    "SparseConv2d",
+    "SparseLinear",
+    "clear_cache",
+    "conv2d",
+    "conversion_report",
+    "convert",
+    "load",
+    "save",
+]

@@ -29,7 +29,8 @@ from numbasparse.runtime.layouts import Layout
 from numbasparse.spec import DTYPES, ConvSpec, linear_image_shape
 from numbasparse.weight import SparseWeight, as_convolution
 
-_REPORT = "_numbasparse_conversion"
+REPORT = "_numbasparse_conversion"
+"""Attribute of a converted model that holds its records."""
 
 _STAND_IN_SIZE = 32
 
@@ -182,7 +183,7 @@ def convert(
     keep_native(converted, {name: d.gives for name, d in decisions.items() if d.sparse and d.gives}, _trace)
     if fuse:
         converted = _separate_pools(converted)
-    setattr(converted, _REPORT, tuple(records))
+    setattr(converted, REPORT, tuple(records))
     return converted
 
 
@@ -194,7 +195,7 @@ def conversion_report(model: nn.Module) -> tuple[ConvertedLayer, ...]:
     ValueError
         If the model does not come from `convert`.
     """
-    report = getattr(model, _REPORT, None)
+    report = getattr(model, REPORT, None)
     if report is None:
         raise ValueError(f"{type(model).__name__} was not made by numbasparse.nn.convert: pass what it returned")
     return report

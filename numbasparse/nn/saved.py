@@ -1,0 +1,264 @@
+"""A converted model in one safetensors file, which loads without the model's own code.
+
+The file holds the tensors of every module (sparse weights as they are, quantized ones as codes), and as JSON in its
+metadata, under ``numbasparse``: ``format``, ``version``, ``graph`` (the nodes of torch.fx's trace), ``modules`` (kind
+and arguments of each) and ``report``. Kinds, functions and methods come from the lists of `graph_json`, so that
+loading runs nobody's code and what runs afterwards is torch and this package.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+import safetensors
+import safetensors.torch
+import torch
+from torch import fx, nn
+
+from numbasparse.files import write_whole
+from numbasparse.kernels import kernel
+from numbasparse.nn.convert import REPORT, ConvertedLayer, conversion_report
+from numbasparse.nn.graph_json import Described, describe_graph, describe_module, make_graph, make_module
+from numbasparse.nn.module import SparseConv2d
+from numbasparse.nn.native import Tracer
+
+_METADATA, _FORMAT, _VERSION = "numbasparse", "model", 1
+_ADVICE = (
+    "save it as a program of torch instead: torch.export.save(torch.export.export(model, (x,)), 'model.pt2'), to be "
+    "loaded after `import numbasparse.nn`"
+)
+
+
+class _Module(msgspec.Struct, forbid_unknown_fields=True):
+    kind: str
+    arguments: dict[str, Any]
+
+
+class _Node(msgspec.Struct, forbid_unknown_fields=True):
+    op: str
+    name: str
+    target: str
+    args: list[Any]
+    kwargs: dict[str, Any]
+
+
+class _Header(msgspec.Struct, forbid_unknown_fields=True):
+    format: str
+    version: int
+    graph: list[_Node]
+    modules: dict[str, _Module]
+    report: list[dict[str, Any]]
+
+
+# ---- saving -------------------------------------------------------------------------------------------------
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write a converted model into one file; an older one is replaced only by a complete one.
+
+    Parameters
+    ----------
+    model : nn.Module
+        What `convert` returned, on any device. Arguments of its ``forward`` that have a default are left out.
+    path : str or path
+        Ends in ``.safetensors`` by custom.
+
+    Raises
+    ------
+    ValueError
+        If the model does not come from `convert`; if torch.fx cannot trace it, or it has modules or calls that are
+        not in the list of what a file holds: the text names the first, and says what to do instead.
+    OSError
+        If the file cannot be written.
+    """
+    report = conversion_report(model)
+    graph, tensors = _traced(model), dict[str, torch.Tensor]()
+    modules: dict[str, dict[str, Any]] = {}
+    try:
+        nodes = describe_graph(graph)
+        for node in graph.nodes:
+            if node.op == "call_module" and node.target not in modules:
+                described = describe_module(node.target, model.get_submodule(node.target))
+                modules[node.target] = {"kind": described.kind, "arguments": described.arguments}
+                tensors |= {f"{node.target}.{name}": tensor for name, tensor in described.tensors.items()}
+            elif node.op == "get_attr":
+                tensors[node.target] = _attribute(model, node.target)
+    except ValueError as error:
+        raise ValueError(f"{type(model).__name__} cannot be saved: {error}; {_ADVICE}") from None
+    header = {"format": _FORMAT, "version": _VERSION, "graph": nodes, "modules": modules}
+    header["report"] = [_without_nan(dataclasses.asdict(record)) for record in report]
+    # Copies: tensors of a file may share no memory.
+    kept = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    write_whole(path, safetensors.torch.save(kept, {_METADATA: json.dumps(header)}))
+
+
+def _traced(model: nn.Module) -> fx.Graph:
+    optional = {
+        p.name: p.default
+        for p in inspect.signature(model.forward).parameters.values()
+        if p.default is not inspect.Parameter.empty
+    }
+    try:
+        graph = Tracer().trace(model, concrete_args=optional or None)
+    except Exception as error:  # whatever the model's own code raises when it meets a proxy
+        first = (str(error).splitlines() or [""])[0]
+        raise ValueError(
+            f"torch.fx cannot trace {type(model).__name__} ({type(error).__name__}: {first}); {_ADVICE}"
+        ) from error
+    for node in reversed(list(graph.nodes)):
+        if not node.users and (_is_check(node) or (node.op == "placeholder" and _base(node) in optional)):
+            graph.erase_node(node)
+    return graph
+
+
+def _is_check(node: fx.Node) -> bool:
+    """Whether a node without users only checks arguments: that optional ones were left out, or an exported program's
+    input has the size that it was exported for."""
+    if node.op == "call_method":
+        return node.target == "size"
+    name = getattr(node.target, "__name__", "")
+    return node.op == "call_function" and name in ("_assert", "_assert_is_none", "eq", "ne", "ge", "le", "gt", "lt")
+
+
+def _base(node: fx.Node) -> str:
+    """Name of the argument of a placeholder."""
+    target = str(node.target)
+    return target.rsplit("_", 1)[0] if target.rsplit("_", 1)[-1].isdecimal() else target
+
+
+def _attribute(model: nn.Module, path: str) -> torch.Tensor:
+    value: Any = model
+    for part in path.split("."):
+        value = getattr(value, part)
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"attribute {path!r} is a {type(value).__name__}, not a tensor")
+    return value
+
+
+def _without_nan(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: None if value != value else value for key, value in record.items()}  # NaN is not itself
+
+
+# ---- loading ------------------------------------------------------------------------------------------------
+
+
+def load(path: str | os.PathLike[str], tuned: Any = None) -> fx.GraphModule:
+    """Read a file of `save`, checking everything before use.
+
+    Parameters
+    ----------
+    path : str or path
+    tuned : optional
+        Tuned for this machine, an object with ``choice_by_name(name)``: sparse layers take the kernels that it chose,
+        where those are sparse. Without it they keep those in the file.
+
+    Returns
+    -------
+    fx.GraphModule
+        On the CPU, in eval mode, for inference. `conversion_report` tells what became of each layer.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be read; FileNotFoundError if there is none.
+    ValueError
+        If it is truncated, corrupt, or not such a file; the text names it.
+    """
+    blob = Path(path).read_bytes()
+    try:
+        model = _parse(blob)
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
+        text = " ".join(str(error).split())
+        raise ValueError(f"cannot read {os.fspath(path)!r} as a saved model: {text or type(error).__name__}") from error
+    if tuned is not None:
+        _choose(model, tuned)
+    return model
+
+
+def _parse(blob: bytes) -> fx.GraphModule:
+    header, tensors = _read(blob)
+    names = dict[str, dict[str, torch.Tensor]]()
+    attributes = dict[str, torch.Tensor]()
+    for name, tensor in tensors.items():
+        owner, _, own = name.rpartition(".")
+        if owner in header.modules:
+            names.setdefault(owner, {})[own] = tensor
+        else:
+            attributes[name] = tensor
+    root = nn.Module()
+    for path, entry in header.modules.items():
+        try:
+            module = make_module(Described(entry.kind, entry.arguments, names.get(path, {})))
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+            raise ValueError(f"module {path!r}: {error}") from error
+        _place(root, path, module)
+    for path, tensor in attributes.items():
+        _place(root, path, tensor)
+    nodes = [msgspec.to_builtins(node) for node in header.graph]
+    known = {"call_module": set(header.modules), "get_attr": set(attributes)}
+    graph = make_graph(nodes, lambda op, path: path in known.get(op, ()))
+    used = {node.target for node in graph.nodes if node.op in known}
+    unused = sorted((known["call_module"] | known["get_attr"]) - used)
+    if unused:
+        raise ValueError(f"it has modules or tensors of no use: {', '.join(unused)}")
+    model = fx.GraphModule(root, graph)
+    setattr(model, REPORT, tuple(_record(record) for record in header.report))
+    return cast(fx.GraphModule, model.eval())
+
+
+def _read(blob: bytes) -> tuple[_Header, dict[str, torch.Tensor]]:
+    try:
+        tensors = safetensors.torch.load(blob)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"no safetensors file, or a truncated or corrupt one ({error})") from error
+    end = 8 + int.from_bytes(blob[:8], "little")
+    try:
+        text = (json.loads(blob[8:end]).get("__metadata__") or {}).get(_METADATA)
+        if text is None:
+            raise ValueError(f"it has no {_METADATA!r} metadata; it was written by another program")
+        header = json.loads(text)
+    except RecursionError:
+        raise ValueError("its metadata is nested too deeply") from None
+    kind, version = (header.get(key) if isinstance(header, dict) else None for key in ("format", "version"))
+    if kind != _FORMAT:
+        raise ValueError(f"its format is {kind!r}, expected {_FORMAT!r}")
+    if version != _VERSION:
+        raise ValueError(f"its version is {version!r}, but this package reads only {_VERSION}")
+    return msgspec.convert(header, _Header), tensors
+
+
+def _place(root: nn.Module, path: str, value: nn.Module | torch.Tensor) -> None:
+    *parents, last = path.split(".")
+    owner = root
+    for part in parents:
+        if part not in owner._modules:
+            owner.add_module(part, nn.Module())
+        owner = cast(nn.Module, owner._modules[part])
+    if isinstance(value, nn.Module):
+        owner.add_module(last, value)
+    else:
+        owner.register_buffer(last, value)
+
+
+def _record(record: Mapping[str, Any]) -> ConvertedLayer:
+    fields = dict(record)
+    if fields.get("sparsity") is None:
+        fields["sparsity"] = float("nan")
+    return ConvertedLayer(**fields)
+
+
+def _choose(model: nn.Module, tuned: Any) -> None:
+    by_name = getattr(tuned, "choice_by_name", None)
+    if by_name is None:
+        raise TypeError(f"tuned must have choice_by_name(name), got {type(tuned).__name__}: load the tuned file first")
+    for name, module in model.named_modules():
+        choice = by_name(name) if isinstance(module, SparseConv2d) else None
+        if choice is not None and not kernel(choice.kernel).is_dense:
+            cast(SparseConv2d, module).choice = choice
