@@ -273,7 +273,10 @@ def search(job: Job, device: torch.device, emit: Emit) -> None:
     before = accuracy(model, e.test)
 
     def retrain(model: nn.Module, pruner: Pruner) -> None:
-        train(model, e.data, epochs=1, steps=p["retrain_steps"], recipe=e.fine, pruner=pruner)
+        # As many epochs of equal length as the steps need.
+        steps = min(p["retrain_steps"], len(e.data) // e.fine.batch)
+        epochs = -(-p["retrain_steps"] // steps)
+        train(model, e.data, epochs=epochs, steps=-(-p["retrain_steps"] // epochs), recipe=e.fine, pruner=pruner)
 
     found = search_sparsity(
         model,

@@ -79,6 +79,29 @@ def gpu_layers(name: str) -> list[str]:
     return lines
 
 
+def tensor_layers(name: str) -> list[str]:
+    """cuda_wgmma's ratios to the better of cuDNN's layouts in float16, and the geometric means."""
+    content = load(name)
+    versions = ", ".join(f"{key} {value}" for key, value in content["gpu_versions"].items())
+    found = {row["layer"]: row for row in content["rows"]}
+    names = dict.fromkeys(layer.rsplit(" N=", 1)[0] for layer in found)
+    batches = (32, 128)
+    head = " | ".join(f"N={n}: cuDNN µs | {' / '.join(SPARSITIES)}" for n in batches)
+    lines = [f"{content['gpu']['name']}; {versions}; {content['environment']['date'][:10]}", "", f"| layer | {head} |"]
+    lines.append("|---" * (1 + 2 * len(batches)) + "|")
+    for layer in names:
+        cells = [layer]
+        for n in batches:
+            row = found.get(f"{layer} N={n} float16")
+            if row is None:
+                cells += ["", ""]
+                continue
+            cells.append(f"{min(row['times'][f'cudnn {layout}']['us'] for layout in ('NCHW', 'NHWC')):.0f}")
+            cells.append(" / ".join(f"{row['ratios'][f'ours native {s}']:.2f}" for s in SPARSITIES))
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, "", ", ".join(f"{case}: {mean}" for case, mean in content["geometric_means"].items())]
+
+
 def models(name: str) -> list[str]:
     """Whole models: the best of torch, and the ratios to it and to each rival."""
     content = load(name)
@@ -116,8 +139,11 @@ def main() -> None:
     for name in ("cpu_layers.json", "cpu_layers_avx512.json"):
         if (RESULTS / name).exists():
             print(f"\n`benchmarks/results/{name}`: " + "\n".join(layers(name)))
-    if (RESULTS / "cuda_layers.json").exists():
-        print("\n`benchmarks/results/cuda_layers.json`: " + "\n".join(gpu_layers("cuda_layers.json")))
+    for name in ("cuda_layers.json", "cuda_layers_n1.json", "cuda_layers_n1b.json"):
+        if (RESULTS / name).exists():
+            print(f"\n`benchmarks/results/{name}`: " + "\n".join(gpu_layers(name)))
+    if (RESULTS / "tensor_layers.json").exists():
+        print("\n`benchmarks/results/tensor_layers.json`: " + "\n".join(tensor_layers("tensor_layers.json")))
     if (RESULTS / "models.json").exists():
         print("\n`benchmarks/results/models.json`: " + "\n".join(models("models.json")))
     if (RESULTS / "cpu_awkward.json").exists():

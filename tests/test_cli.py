@@ -331,7 +331,12 @@ def test_quickstart(folder: Path) -> None:
     assert re.search(r"whole model: \d+\.\d\d times the best dense speed", output)
     assert len(autotune.load(folder / "out" / "tuned.json").layers) > 5
     assert (folder / "out" / "layers.png").read_bytes().startswith(PNG)
-    assert sorted(p.name for p in (folder / "out").iterdir()) == ["layers.png", "quickstart.json", "tuned.json"]
+    assert sorted(p.name for p in (folder / "out").iterdir()) == [
+        "layers.png",
+        "model.safetensors",
+        "quickstart.json",
+        "tuned.json",
+    ]
 
 
 def test_quickstart_into_a_file(folder: Path) -> None:

@@ -20,7 +20,7 @@ import autotune
 import numbasparse
 from numbasparse.cli.models import dense_rivals, time_models
 from numbasparse.files import write_whole
-from numbasparse.nn import convert
+from numbasparse.nn import convert, save
 from numbasparse.runtime import cpu
 
 
@@ -52,7 +52,7 @@ def accuracy(model: nn.Module, images: torch.Tensor, labels: np.ndarray, batch: 
 
 
 def run(out: Path, *, batch: int, images: int, trials: int, threads: int | None) -> None:
-    """Tune, convert, run, print, and write ``tuned.json``, ``quickstart.json`` and ``layers.png`` into ``out``."""
+    """Tune, convert, run, print; write ``tuned.json``, ``model.safetensors``, ``quickstart.json``, ``layers.png``."""
     console = Console()
     start = time.perf_counter()
     if threads is not None:
@@ -71,6 +71,7 @@ def run(out: Path, *, batch: int, images: int, trials: int, threads: int | None)
     tuned = autotune.tune(pruned, x[:batch], trials=trials)
     tuned.save(out / "tuned.json")
     converted = convert(pruned, autotune.load(out / "tuned.json"), x[:batch])
+    save(converted, out / "model.safetensors")
     models = {"dense": dense, "pruned, torch": pruned, "pruned, numbasparse": converted}
     right = _print_accuracy(console, models, x, labels, batch)
     times, ratio = _print_times(console, pruned, converted, x[:batch])
@@ -91,7 +92,8 @@ def run(out: Path, *, batch: int, images: int, trials: int, threads: int | None)
     from autotune import pictures
 
     write_whole(out / "layers.png", pictures.layer_bars(autotune.layer_rows(tuned), title).png())
-    wrote = f"wrote {out / 'tuned.json'} and {out / 'layers.png'} ({time.perf_counter() - start:.0f} s in all)"
+    files = f"{out / 'tuned.json'}, {out / 'model.safetensors'} (for `numbasparse run`) and {out / 'layers.png'}"
+    wrote = f"wrote {files} ({time.perf_counter() - start:.0f} s in all)"
     console.print(wrote, markup=False, soft_wrap=True)
 
 
