@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from autotune.space import LayerProblem, dtype_on
-from autotune.study import DEFAULT_TRIALS, tune_layers
+from autotune.study import DEFAULT_TRIALS, Storage, tune_layers
 from autotune.tuned import TunedModel
 from numbasparse.plans import LINEAR_DENSE_ABOVE, parse_device
 from numbasparse.spec import ConvSpec, linear_image_shape
@@ -25,9 +24,10 @@ def tune(
     device: str = "cpu",
     trials: int = DEFAULT_TRIALS,
     timeout: float | None = None,
-    storage: str | os.PathLike[str] | None = None,
+    storage: Storage | None = None,
     threads: int | None = None,
     progress: bool = True,
+    worker: tuple[int, int] = (0, 1),
 ) -> TunedModel:
     """Choose a kernel and a config for every convolution of a model, by measurement.
 
@@ -60,6 +60,7 @@ def tune(
         storage=storage,
         threads=threads,
         progress=progress,
+        worker=worker,
     )
 
 

@@ -20,6 +20,7 @@ seen. So that nothing is lost even then, a run on a GPU that was given no journa
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -50,6 +51,9 @@ from autotune.tuned import TunedModel, bucket_of
 from numbasparse.kernels import KERNELS
 from numbasparse.plans import parse_device
 from numbasparse.runtime import cpu
+
+Storage = str | os.PathLike[str] | optuna.storages.BaseStorage
+"""Path of a journal file, URL of a database ("postgresql://...", "sqlite:///..."), or a storage of Optuna's."""
 
 DEFAULT_TRIALS = 160
 """Candidates measured for each problem, at most."""
@@ -162,6 +166,41 @@ def open_journal(path: str | os.PathLike[str]) -> optuna.storages.JournalStorage
         raise ValueError(f"cannot use {os.fspath(path)!r} as a journal: {type(error).__name__}: {error}") from error
 
 
+def open_storage(storage: Storage) -> Any:
+    """Open what several workers may share: a journal file, a database by its URL, or a storage of Optuna's.
+
+    Raises
+    ------
+    ValueError
+        If the file is no journal, or the URL names no database that can be used; passwords are not repeated.
+    ImportError
+        If the database's driver is missing.
+    OSError
+        If a journal cannot be read or written.
+    """
+    if isinstance(storage, optuna.storages.BaseStorage):
+        return storage
+    if not (isinstance(storage, str) and "://" in storage):
+        return open_journal(storage)
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        url = make_url(storage)
+        # Two workers that write at once wait for each other.
+        patience: Any = {"connect_args": {"timeout": 60}} if url.get_backend_name() == "sqlite" else {}
+        return optuna.storages.RDBStorage(storage, engine_kwargs={"pool_pre_ping": True, **patience})
+    except ImportError as error:
+        shown = make_url(storage).render_as_string(hide_password=True)
+        raise ImportError(f"{shown} needs a driver that is not installed: {error}", name=error.name) from error
+    except (SQLAlchemyError, ValueError) as error:
+        shown = storage.partition("://")[0] + "://..."
+        with contextlib.suppress(SQLAlchemyError):
+            shown = make_url(storage).render_as_string(hide_password=True)
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"cannot use the database {shown}: {first}") from error
+
+
 def _drop_half_line(path: Path) -> None:
     blob = path.read_bytes() if path.exists() else b""
     lines = blob.splitlines(keepends=True)
@@ -233,7 +272,8 @@ class _Search:
     # -- what is known
 
     def _refresh(self) -> None:
-        """Take in finished trials, other workers' too."""
+        """Take in finished trials, other workers' too, and set free what workers left that are gone."""
+        _fail_dead(self.study, but=self._worker)
         self.seen.clear()
         self._taken.clear()
         deaths: dict[str, int] = {}
@@ -377,17 +417,33 @@ class _Search:
             trial.set_user_attr("worker", self._worker)
             candidate = self._suggest(trial)
             unseen = {c.key: c for c in self._unseen() if c.key not in asked}
-            if candidate.key in unseen:
+            if candidate.key in unseen and self._has_claim(trial, candidate):
                 asked[candidate.key] = trial, candidate
                 if len(asked) == count:
                     break
                 continue
             self._settle(trial, candidate)
+            unseen.pop(candidate.key, None)
             near = self.space.nearest(candidate, unseen.values())
             if near is None:
                 break
             self.study.enqueue_trial(near.params)
         return list(asked.values())
+
+    def _has_claim(self, trial: Trial, candidate: Candidate) -> bool:
+        """Whether no other worker measures a candidate; of two that ask for it at the same time the first has it.
+
+        Both may miss each other and measure it, in the moment between asking and looking: one result counts then.
+        """
+        others = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        for other in others:
+            if other.number >= trial.number or other.user_attrs.get("worker") == self._worker:
+                continue
+            found = self._candidate_of(other)
+            if found is not None and found.key == candidate.key:
+                self._taken.add(candidate.key)
+                return False
+        return True
 
     def _settle(self, trial: Trial, candidate: Candidate) -> None:
         """End a trial that needs no measurement: its time is known, or it cannot run."""
@@ -510,13 +566,13 @@ def _result_of(trial: FrozenTrial, candidate: Candidate) -> Result | None:
     return None
 
 
-def _fail_dead(study: optuna.Study) -> None:
-    """Fail the trials of workers that are gone, so that their candidates are free again.
+def _fail_dead(study: optuna.Study, but: str | None = None) -> None:
+    """Fail the trials of workers that are gone, so that their candidates are free again; not those of worker ``but``.
 
     What a worker died of is the candidate that it measured, not those that it had only asked for.
     """
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if _is_alive(trial):
+        if (but is not None and trial.user_attrs.get("worker") == but) or _is_alive(trial):
             continue
         try:
             if "measuring" in trial.user_attrs:
@@ -570,9 +626,10 @@ def tune_layers(
     device: str = "cpu",
     trials: int = DEFAULT_TRIALS,
     timeout: float | None = None,
-    storage: str | os.PathLike[str] | None = None,
+    storage: Storage | None = None,
     threads: int | None = None,
     progress: bool = True,
+    worker: tuple[int, int] = (0, 1),
 ) -> TunedModel:
     """Choose a kernel and a config for every problem, by measurement.
 
@@ -590,14 +647,18 @@ def tune_layers(
         Seconds for everything. Each problem gets an equal share of what is left, so that a large one does not
         use it up; the candidates always measured are not cut, so it can be overrun by them.
     storage
-        Path of a journal file. A run that was interrupted goes on where it stopped when it is called again, and
-        several processes can share the file. None keeps everything in memory, or, on a GPU, in a temporary file
-        that is left, and named in the error, only if a kernel made the GPU unusable.
+        Path of a journal file, or URL of a database (``"postgresql://..."``, ``"sqlite:///..."``). A run that was
+        interrupted goes on where it stopped when it is called again, and several processes, on several hosts of equal
+        devices, can share it. None keeps everything in memory, or, on a GPU, in a temporary file that is left, and
+        named in the error, only if a kernel made the GPU unusable.
     threads
         How many threads a layer may use; None takes those of torch if it is loaded, else of numbasparse. Without
         meaning on a GPU.
     progress
         Whether to show a progress bar, and a table at the end.
+    worker
+        Number of this process, from 0, and how many share the `storage`: each begins with another layer, and joins the
+        others where nothing else is left. All return the whole model.
 
     Returns
     -------
@@ -606,7 +667,7 @@ def tune_layers(
     Raises
     ------
     TypeError, ValueError
-        For arguments that make no sense, or a `storage` that is no journal.
+        For arguments that make no sense, or a `storage` that is no journal and no database.
     RuntimeError
         If for a problem every kernel, dense too, computes something wrong; if there is no usable GPU.
     DeviceLost
@@ -617,11 +678,13 @@ def tune_layers(
     problems = list(problems)
     kind, index = parse_device(device)
     _check_arguments(problems, trials, timeout)
+    if not 0 <= worker[0] < worker[1]:
+        raise ValueError(f"worker must be (number, count) with 0 <= number < count, got {worker!r}")
     count = _threads(threads) if kind == "cpu" else 1
     groups = _grouped([problem.on(kind) for problem in problems])
     with _quiet_optuna(), _benches(kind, index, count) as bench_of, _journal(storage, kind) as journal:
         run = _Run(kind, trials, count, journal, bench_of)
-        layers = _tune_all(run, groups, timeout, progress)
+        layers = _tune_all(run, groups, timeout, progress, worker)
         tuned = TunedModel(layers, files.this_device(count, kind), files.these_versions(kind))
     _warn_if_busy(run.done)
     if progress:
@@ -641,10 +704,10 @@ def _benches(kind: str, index: int | None, threads: int) -> AbstractContextManag
 
 
 @contextmanager
-def _journal(storage: str | os.PathLike[str] | None, kind: str) -> Iterator[Any]:
+def _journal(storage: Storage | None, kind: str) -> Iterator[Any]:
     """The caller's journal; without one, memory, or on a GPU a temporary file that outlives only a lost device."""
     if storage is not None or kind == "cpu":
-        yield None if storage is None else open_journal(storage)
+        yield None if storage is None else open_storage(storage)
         return
     folder = tempfile.mkdtemp(prefix="numbasparse-tune-")
     path = os.path.join(folder, "journal")
@@ -660,14 +723,16 @@ def _journal(storage: str | os.PathLike[str] | None, kind: str) -> Iterator[Any]
 
 
 def _tune_all(
-    run: _Run, groups: Sequence[list[LayerProblem]], timeout: float | None, progress: bool
+    run: _Run, groups: Sequence[list[LayerProblem]], timeout: float | None, progress: bool, worker: tuple[int, int]
 ) -> list[files.Layer]:
     from autotune.report import progress_bar
 
     end = None if timeout is None else time.monotonic() + timeout
     layers: dict[int, files.Layer] = {}
     with progress_bar(len(groups), progress) as advance:
-        for place, number in enumerate(_similar_together(groups)):
+        order = _similar_together(groups)
+        first = worker[0] * len(order) // worker[1]
+        for place, number in enumerate(order[first:] + order[:first]):
             group = groups[number]
             advance(0, group[0].name)
             search = _Search(run, group[0], _share(end, len(groups) - place))

@@ -89,7 +89,14 @@ def quickstart(out: Path, batch: int, images: int, trials: int, threads: int | N
 @_quantized_option
 @click.option("--trials", type=click.IntRange(1), default=160, show_default=True, help="Configs tried per layer.")
 @click.option("--timeout", type=float, default=None, help="Seconds for everything.")
-@click.option("--storage", type=click.Path(path_type=Path), help="Journal file: makes the run resumable.")
+@click.option("--storage", help="Journal file or database URL: makes the run resumable, and lets others join it.")
+@click.option(
+    "--workers",
+    type=click.IntRange(1, 64),
+    default=1,
+    show_default=True,
+    help="Processes that tune together: one on each GPU; on a CPU on --threads cores each.",
+)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("tuned.json"), show_default=True)
 @_threads_option
 @_clear_errors
@@ -101,14 +108,20 @@ def tune(
     quantized: Path | None,
     trials: int,
     timeout: float | None,
-    storage: Path | None,
+    storage: str | None,
+    workers: int,
     out: Path,
     threads: int | None,
 ) -> None:
     import autotune
+    from autotune.workers import own_number
     from numbasparse.cli.models import check_out, convert_model, example_input, load_model
+    from numbasparse.cli.tune import tune_together
 
     check_out(out)
+    if workers > 1:
+        tune_together(workers, device, threads, storage, out)
+        return
     module = load_model(model, weights)
     x = example_input(shape, module)
     tuned = autotune.tune(
@@ -119,6 +132,7 @@ def tune(
         timeout=timeout,
         storage=storage,
         threads=threads,
+        worker=own_number(),
     )
     tuned.save(out)
     click.echo(f"wrote {out}")
