@@ -39,7 +39,6 @@ from torch import Tensor, nn  # noqa: E402
 import autotune  # noqa: E402
 import numbasparse  # noqa: E402
 from numbasparse.nn import SparseConv2d, conversion_report, convert  # noqa: E402
-from numbasparse.pruning import MagnitudePruning, prune_  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
 
@@ -59,22 +58,6 @@ TINY: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "resnet18": (lambda: zoo.ResNet(zoo.BasicBlock, (1, 1, 1, 1), 10), (1, 3, 64, 64)),
     "resnet50": (lambda: zoo.ResNet(zoo.Bottleneck, (1, 1, 1, 1), 10), (1, 3, 64, 64)),
 }
-
-
-def to_prune(model: nn.Module) -> list[nn.Module]:
-    """The convolutions but the first, and the linear layers but the last."""
-    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    return [*convolutions[1:], *linear[:-1]]
-
-
-def pruned(dense: nn.Module, sparsity: float, x: Tensor) -> nn.Module:
-    """A copy with the largest weights of each layer of `to_prune`."""
-    model = copy.deepcopy(dense)
-    layers = to_prune(model)
-    prune_(model, MagnitudePruning(sparsity=sparsity, scope="layer"), filter=lambda module, name: module in layers)
-    zoo.settle_batch_norms(model, x)
-    return model.eval()
 
 
 def tuned_and_converted(model: nn.Module, x: Tensor, args: argparse.Namespace) -> tuple[nn.Module, Any, float]:
@@ -268,7 +251,7 @@ def model_row(name: str, make: Callable[[], nn.Module], shape: tuple[int, ...], 
     ours, details, others = {}, {}, {}
     for sparsity in args.sparsity:
         key = f"{sparsity:.0%}"
-        model = pruned(dense, sparsity, x)
+        model = zoo.pruned(dense, sparsity, x)
         ours[key], _, seconds = tuned_and_converted(model, x, args)
         check(f"{name} {key}", ours[key](x), model(x))
         details[key] = {"tuning_seconds": round(seconds, 1), **profile(model, ours[key], x, args.seconds / 4)}

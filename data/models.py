@@ -8,11 +8,14 @@ Modules have torchvision's names, so its weights load.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+
+from numbasparse.pruning import MagnitudePruning, prune_
 
 CLASSES = 1000
 IMAGE = 224
@@ -173,3 +176,19 @@ def settle_batch_norms(model: nn.Module, x: Tensor) -> None:
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         norm.eval()
+
+
+def to_prune(model: nn.Module) -> list[nn.Module]:
+    """The convolutions but the first, and the linear layers but the last."""
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return [*convolutions[1:], *linear[:-1]]
+
+
+def pruned(dense: nn.Module, sparsity: float, x: Tensor) -> nn.Module:
+    """A copy with the largest weights of each layer of `to_prune`, and batch normalizations settled on ``x``."""
+    model = copy.deepcopy(dense)
+    layers = to_prune(model)
+    prune_(model, MagnitudePruning(sparsity=sparsity, scope="layer"), filter=lambda module, name: module in layers)
+    settle_batch_norms(model, x)
+    return model.eval()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -152,13 +153,50 @@ def balanced_block(channels: int, block: int) -> int:
     return -(-channels // blocks)
 
 
-def coordinates(weight: SparseWeight) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Output channel, input channel (over all groups), kernel row and kernel column of every non-zero."""
+def coordinates(
+    weight: SparseWeight, rows: slice = slice(None)
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Output channel, input channel (over all groups), kernel row and kernel column of every non-zero of some rows."""
     per_group, height, width = weight.kernel_shape
-    k = np.repeat(np.arange(weight.k), np.diff(weight.indptr))
-    index = weight.indices.astype(np.int64)
+    first, last, _ = rows.indices(weight.k)
+    indptr = weight.indptr[first : last + 1]
+    k = np.repeat(np.arange(first, last), np.diff(indptr))
+    index = weight.indices[indptr[0] : indptr[-1]].astype(np.int64)
     group = k // (weight.k // weight.groups)
     return k, index // (height * width) + group * per_group, index // width % height, index % width
+
+
+_AT_ONCE = 1 << 18
+"""Non-zeros that are worked on at once, or one row: a large weight needs little memory besides its packed form."""
+
+
+def _some_rows(weight: SparseWeight) -> Iterator[slice]:
+    """Ranges of rows that together are all."""
+    first = 0
+    while first < weight.k:
+        last = int(np.searchsorted(weight.indptr, weight.indptr[first] + _AT_ONCE, side="right")) - 1
+        last = min(max(last, first + 1), weight.k)
+        yield slice(first, last)
+        first = last
+
+
+def _used_channels(weight: SparseWeight) -> tuple[np.ndarray, np.ndarray]:
+    """Input channels that any non-zero reads, and the place of every channel among them."""
+    used = np.zeros(weight.kernel_shape[0] * weight.groups, bool)
+    for rows in _some_rows(weight):
+        used[coordinates(weight, rows)[1]] = True
+    return np.flatnonzero(used), np.cumsum(used) - 1
+
+
+def _piece_lengths(weight: SparseWeight, place: np.ndarray, block: int, blocks: int) -> np.ndarray:
+    """Non-zeros of every row in every block of used channels, (blocks, K)."""
+    counts = np.zeros((blocks, weight.k), np.int64)
+    for rows in _some_rows(weight):
+        k, c, _, _ = coordinates(weight, rows)
+        count = rows.stop - rows.start
+        cell = place[c] // block * count + (k - rows.start)
+        counts[:, rows] = np.bincount(cell, minlength=blocks * count).reshape(blocks, count)
+    return counts
 
 
 _cuts: weakref.WeakKeyDictionary[SparseWeight, dict[int, tuple[int, int]]] = weakref.WeakKeyDictionary()
@@ -216,11 +254,9 @@ def reason_cut_too_much(weight: SparseWeight, block: int, splits: int, entries: 
 
 def _count_pieces(weight: SparseWeight, block: int) -> tuple[int, int]:
     """Blocks, and pieces of rows, that blocks of ``block`` used channels make."""
-    k, c, _, _ = coordinates(weight)
-    channels, position = np.unique(c, return_inverse=True)
+    channels, place = _used_channels(weight)
     block = balanced_block(max(len(channels), 1), block)
-    present = np.zeros((max(1, -(-len(channels) // block)), weight.k), bool)
-    present[position // block, k] = True
+    present = _piece_lengths(weight, place, block, max(1, -(-len(channels) // block))) > 0
     return len(present), int(np.maximum(present.sum(axis=0), 1).sum())
 
 
@@ -250,12 +286,10 @@ def pack_rows(
     in_place
         Channels lie where the caller has them, not packed: offsets count from a block's first used channel.
     """
-    k, c, r, s = coordinates(weight)
-    channels, position = np.unique(c, return_inverse=True)
+    channels, place = _used_channels(weight)
     block = balanced_block(max(len(channels), 1), block)
     blocks = max(1, -(-len(channels) // block))
-    counts = np.zeros((blocks, weight.k), np.int64)
-    np.add.at(counts, (position // block, k), 1)
+    counts = _piece_lengths(weight, place, block, blocks)
     # An empty row still has to write its bias: it counts as a row of the first block with no entries.
     present = counts > 0
     present[0] |= ~present.any(axis=0)
@@ -265,22 +299,32 @@ def pack_rows(
     split = piece_row * splits // weight.k
     # Neighbours of similar length keep the loop's exit branch predictable.
     order = np.lexsort((piece_row, length, role, split, piece_block))
+    starts = np.concatenate(([0], np.cumsum(length[order])))
     rank = np.empty((blocks, weight.k), np.int64)
     rank[piece_block[order], piece_row[order]] = np.arange(len(order))
-    place = np.argsort(rank[position // block, k], kind="stable")
-    if in_place:
-        channel = c - channels[position // block * block]
-    else:
-        channel = position % block
-    offsets = (channel * channel_bytes + tap_bytes[r, s])[place]
     form, decoder = _decoder(weight) if entries == "coded" else (entries, np.zeros(0, np.float32))
+    values = weight.data if form == "wide" else weight.codes
+    assert values is not None
+    packed = np.zeros(weight.nnz + ENTRIES_AFTER, np.int64 if form == "wide" else np.uint32)
+    for rows in _some_rows(weight):
+        k, c, r, s = coordinates(weight, rows)
+        position = place[c]
+        channel = c - channels[position // block * block] if in_place else position % block
+        piece = rank[position // block, k]
+        sequence = np.argsort(piece, kind="stable")
+        piece = piece[sequence]
+        # All entries of a piece are here: they go to its start and on.
+        target = starts[piece] + np.arange(len(piece)) - np.searchsorted(piece, piece)
+        offsets = (channel * channel_bytes + tap_bytes[r, s])[sequence]
+        own = values[weight.indptr[rows.start] : weight.indptr[rows.stop]][sequence]
+        packed[target] = _wide(own, offsets) if form == "wide" else _coded(own, offsets)
     bucket = ((piece_block * splits + split) * 4 + role)[order]
     return PackedRows(
         form=form,
-        entries=np.pad(_wide(weight, place, offsets) if form == "wide" else _coded(weight, place, offsets), _AFTER),
+        entries=packed,
         decoder=decoder,
         rows=piece_row[order].astype(np.int32),
-        starts=np.concatenate(([0], np.cumsum(length[order]))).astype(np.int32),
+        starts=starts.astype(np.int32),
         segments=np.searchsorted(bucket, np.arange(blocks * splits * 4 + 1)).astype(np.int32),
         channels=channels.astype(np.int32),
         block=block,
@@ -289,18 +333,13 @@ def pack_rows(
     )
 
 
-_AFTER = (0, ENTRIES_AFTER)
-
-
-def _wide(weight: SparseWeight, place: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    bits = weight.data[place].view(np.uint32).astype(np.uint64)
+def _wide(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    bits = values.view(np.uint32).astype(np.uint64)
     return (offsets.astype(np.uint64) | bits << np.uint64(32)).view(np.int64)
 
 
-def _coded(weight: SparseWeight, place: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    assert weight.codes is not None
-    codes = weight.codes[place].astype(np.uint32)
-    return (offsets // 4).astype(np.uint32) | codes << np.uint32(OFFSET_BITS)
+def _coded(codes: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    return (offsets // 4).astype(np.uint32) | codes.astype(np.uint32) << np.uint32(OFFSET_BITS)
 
 
 def _decoder(weight: SparseWeight) -> tuple[Entries, np.ndarray]:
