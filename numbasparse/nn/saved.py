@@ -173,7 +173,9 @@ def load(path: str | os.PathLike[str], tuned: Any = None) -> fx.GraphModule:
     """
     blob = Path(path).read_bytes()
     try:
-        model = _parse(blob)
+        header, tensors = _read(blob)
+        del blob  # a large model should not be held twice, nor each of its tensors once more
+        model = _made(header, tensors)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
         text = " ".join(str(error).split())
         raise ValueError(f"cannot read {os.fspath(path)!r} as a saved model: {text or type(error).__name__}") from error
@@ -182,20 +184,22 @@ def load(path: str | os.PathLike[str], tuned: Any = None) -> fx.GraphModule:
     return model
 
 
-def _parse(blob: bytes) -> fx.GraphModule:
-    header, tensors = _read(blob)
+def _made(header: _Header, tensors: dict[str, torch.Tensor]) -> fx.GraphModule:
+    """The model; takes the tensors out of ``tensors``."""
     names = dict[str, dict[str, torch.Tensor]]()
     attributes = dict[str, torch.Tensor]()
-    for name, tensor in tensors.items():
+    while tensors:
+        name = next(iter(tensors))
         owner, _, own = name.rpartition(".")
         if owner in header.modules:
-            names.setdefault(owner, {})[own] = tensor
+            names.setdefault(owner, {})[own] = tensors.pop(name)
         else:
-            attributes[name] = tensor
+            attributes[name] = tensors.pop(name)
+
     root = nn.Module()
     for path, entry in header.modules.items():
         try:
-            module = make_module(Described(entry.kind, entry.arguments, names.get(path, {})))
+            module = make_module(Described(entry.kind, entry.arguments, names.pop(path, {})))
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
             raise ValueError(f"module {path!r}: {error}") from error
         _place(root, path, module)
