@@ -83,9 +83,15 @@ def wait_for(storage: str, count: int) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kills a process")
-@pytest.mark.parametrize("kind", ["journal", "sqlite"])
+@pytest.mark.parametrize("kind", ["journal", "sqlite", "postgresql"])
 def test_two_workers_one_killed(kind: str, worker: Any, tmp_path: Path) -> None:
-    storage = {"journal": str(tmp_path / "journal"), "sqlite": f"sqlite:///{tmp_path}/study.db"}[kind]
+    storage = {
+        "journal": str(tmp_path / "journal"),
+        "sqlite": f"sqlite:///{tmp_path}/study.db",
+        "postgresql": os.environ.get("NUMBASPARSE_TEST_POSTGRESQL", ""),
+    }[kind]
+    if not storage:
+        pytest.skip("NUMBASPARSE_TEST_POSTGRESQL is not set to the URL of an empty database")
     open_storage(storage)  # made before both, so that the test may look into it
     other = subprocess.Popen([sys.executable, worker.__file__, storage])
     try:
