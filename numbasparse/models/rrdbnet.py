@@ -24,8 +24,10 @@ class DenseBlock(nn.Module):
 
     def __init__(self, features: int = 64, growth: int = 32) -> None:
         super().__init__()
-        for i in range(1, 5):
-            setattr(self, f"conv{i}", conv(features + (i - 1) * growth, growth))
+        self.conv1 = conv(features, growth)
+        self.conv2 = conv(features + growth, growth)
+        self.conv3 = conv(features + 2 * growth, growth)
+        self.conv4 = conv(features + 3 * growth, growth)
         self.conv5 = conv(features + 4 * growth, features)
         self.relu = nn.LeakyReLU(0.2)
 
