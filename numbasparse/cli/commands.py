@@ -383,6 +383,14 @@ def export_onnx(model: str, out: Path, shape: str | None, weights: Path | None, 
     help="Prune to this share of zeros, at once with crops of the picture; 0.9 if not given. Weights that have as "
     "many are run as they are.",
 )
+@click.option(
+    "--steps",
+    type=click.IntRange(0),
+    default=100,
+    show_default=True,
+    help="After pruning, learn from the dense network on the picture for so many steps (seconds each): without any "
+    "the picture is spoilt at 90 %.",
+)
 @click.option("--save-pruned", type=click.Path(path_type=Path), help="Write the pruned weights, for --weights or tune.")
 @click.option("--tuned", type=click.Path(path_type=Path), help="Tuned file; the stated defaults if not given.")
 @click.option("--tile", type=click.IntRange(16, 4096), default=128, show_default=True, help="Size of a tile in pixels.")

@@ -15,31 +15,19 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import platformdirs
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 import autotune
-import numbasparse
 from numbasparse.cli.image_file import RGB, Picture, bicubic, read_picture, write_picture, write_side_by_side
 from numbasparse.cli.models import check_device, check_out, save_state
 from numbasparse.cli.tiles import Tile, tiles
-from numbasparse.models.rrdbnet import SCALE, RRDBNet, from_state
+from numbasparse.cli.upscale_networks import Networks, Target, load_networks, to_tensor
+from numbasparse.models.rrdbnet import SCALE
 from numbasparse.nn import conversion_report, convert
-from numbasparse.pruning import OBSPruning, prune_with_data_, report
-
-WEIGHTS = Path("realesrgan") / "x4plus_anime.safetensors"
-
-SPARSITY = 0.9
-"""To which a network is pruned if nothing is said."""
-
-PRUNED_FROM = 0.5
-"""Share of zeros from which on a file counts as pruned: nobody's dense weights have so many."""
-
-CALIBRATION_SIZE, CALIBRATION_CROPS = 96, 4
 
 COMPARED = 192
 """Height and width, in pixels of the input, of what the side-by-side picture shows."""
@@ -54,6 +42,7 @@ class Options:
     weights: Path | None = None
     dense_weights: Path | None = None
     sparsity: float | None = None
+    steps: int = 100
     save_pruned: Path | None = None
     tuned: Path | None = None
     tile: int = 128
@@ -62,20 +51,6 @@ class Options:
     dense: bool = True
     device: str = "cpu"
     threads: int | None = None
-
-
-@dataclass(frozen=True)
-class Networks:
-    """The dense network, the pruned one as a torch model, and how it came to be pruned, in words."""
-
-    dense: RRDBNet
-    pruned: RRDBNet
-    origin: str
-
-    @property
-    def sparsity(self) -> float:
-        """Share of zeros in the layers that are pruned."""
-        return report(self.pruned).sparsity
 
 
 @dataclass
@@ -119,7 +94,9 @@ def run(source: Path, out: Path, options: Options) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     console = Console()
-    networks = load_networks(picture.rgb, options, console)
+    networks = load_networks(
+        picture.rgb, options.weights, options.dense_weights, Target(options.sparsity, options.steps)
+    )
     height, width = picture.rgb.shape[:2]
     cut = tiles(height, width, options.tile, options.overlap)
     _print_plan(console, picture, cut, networks, options)
@@ -154,108 +131,7 @@ def _check(out: Path, options: Options) -> None:
     check_device(options.device)
 
 
-# ---- the networks -------------------------------------------------------------------------------------------
-
-
-def weight_places() -> tuple[Path, ...]:
-    """Where weights are looked for if no file is given: a checkout's ``.data``, and the user's data folder."""
-    checkout = Path(numbasparse.__file__).resolve().parent.parent
-    fetched = (checkout / ".data",) if (checkout / "data" / "fetch_realesrgan.py").is_file() else ()
-    return tuple(folder / WEIGHTS for folder in (*fetched, platformdirs.user_data_path("numbasparse")))
-
-
-def find_weights(path: Path | None) -> Path:
-    """The file given, or the first of `weight_places` that is there.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is none; the text tells how to get them.
-    """
-    if path is not None:
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no file {path}")
-        return path
-    places = weight_places()
-    found = next((place for place in places if place.is_file()), None)
-    if found is not None:
-        return found
-    package = Path(numbasparse.__file__).resolve().parent
-    scripts = (folder / "data" / "fetch_realesrgan.py" for folder in (package, package.parent))
-    script = next((script for script in scripts if script.is_file()), Path("data/fetch_realesrgan.py"))
-    raise FileNotFoundError(
-        f"the network's weights are not at {' or '.join(map(str, places))}: get them with "
-        f"`python {script} --weights-only --out {places[0].parent}`, or give a file with --weights"
-    )
-
-
-def load_network(path: Path) -> RRDBNet:
-    """Load an RRDBNet of any number of blocks from a safetensors file, float32, for inference.
-
-    Raises
-    ------
-    ValueError
-        If it is not such a file.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        state = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is no safetensors file ({error}): convert other formats first") from error
-    return from_state(state, str(path)).requires_grad_(False)
-
-
-def load_networks(rgb: RGB, options: Options, console: Console) -> Networks:
-    """Load the network and prune it, unless it is pruned already."""
-    path = find_weights(options.weights)
-    network = load_network(path)
-    dense = network if options.dense_weights is None else load_network(find_weights(options.dense_weights))
-    found, wanted = report(network).sparsity, options.sparsity
-    if wanted is None:
-        wanted = 0.0 if found >= PRUNED_FROM else SPARSITY
-    if found > 0 and wanted <= found:
-        return Networks(dense, network, f"as it is in {path}")
-    start = time.perf_counter()
-    with console.status(f"pruning to {wanted:.0%} with crops of the picture"), warnings.catch_warnings():
-        # Where a picture has few pixels or is plain, directions are left to the damping: said in words below.
-        warnings.filterwarnings("ignore", ".*directions that no calibration image shows", UserWarning)
-        pruned = prune_on(network, rgb, wanted)
-    took = time.perf_counter() - start
-    return Networks(
-        dense,
-        pruned,
-        f"from {path}, pruned just now without retraining (layer-wise OBS, calibrated on crops of this picture; "
-        f"{took:.0f} s): with retraining it can be better, see --weights",
-    )
-
-
-def prune_on(network: RRDBNet, rgb: RGB, sparsity: float) -> RRDBNet:
-    """Return a copy of a network, pruned at once by second-order information from crops of a picture."""
-    pruned = copy.deepcopy(network)
-    prune_with_data_(pruned, calibration_crops(rgb).split(1), OBSPruning(sparsity, sequential=True))
-    return pruned
-
-
-def calibration_crops(rgb: RGB) -> Tensor:
-    """Cut crops out of a picture (H, W, 3), the first of each quarter of it; a small one is mirrored at its edges.
-
-    Returns
-    -------
-    Tensor
-        float32 (``CALIBRATION_CROPS``, 3, ``CALIBRATION_SIZE``, ``CALIBRATION_SIZE``).
-    """
-    size, each = CALIBRATION_SIZE, math.isqrt(CALIBRATION_CROPS)
-    missing = [max(0, size - length) for length in rgb.shape[:2]]
-    rgb = np.pad(rgb, [(0, missing[0]), (0, missing[1]), (0, 0)], mode="symmetric")
-    tops, lefts = (np.linspace(0, length - size, each).astype(int) for length in rgb.shape[:2])
-    return torch.cat([to_tensor(rgb[top : top + size, left : left + size]) for top in tops for left in lefts])
-
-
-def to_tensor(rgb: RGB) -> Tensor:
-    """Turn (H, W, 3) into a contiguous (1, 3, H, W)."""
-    return torch.from_numpy(np.ascontiguousarray(rgb.transpose(2, 0, 1)))[None]
+# ---- running ------------------------------------------------------------------------------------------------
 
 
 def _runners(console: Console, networks: Networks, window: RGB, options: Options) -> list[Runner]:
@@ -281,9 +157,6 @@ def _fastest_dense(model: nn.Module, window: RGB, device: torch.device) -> Runne
         for candidate in candidates:
             candidate(window)
     return min(candidates, key=lambda candidate: candidate.seconds[-1])
-
-
-# ---- running ------------------------------------------------------------------------------------------------
 
 
 def enlarge(picture: Picture, cut: Sequence[Tile], runners: Sequence[Runner]) -> dict[str, npt.NDArray[Any]]:
