@@ -89,8 +89,9 @@ def run(source: Path, out: Path, options: Options) -> None:
     ValueError, OSError
         If a file or an option cannot be used.
     """
-    _check(out, options)
+    _check(source, out, options)
     picture = read_picture(source)
+    tuned = None if options.tuned is None else autotune.load(options.tuned)  # before minutes go into pruning
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     console = Console()
@@ -103,7 +104,7 @@ def run(source: Path, out: Path, options: Options) -> None:
     if options.save_pruned is not None:
         save_state(networks.pruned, options.save_pruned)
         console.print(f"wrote {options.save_pruned}", markup=False, soft_wrap=True)
-    runners = _runners(console, networks, cut[0].read(picture.rgb), options)
+    runners = _runners(console, networks, cut[0].read(picture.rgb), options, tuned)
     results = enlarge(picture, cut, runners)
     _print_times(console, runners, len(cut))
     _print_difference(console, results)
@@ -114,7 +115,7 @@ def run(source: Path, out: Path, options: Options) -> None:
         console.print(f"wrote {options.compare}", markup=False, soft_wrap=True)
 
 
-def _check(out: Path, options: Options) -> None:
+def _check(source: Path, out: Path, options: Options) -> None:
     """Everything that can be wrong before a file is read."""
     written = [path for path in (out, options.compare) if path is not None]
     for path in written:
@@ -126,6 +127,10 @@ def _check(out: Path, options: Options) -> None:
         check_out(path)
     if len({path.resolve() for path in written}) < len(written):
         raise ValueError("two results would be written into one file: give them different names")
+    inputs = {path.resolve() for path in (source, options.weights, options.dense_weights, options.tuned) if path}
+    for path in written:
+        if path.resolve() in inputs:
+            raise ValueError(f"{path} is read: give the result another name")
     if options.dense_weights is not None and not options.dense:
         raise ValueError("--dense-weights and --no-dense exclude each other")
     check_device(options.device)
@@ -134,12 +139,11 @@ def _check(out: Path, options: Options) -> None:
 # ---- running ------------------------------------------------------------------------------------------------
 
 
-def _runners(console: Console, networks: Networks, window: RGB, options: Options) -> list[Runner]:
+def _runners(console: Console, networks: Networks, window: RGB, options: Options, tuned: Any) -> list[Runner]:
     """The converted network and, if wanted, the dense one in the faster of its layouts, both warm."""
     device = torch.device(options.device)
     with console.status("compiling kernels"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*treespec", FutureWarning)  # torch's own, when it copies a graph
-        tuned = None if options.tuned is None else autotune.load(options.tuned)
         pruned = networks.pruned.to(device)
         sparse = Runner("sparse", convert(pruned, tuned, to_tensor(window).to(device)), device)
         sparse(window)
@@ -222,11 +226,12 @@ def _print_plan(console: Console, picture: Picture, cut: Sequence[Tile], network
         f"blocks, {networks.sparsity:.1%} zeros, {networks.origin}",
         markup=False,
         highlight=False,
+        soft_wrap=True,
     )
     seams = f"overlap {options.overlap} of the {reach} pixels that the network sees around a pixel"
     exact = "no seams at all" if options.overlap >= reach else "faint seams are possible, --overlap moves them away"
     how = f"{seams}: {exact}" if len(cut) > 1 else "the whole picture at once"
-    console.print(f"tiles: {len(cut)} windows of {columns} x {rows}; {how}", highlight=False)
+    console.print(f"tiles: {len(cut)} windows of {columns} x {rows}; {how}", highlight=False, soft_wrap=True)
 
 
 def _print_layers(console: Console, model: nn.Module, window: RGB, is_tuned: bool) -> None:
@@ -239,7 +244,7 @@ def _print_layers(console: Console, model: nn.Module, window: RGB, is_tuned: boo
     if tuned < len(layers):
         shape = f"1,3,{window.shape[0]},{window.shape[1]}"
         text += f"; the rest by default (tune for windows of this size: --input {shape})"
-    console.print(text, highlight=False)
+    console.print(text, highlight=False, soft_wrap=True)
 
 
 def _print_times(console: Console, runners: Sequence[Runner], count: int) -> None:
