@@ -133,10 +133,8 @@ def _array(path: Path) -> Tensor:
 
 def _stacked(files: list[Path]) -> Tensor:
     """Pictures as one float32 tensor (N, 3, H, W) of 0 to 1."""
-    try:
-        from PIL import Image, UnidentifiedImageError
-    except ImportError as error:
-        raise ImportError("pictures need Pillow: pip install pillow, or give an array (.npy)") from error
+    from PIL import Image, UnidentifiedImageError
+
     pictures = []
     for file in files:
         if not file.is_file():
