@@ -229,7 +229,9 @@ def _print_plan(console: Console, picture: Picture, cut: Sequence[Tile], network
         soft_wrap=True,
     )
     seams = f"overlap {options.overlap} of the {reach} pixels that the network sees around a pixel"
-    exact = "no seams at all" if options.overlap >= reach else "faint seams are possible, a larger --overlap removes them"
+    exact = (
+        "no seams at all" if options.overlap >= reach else "faint seams are possible, a larger --overlap removes them"
+    )
     how = f"{seams}: {exact}" if len(cut) > 1 else "the whole picture at once"
     console.print(f"tiles: {len(cut)} windows of {columns} x {rows}; {how}", highlight=False, soft_wrap=True)
 
