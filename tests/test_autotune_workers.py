@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -17,7 +15,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from autotune import load, tune_layers
+from autotune import load, measure, tune_layers
 from autotune.space import Candidate
 from autotune.study import open_storage
 from autotune.workers import Place, own_number, places, run_together
@@ -84,7 +82,7 @@ def wait_for(storage: str, count: int) -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="kills a process")
 @pytest.mark.parametrize("kind", ["journal", "sqlite", "postgresql"])
-def test_two_workers_one_killed(kind: str, worker: Any, tmp_path: Path) -> None:
+def test_two_workers_one_killed(kind: str, worker: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = {
         "journal": str(tmp_path / "journal"),
         "sqlite": f"sqlite:///{tmp_path}/study.db",
@@ -96,9 +94,16 @@ def test_two_workers_one_killed(kind: str, worker: Any, tmp_path: Path) -> None:
     other = subprocess.Popen([sys.executable, worker.__file__, storage])
     try:
         wait_for(storage, 3)
-        kill = threading.Timer(1.0, lambda: os.kill(other.pid, signal.SIGKILL))
-        kill.start()
-        threading.Thread(target=other.wait).start()  # so that it is gone when it is dead
+        # Both are at work: this process measures for the first time while the other is in the middle of it.
+        whole = measure.measure
+
+        def kill_first(*arguments: Any) -> Any:
+            if other.poll() is None:
+                other.kill()
+                other.wait()
+            return whole(*arguments)
+
+        monkeypatch.setattr(measure, "measure", kill_first)
         options: Any = {"trials": worker.TRIALS, "storage": storage, "threads": 1, "progress": False}
         tuned = tune_layers(worker.problems(), worker=(0, 2), **options)
     finally:
