@@ -194,6 +194,10 @@ def _make_sparse(described: Described) -> SparseConv2d:
     bias = tensors.pop("bias", None)
     if set(tensors) != {"values", "indices", "indptr"}:
         raise ValueError(f"expected the tensors values, indices and indptr, got {sorted(tensors)}")
+    if tensors["indices"].dtype not in (torch.uint16, torch.int32):  # others could change by the cast below
+        raise ValueError(f"indices must be uint16 or int32, got {tensors['indices'].dtype}")
+    if bias is not None and not bias.is_floating_point():
+        raise ValueError(f"bias must be of a floating-point type, got {bias.dtype}")
     values, indices, indptr = (tensors[name].numpy() for name in ("values", "indices", "indptr"))
     shape, groups, choice = given.pop("kernel_shape"), given.pop("groups"), given.pop("choice")
     # Every index is checked here.
@@ -264,7 +268,8 @@ def _decode(value: Json, nodes: Mapping[str, fx.Node]) -> Any:
 
 # ---- graphs -------------------------------------------------------------------------------------------------
 
-_PATH = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+# A part of a module's path.  torch.fx writes one that is no identifier as a string in quotes: no quotes, no backslash.
+_PART = re.compile(r"[\w -]+")
 _OPS = ("placeholder", "get_attr", "call_module", "call_function", "call_method", "output")
 
 
@@ -274,9 +279,12 @@ def describe_graph(graph: fx.Graph) -> list[Json]:
     Raises
     ------
     ValueError
-        If a node calls something that is not in the list, or has an argument of an unknown type; the text names it.
+        If a node calls something that is not in the list, has an argument of an unknown type, or a name that
+        `make_graph` would refuse; the text names it.
     """
-    return [_describe_node(node) for node in graph.nodes]
+    nodes = [_describe_node(node) for node in graph.nodes]
+    make_graph(nodes, lambda op, path: True)  # nothing is written that cannot be read
+    return nodes
 
 
 def _describe_node(node: fx.Node) -> Json:
@@ -313,10 +321,27 @@ def make_graph(nodes: Iterable[Json], known: Callable[[str, str], bool]) -> fx.G
         arguments = tuple(_decode(value, made) for value in node["args"])
         named = {key: _decode(value, made) for key, value in node["kwargs"].items() if _checked_name(key)}
         made[name] = graph.create_node(op, _target(op, target, known), arguments, named, name)
-    if not any(node.op == "output" for node in graph.nodes):
-        raise ValueError("a graph without an output")
+    _check_ends(graph)
     graph.lint()
     return graph
+
+
+def _check_ends(graph: fx.Graph) -> None:
+    """Raise ValueError unless inputs come first, as arguments of one function may, and the only output last."""
+    ops = [node.op for node in graph.nodes]
+    if ops.count("output") != 1 or ops[-1] != "output":
+        raise ValueError(f"a graph without an output at its end, or with others: {ops.count('output')} in all")
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    names = [str(node.target) for node in inputs]
+    if "placeholder" in ops[len(inputs) :]:
+        raise ValueError("a graph with an input after other nodes")
+    if len({*names, "self"}) != len(names) + 1:
+        raise ValueError(f"inputs must have names of their own, and none is 'self', got {names}")
+    defaults = [bool(node.args) for node in inputs]
+    if any(len(node.args) > 1 or node.kwargs or node.all_input_nodes for node in inputs) or defaults != sorted(
+        defaults
+    ):
+        raise ValueError(f"inputs must have at most a default each, those that have one last: {names}")
 
 
 def _target(op: str, target: Any, known: Callable[[str, str], bool]) -> Any:
@@ -330,10 +355,14 @@ def _target(op: str, target: Any, known: Callable[[str, str], bool]) -> Any:
         "call_method": target in METHODS,
         "placeholder": _is_name(target),
         "output": target == "output",
-    }.get(op, _PATH.fullmatch(target) is not None and known(op, target))
+    }.get(op, _is_path(target) and known(op, target))
     if not good:
         raise ValueError(f"unknown target {target!r} of a node of kind {op!r}")
     return target
+
+
+def _is_path(text: str) -> bool:
+    return all(_PART.fullmatch(part) and not keyword.iskeyword(part) for part in text.split("."))
 
 
 def _is_name(text: Any) -> bool:
