@@ -12,6 +12,7 @@ import dataclasses
 import inspect
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -24,15 +25,28 @@ from torch import fx, nn
 
 from numbasparse.files import write_whole
 from numbasparse.kernels import kernel
-from numbasparse.nn.convert import REPORT, ConvertedLayer, conversion_report
+from numbasparse.nn.convert import REPORT, ConvertedLayer, _call, conversion_report
 from numbasparse.nn.graph_json import Described, describe_graph, describe_module, make_graph, make_module
 from numbasparse.nn.module import SparseConv2d
 from numbasparse.nn.native import Tracer
+from numbasparse.plans import Choice
+from numbasparse.spec import ConvSpec, linear_image_shape
 
 _METADATA, _FORMAT, _VERSION = "numbasparse", "model", 1
 _ADVICE = (
     "save it as a program of torch instead: torch.export.save(torch.export.export(model, (x,)), 'model.pt2'), to be "
     "loaded after `import numbasparse.nn`"
+)
+# What constructors, torch.fx and Python's compiler raise for wrong arguments, beside ValueError.
+_WRONG = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    RuntimeError,
+    ArithmeticError,
+    AssertionError,
+    SyntaxError,
 )
 
 
@@ -149,15 +163,14 @@ def _without_nan(record: dict[str, Any]) -> dict[str, Any]:
 # ---- loading ------------------------------------------------------------------------------------------------
 
 
-def load(path: str | os.PathLike[str], tuned: Any = None) -> fx.GraphModule:
+def load(path: str | os.PathLike[str], tuned: Any = None, example_input: Any = None) -> fx.GraphModule:
     """Read a file of `save`, checking everything before use.
 
     Parameters
     ----------
     path : str or path
-    tuned : optional
-        Tuned for this machine, an object with ``choice_by_name(name)``: sparse layers take the kernels that it chose,
-        where those are sparse. Without it they keep those in the file.
+    tuned, example_input : optional
+        What chooses kernels for this machine, as for `choose_kernels`. Without it layers keep those in the file.
 
     Returns
     -------
@@ -176,12 +189,113 @@ def load(path: str | os.PathLike[str], tuned: Any = None) -> fx.GraphModule:
         header, tensors = _read(blob)
         del blob  # a large model should not be held twice, nor each of its tensors once more
         model = _made(header, tensors)
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
+    except _WRONG as error:
         text = " ".join(str(error).split())
         raise ValueError(f"cannot read {os.fspath(path)!r} as a saved model: {text or type(error).__name__}") from error
     if tuned is not None:
-        _choose(model, tuned)
+        choose_kernels(model, tuned, example_input)
     return model
+
+
+def choose_kernels(model: nn.Module, tuned: Any, example_input: Any = None) -> None:
+    """Let the sparse layers of a loaded model take the kernels that were chosen for them, and say so in its report.
+
+    A layer without a choice keeps its kernel; so does one for which a dense kernel was chosen, as the file has no
+    dense weight of it: convert the original model by the tuned file instead.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Of `load`; changed only after every choice has been made.
+    tuned
+        As for `convert`: an object with ``choice(spec, weight, name)``, for example a tuned file, or one with
+        ``choice_by_name(name)``, which needs no ``example_input``.
+    example_input : Tensor, tuple of arguments, or dict of keyword arguments, optional
+        The model is run on it once to learn the shapes of its layers' inputs.
+
+    Raises
+    ------
+    TypeError
+        If ``tuned`` is nothing of the kind.
+    ValueError
+        If it needs an ``example_input``.
+
+    Warns
+    -----
+    UserWarning
+        If dense kernels were chosen for layers that stay sparse.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, SparseConv2d)}
+    choices = {name: choice for name, choice in _choices(model, layers, tuned, example_input).items() if choice}
+    records = {record.name: record for record in conversion_report(model)}
+    stay = sorted(name for name, choice in choices.items() if kernel(choice.kernel).is_dense)
+    for name, choice in choices.items():
+        reason = f"tuned: {choice.kernel}" + (", but the file holds it sparse" if name in stay else "")
+        chosen = layers[name].choice if name in stay else choice
+        layers[name].choice = chosen
+        if name in records:
+            chosen_kernel = None if chosen is None else chosen.kernel
+            records[name] = dataclasses.replace(records[name], reason=reason, kernel=chosen_kernel)
+    setattr(model, REPORT, tuple(records.values()))
+    if stay:
+        warnings.warn(
+            f"dense kernels were chosen for layers that the file holds sparse, and that stay so: {', '.join(stay)}; "
+            f"convert the original model with this tuned file to have them dense",
+            stacklevel=2,
+        )
+
+
+def _choices(
+    model: nn.Module, layers: Mapping[str, SparseConv2d], tuned: Any, example_input: Any
+) -> dict[str, Choice | None]:
+    by_name, by_spec = (getattr(tuned, name, None) for name in ("choice_by_name", "choice"))
+    if example_input is None and by_name is not None:
+        return {name: by_name(name) for name in layers}
+    if by_spec is None:
+        raise TypeError(
+            f"tuned must have choice(spec, weight, name) or choice_by_name(name), got {type(tuned).__name__}: a path "
+            f"goes to autotune.load first"
+        )
+    if example_input is None:
+        raise ValueError(
+            f"{type(tuned).__name__} chooses by the shape of each layer's input: give load an example_input"
+        )
+    specs = _specs(model, layers, example_input)
+    return {name: by_spec(spec, layers[name].weight_matrix(), name) for name, spec in specs.items()}
+
+
+def _specs(model: nn.Module, layers: Mapping[str, SparseConv2d], example_input: Any) -> dict[str, ConvSpec]:
+    """The problem of each layer at its first call, by running the model once."""
+    seen: dict[str, ConvSpec] = {}
+
+    def watch(name: str) -> Any:
+        def hook(layer: SparseConv2d, arguments: tuple[Any, ...]) -> None:
+            if name not in seen:
+                seen[name] = _spec(layer, arguments[0], name)
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
+    try:
+        with torch.inference_mode():
+            _call(model, example_input)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _spec(layer: SparseConv2d, x: torch.Tensor, name: str) -> ConvSpec:
+    shape = tuple(x.shape)
+    if layer.takes_vectors:
+        shape = linear_image_shape(shape)
+    elif len(shape) == 3:
+        shape = (1, *shape)
+    top, bottom, left, right = layer.padding
+    weight_shape = (layer.out_channels, *layer.kernel_shape)
+    padding = ((top, bottom), (left, right))
+    dtype = str(x.dtype).removeprefix("torch.")
+    return ConvSpec.create(shape, weight_shape, layer.stride, padding, layer.dilation, layer.groups, dtype, name=name)
 
 
 def _made(header: _Header, tensors: dict[str, torch.Tensor]) -> fx.GraphModule:
@@ -200,7 +314,7 @@ def _made(header: _Header, tensors: dict[str, torch.Tensor]) -> fx.GraphModule:
     for path, entry in header.modules.items():
         try:
             module = make_module(Described(entry.kind, entry.arguments, names.pop(path, {})))
-        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        except _WRONG as error:
             raise ValueError(f"module {path!r}: {error}") from error
         _place(root, path, module)
     for path, tensor in attributes.items():
@@ -252,17 +366,9 @@ def _place(root: nn.Module, path: str, value: nn.Module | torch.Tensor) -> None:
 
 
 def _record(record: Mapping[str, Any]) -> ConvertedLayer:
-    fields = dict(record)
-    if fields.get("sparsity") is None:
-        fields["sparsity"] = float("nan")
-    return ConvertedLayer(**fields)
-
-
-def _choose(model: nn.Module, tuned: Any) -> None:
-    by_name = getattr(tuned, "choice_by_name", None)
-    if by_name is None:
-        raise TypeError(f"tuned must have choice_by_name(name), got {type(tuned).__name__}: load the tuned file first")
-    for name, module in model.named_modules():
-        choice = by_name(name) if isinstance(module, SparseConv2d) else None
-        if choice is not None and not kernel(choice.kernel).is_dense:
-            cast(SparseConv2d, module).choice = choice
+    known = {field.name for field in dataclasses.fields(ConvertedLayer)}
+    if set(record) != known:
+        raise ValueError(f"a record of a layer has the entries {sorted(record)}, expected {sorted(known)}")
+    unknown = record["sparsity"] is None
+    made = msgspec.convert({**record, "sparsity": 0.0} if unknown else record, ConvertedLayer)
+    return dataclasses.replace(made, sparsity=float("nan")) if unknown else made
