@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
 
+import autotune
 from numbasparse import Choice
 from numbasparse.cli import main
+from numbasparse.cli.run import read_input
 from numbasparse.kernels import kernels_for
 from numbasparse.nn import SparseConv2d, conversion_report, convert, load, save
 from numbasparse.nn.exported import module_of
@@ -150,6 +153,46 @@ def test_a_tuned_file_chooses_again(tmp_path: Path) -> None:
         load(tmp_path / "model.safetensors", "tuned.json")
 
 
+def test_a_real_tuned_file_chooses_as_it_does_for_convert(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, x = pruned(Net()), torch.randn(2, 3, 8, 8)
+    model = convert(net, None, x)
+    save(model, tmp_path / "model.safetensors")
+    autotune.tune(net, x, trials=2).save(tmp_path / "tuned.json")
+    tuned = autotune.load(tmp_path / "tuned.json")
+    with pytest.raises(ValueError, match="give load an example_input"):
+        load(tmp_path / "model.safetensors", tuned)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a dense kernel may be the faster one on layers of this size
+        loaded: Any = load(tmp_path / "model.safetensors", tuned, x)
+        expected = convert(net, tuned, x)
+    by_name = {record.name: record for record in conversion_report(loaded)}
+    for record in conversion_report(expected)[:2]:
+        assert record.reason.startswith("tuned: ")
+        assert by_name[record.name].reason.startswith(record.reason)
+        if record.decision == "sparse":
+            assert by_name[record.name].kernel == record.kernel
+            assert loaded.get_submodule(record.name).choice == expected.get_submodule(record.name).choice
+    with torch.inference_mode():
+        assert torch.allclose(loaded(x)["classes"], model(x)["classes"], atol=1e-5)
+
+
+def test_dense_choices_for_sparse_layers_are_told(tmp_path: Path) -> None:
+    model, x = converted()
+    save(model, tmp_path / "model.safetensors")
+
+    class Dense:
+        def choice(self, spec: Any, weight: Any, name: str) -> Choice | None:
+            return Choice("dense") if name == "first" else None
+
+    with pytest.warns(UserWarning, match="that stay so: first"):
+        loaded = load(tmp_path / "model.safetensors", Dense(), x)
+    assert conversion_report(loaded)[0].reason == "tuned: dense, but the file holds it sparse"
+    assert conversion_report(loaded)[1] == conversion_report(model)[1]
+    with torch.inference_mode():
+        assert same(loaded(x), model(x))
+
+
 class Branching(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -166,6 +209,55 @@ class Unknown(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.fft.fft(self.conv(x)).real
+
+
+class Named(nn.Module):
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict({name: nn.Conv2d(3, 3, 3) for name in names})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.parts.values():
+            x = part(x)
+        return x
+
+
+class Several(Named):
+    def forward(self, *xs: Tensor) -> Tensor:
+        return self.parts["a"](torch.cat(xs))
+
+
+class Two(nn.Module):
+    """Two inputs, two outputs, one weight in two modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.heads = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3), nn.Linear(8, 2)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        return self.a(x) - self.b(z), self.heads(self.b(x).mean((2, 3)))
+
+
+def test_inputs_names_and_layouts(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    path, x = tmp_path / "model.safetensors", torch.randn(2, 3, 9, 9)
+    for net, arguments in ((Two(), (x, x + 1)), (Named("conv-1", "3x3", "a b", "über"), (x,))):
+        model = convert(pruned(net), None, arguments)
+        next(m for m in model.modules() if isinstance(m, SparseConv2d)).out_layout = "CHWN"
+        save(model, path)
+        loaded = load(path)
+        assert next(m for m in loaded.modules() if isinstance(m, SparseConv2d)).out_layout == "CHWN"
+        with torch.inference_mode():
+            assert same(loaded(*arguments), model(*arguments))
+
+
+def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
+    x = torch.randn(1, 3, 9, 9)
+    for net, words in ((Named("in"), "parts.in"), (Named('a"'), "parts.a"), (Several("a"), r"\*xs")):
+        with pytest.raises(ValueError, match=rf"cannot be saved: unknown target .*{words}.*torch\.export"):
+            save(convert(pruned(net), None, x), tmp_path / "model.safetensors")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_cannot_be_saved(tmp_path: Path) -> None:
@@ -200,6 +292,13 @@ def node_of(header: Any, op: str) -> Any:
     return next(node for node in header["graph"] if node["op"] == op)
 
 
+NO_GROUPS = {"kind": "GroupNorm", "arguments": {"num_groups": 0, "num_channels": 8, "eps": 1e-5, "affine": False}}
+
+
+def an_input(**more: Any) -> Any:
+    return {"op": "placeholder", "name": "more", "target": "more", "args": [], "kwargs": {}} | more
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -221,6 +320,20 @@ def node_of(header: Any, op: str) -> Any:
         (lambda h, t: t.pop("head.weight"), "expected the tensors"),
         (lambda h, t: t.update(stranger=torch.zeros(1)), "of no use: stranger"),
         (lambda h, t: t["first.indices"].add_(30000), "module 'first'"),
+        (lambda h, t: t.update({"first.indices": t["first.indices"].long() + 2**32}), "must be uint16 or int32"),
+        (lambda h, t: t.update({"first.indices": t["first.indices"] + 0.5}), "must be uint16 or int32"),
+        (lambda h, t: t.update({"first.bias": torch.zeros(16, dtype=torch.int64)}), "of a floating-point type"),
+        (lambda h, t: node_of(h, "placeholder").update(target="self"), "none is 'self'"),
+        (lambda h, t: h["graph"].insert(1, {**node_of(h, "placeholder"), "name": "x_1"}), "names of their own"),
+        (lambda h, t: h["graph"].insert(0, an_input(args=[None])), "those that have one last"),
+        (lambda h, t: h["graph"].insert(1, an_input(args=[1, 2])), "at most a default"),
+        (lambda h, t: h["graph"].insert(3, an_input()), "an input after other nodes"),
+        (lambda h, t: h["graph"].append({**h["graph"][-1], "name": "end"}), "with others: 2 in all"),
+        (lambda h, t: h["modules"].update(pool=NO_GROUPS), "module 'pool': integer modulo by zero"),
+        (lambda h, t: h["report"][0].update(decision=["sparse"]), "Expected `str`"),
+        (lambda h, t: h["report"][0].update(sparsity="much"), "Expected `float`"),
+        (lambda h, t: h["report"][0].update(more=1), "a record of a layer has the entries"),
+        (lambda h, t: h["report"][0].pop("reason"), "a record of a layer has the entries"),
     ],
 )
 def test_wrong_files(change: Any, words: str, tmp_path: Path) -> None:
@@ -306,12 +419,36 @@ def test_convert_and_run(tmp_path: Path) -> None:
     assert CliRunner().invoke(main, ["run", str(out), "--input", "1,3,9,9"]).exit_code == 0
 
 
+def test_run_with_a_tuned_file(tmp_path: Path) -> None:
+    out = saved_by_command(tmp_path)
+    tuned = str(tmp_path / "tuned.json")
+    shape = ["--input", "1,3,9,9"]
+    done = CliRunner().invoke(main, ["tune", f"{tmp_path}/net.py:net", *shape, "--trials", "2", "--out", tuned])
+    assert done.exit_code == 0, done.output
+    done = CliRunner().invoke(main, ["run", str(out), *shape, "--tuned", tuned])
+    assert done.exit_code == 0, done.output
+    assert "tuned:" in done.output
+
+
+def test_a_model_of_one_channel_takes_gray_pictures(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    save(convert(pruned(nn.Sequential(nn.Conv2d(1, 8, 3)))), tmp_path / "model.safetensors")
+    image.new("RGB", (12, 10)).save(tmp_path / "a.png")
+    done = CliRunner().invoke(main, ["run", str(tmp_path / "model.safetensors"), "--input", str(tmp_path / "a.png")])
+    assert done.exit_code == 0, done.output
+    assert "(1, 8, 8, 10)" in done.output
+
+
 def test_run_on_pictures(tmp_path: Path) -> None:
     image = pytest.importorskip("PIL.Image")
     out = saved_by_command(tmp_path)
     (tmp_path / "pictures").mkdir()
     for name in ("a.png", "b.png"):
         image.new("RGB", (12, 10), (255, 0, 51)).save(tmp_path / "pictures" / name)
+    read = read_input(str(tmp_path / "pictures" / "a.png"))
+    assert read.shape == (1, 3, 10, 12)
+    assert torch.allclose(read[0, :, 0, 0], torch.tensor([1.0, 0.0, 0.2]))
+    assert read_input(str(tmp_path / "pictures"), gray=True).shape == (2, 1, 10, 12)
     done = CliRunner().invoke(main, ["run", str(out), "--input", str(tmp_path / "pictures")])
     assert done.exit_code == 0, done.output
     assert "(2, 4)" in done.output
@@ -321,7 +458,7 @@ def test_run_on_pictures(tmp_path: Path) -> None:
     ("given_input", "words"),
     [
         ("nothing.npy", "there is no file"),
-        ("1,x", "expected the input's shape"),
+        ("1,x", "expected the input as an array (.npy)"),
         ("1,7,9,9", "does not run on the input"),
         ("empty", "no pictures"),
     ],

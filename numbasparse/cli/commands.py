@@ -188,7 +188,8 @@ def convert(
     "--input",
     "given",
     required=True,
-    help='An array (.npy), a picture, a folder of pictures of one size, or a shape like "1,3,224,224".',
+    help="An array (.npy), a picture, a folder of pictures of one size (values of 0 to 1, RGB, or gray for a model of "
+    'one channel), or a shape like "1,3,224,224".',
 )
 @click.option("--tuned", type=click.Path(path_type=Path), help="Tuned file of this machine; else as MODEL was saved.")
 @click.option("--output", type=click.Path(path_type=Path), help="Write the result (.npy; .npz of several).")

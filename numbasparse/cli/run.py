@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from numbasparse.cli.models import check_out, convert_model, example_input, load_model, parse_shape, time_models
 from numbasparse.files import write_whole
-from numbasparse.nn import conversion_report, load, save
+from numbasparse.nn import SparseConv2d, conversion_report, load, save
+from numbasparse.nn.saved import choose_kernels
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 _SHOWN = 5
@@ -39,14 +40,18 @@ def run_file(
         check_out(output)
     if threads is not None:
         torch.set_num_threads(threads)
-    loaded = load(model, None if tuned is None else autotune.load(tuned))
-    x = read_input(given)
+    choices = None if tuned is None else autotune.load(tuned)
+    loaded = load(model)
+    x = read_input(given, gray=_channels(loaded) == 1)
     with torch.inference_mode():
         try:
             y = loaded(x)
         except Exception as error:  # whatever torch's operators raise for a wrong shape
             first = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(f"the model does not run on the input {tuple(x.shape)}: {first}") from error
+        if choices is not None:
+            choose_kernels(loaded, choices, x)
+            y = loaded(x)
         seconds = time_models({"": lambda: loaded(x)}, 0.0, least=repeat)[""]
     print_layers(loaded)
     outputs = [t for t in torch.utils._pytree.tree_leaves(y) if isinstance(t, Tensor)]
@@ -55,6 +60,13 @@ def run_file(
     print(f"median of {repeat} calls: {1e3 * seconds:.3f} milliseconds, {torch.get_num_threads()} threads")
     if output is not None:
         write_output(output, outputs)
+
+
+def _channels(model: nn.Module) -> int | None:
+    """Channels that the first convolution of a model takes; None without one."""
+    convolutions = (m for m in model.modules() if isinstance(m, (nn.Conv2d, SparseConv2d)))
+    first = next(convolutions, None)
+    return None if first is None else first.in_channels
 
 
 def print_layers(model: nn.Module) -> None:
@@ -98,8 +110,10 @@ def write_output(path: Path, outputs: list[Tensor]) -> None:
 # ---- inputs -------------------------------------------------------------------------------------------------
 
 
-def read_input(given: str) -> Tensor:
-    """An array (.npy), a picture, a folder of pictures of one size (RGB, 0 to 1), or random numbers of a shape.
+def read_input(given: str, gray: bool = False) -> Tensor:
+    """An array (.npy), a picture, a folder of pictures of one size, or random numbers of a shape, float32.
+
+    Pictures are RGB, or of one channel if ``gray``, with values of 0 to 1.
 
     Raises
     ------
@@ -111,12 +125,19 @@ def read_input(given: str) -> Tensor:
         files = sorted(p for p in path.iterdir() if p.suffix.lower() in _PICTURES)
         if not files:
             raise ValueError(f"there are no pictures ({', '.join(_PICTURES)}) in {path}")
-        return _stacked(files)
+        return _stacked(files, gray)
     if path.suffix.lower() in _PICTURES:
-        return _stacked([path])
+        return _stacked([path], gray)
     if path.suffix == ".npy":
         return _array(path)
-    return torch.rand(parse_shape(given), generator=torch.Generator().manual_seed(0))
+    try:
+        sizes = parse_shape(given)
+    except ValueError:
+        kinds = (
+            f"an array (.npy), a picture ({', '.join(_PICTURES)}), a folder of pictures, or a shape like 1,3,224,224"
+        )
+        raise ValueError(f"expected the input as {kinds}, got {given!r}") from None
+    return torch.rand(sizes, generator=torch.Generator().manual_seed(0))
 
 
 def _array(path: Path) -> Tensor:
@@ -131,8 +152,8 @@ def _array(path: Path) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array, np.float32))
 
 
-def _stacked(files: list[Path]) -> Tensor:
-    """Pictures as one float32 tensor (N, 3, H, W) of 0 to 1."""
+def _stacked(files: list[Path], gray: bool) -> Tensor:
+    """Pictures as one float32 tensor (N, 3, H, W), or (N, 1, H, W), of 0 to 1."""
     from PIL import Image, UnidentifiedImageError
 
     pictures = []
@@ -141,9 +162,10 @@ def _stacked(files: list[Path]) -> Tensor:
             raise FileNotFoundError(f"there is no file {file}")
         try:
             with Image.open(file) as image:
-                pictures.append(np.asarray(image.convert("RGB"), np.float32) / 255)
+                pixels = np.asarray(image.convert("L" if gray else "RGB"), np.float32) / 255
         except UnidentifiedImageError as error:
             raise ValueError(f"{file} is no picture that Pillow reads") from error
+        pictures.append(pixels.reshape(*pixels.shape[:2], -1))  # gray ones come without a dimension for channels
         if pictures[-1].shape != pictures[0].shape:
             raise ValueError(
                 f"pictures of one call must have one size: {files[0].name} is {pictures[0].shape[:2]}, "
