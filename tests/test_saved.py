@@ -227,6 +227,16 @@ class Several(Named):
         return self.parts["a"](torch.cat(xs))
 
 
+class Shaped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return y.view(x.shape[0], y.shape[1], -1)
+
+
 class Two(nn.Module):
     """Two inputs, two outputs, one weight in two modules."""
 
@@ -242,7 +252,7 @@ class Two(nn.Module):
 def test_inputs_names_and_layouts(tmp_path: Path) -> None:
     torch.manual_seed(0)
     path, x = tmp_path / "model.safetensors", torch.randn(2, 3, 9, 9)
-    for net, arguments in ((Two(), (x, x + 1)), (Named("conv-1", "3x3", "a b", "über"), (x,))):
+    for net, arguments in ((Two(), (x, x + 1)), (Shaped(), (x,)), (Named("conv-1", "3x3", "a b", "über"), (x,))):
         model = convert(pruned(net), None, arguments)
         next(m for m in model.modules() if isinstance(m, SparseConv2d)).out_layout = "CHWN"
         save(model, path)
@@ -295,6 +305,15 @@ def node_of(header: Any, op: str) -> Any:
 NO_GROUPS = {"kind": "GroupNorm", "arguments": {"num_groups": 0, "num_channels": 8, "eps": 1e-5, "affine": False}}
 
 
+SECRET = {
+    "op": "call_function",
+    "name": "d",
+    "target": "getattr",
+    "args": [{"node": "x"}, "__class__"],
+    "kwargs": {},
+}
+
+
 def an_input(**more: Any) -> Any:
     return {"op": "placeholder", "name": "more", "target": "more", "args": [], "kwargs": {}} | more
 
@@ -329,6 +348,9 @@ def an_input(**more: Any) -> Any:
         (lambda h, t: h["graph"].insert(1, an_input(args=[1, 2])), "at most a default"),
         (lambda h, t: h["graph"].insert(3, an_input()), "an input after other nodes"),
         (lambda h, t: h["graph"].append({**h["graph"][-1], "name": "end"}), "with others: 2 in all"),
+        (lambda h, t: h["graph"].insert(1, SECRET), "another attribute than shape or ndim"),
+        (lambda h, t: h["graph"][-1].update(args=[]), "output must be one value"),
+        (lambda h, t: h["modules"]["first"]["arguments"].update(choice={"kernel": "cpu_direct"}), "a choice has"),
         (lambda h, t: h["modules"].update(pool=NO_GROUPS), "module 'pool': integer modulo by zero"),
         (lambda h, t: h["report"][0].update(decision=["sparse"]), "Expected `str`"),
         (lambda h, t: h["report"][0].update(sparsity="much"), "Expected `float`"),

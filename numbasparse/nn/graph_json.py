@@ -48,10 +48,13 @@ _METHODS = (
     "sigmoid tanh softmax squeeze unsqueeze chunk split clamp clamp_ expand float half"
 )
 METHODS = frozenset(_METHODS.split())
+ATTRIBUTES = ("shape", "ndim")
+"""What `getattr` may ask a tensor for."""
 
 
 def _functions() -> dict[str, Callable[..., Any]]:
     found: dict[str, Callable[..., Any]] = {f"operator.{name}": getattr(operator, name) for name in _OPERATORS}
+    found["getattr"] = getattr
     found |= {f"torch.{name}": getattr(torch, name) for name in _TORCH.split()}
     found |= {f"functional.{name}": getattr(F, name) for name in _FUNCTIONAL.split()}
     for name in _ATEN.split():
@@ -202,6 +205,8 @@ def _make_sparse(described: Described) -> SparseConv2d:
     shape, groups, choice = given.pop("kernel_shape"), given.pop("groups"), given.pop("choice")
     # Every index is checked here.
     weight = SparseWeight.from_encoded(values, indices.astype("int32"), indptr, shape, groups)
+    if choice is not None and set(choice) != {"kernel", "config"}:
+        raise ValueError(f"a choice has kernel and config, got {sorted(choice)}")
     made = None if choice is None else Choice(choice["kernel"], dict(choice["config"]))
     return _SPARSE[described.kind](weight, bias, choice=made, **given)
 
@@ -320,6 +325,8 @@ def make_graph(nodes: Iterable[Json], known: Callable[[str, str], bool]) -> fx.G
             raise ValueError(f"a node {name!r} of kind {op!r}")
         arguments = tuple(_decode(value, made) for value in node["args"])
         named = {key: _decode(value, made) for key, value in node["kwargs"].items() if _checked_name(key)}
+        if target == "getattr" and (len(arguments) != 2 or arguments[1] not in ATTRIBUTES or named):
+            raise ValueError(f"node {name!r} gets another attribute than {' or '.join(ATTRIBUTES)}: {node['args'][1:]}")
         made[name] = graph.create_node(op, _target(op, target, known), arguments, named, name)
     _check_ends(graph)
     graph.lint()
@@ -331,6 +338,9 @@ def _check_ends(graph: fx.Graph) -> None:
     ops = [node.op for node in graph.nodes]
     if ops.count("output") != 1 or ops[-1] != "output":
         raise ValueError(f"a graph without an output at its end, or with others: {ops.count('output')} in all")
+    last = list(graph.nodes)[-1]
+    if len(last.args) != 1 or last.kwargs:
+        raise ValueError("a graph's output must be one value")
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     names = [str(node.target) for node in inputs]
     if "placeholder" in ops[len(inputs) :]:
