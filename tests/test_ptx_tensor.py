@@ -102,15 +102,16 @@ def multiplying(row_bytes: int, n: int, dtype: str) -> cuda.Ptx:
     d = ptx.matrix_descriptor(row_bytes, 32 * row_bytes)
     low_word, high_word, k_high = d.low, d.high, d.k_high
     write = writing(n)
+    load_four, load_one = ptx.load_words("global", 4), ptx.load_words("global", 1)
     u32, i64 = types.uint32, types.int64
 
     def multiplying(out, values, metadata, start, distance, rows):  # type: ignore[no-untyped-def]
         thread = ptx.thread_index()
         tile = arrive(0, 0, 0, 0)
         lane = thread & 31
-        a = ptx.load_ahead_x4(i64(values + thread * 16))
+        a = load_four(i64(values + thread * 16))
         place = ((thread >> 5) * 8 + (lane >> 2)) * 2 + (lane & 1)
-        m = ptx.load_ahead(i64(metadata + place * 4))
+        m = load_one(i64(metadata + place * 4))
         low, high = (tile >> 4) + start + low_word, high_word
         if k_high:
             high = high + distance
@@ -135,13 +136,14 @@ def gathering(row_bytes: int, n: int, dtype: str) -> cuda.Ptx:
     eights = row_bytes // 16
     mma = ptx.gathered_mma(displacements, ptx.SWIZZLES[row_bytes].mask, dtype)
     zeros, write = ptx.zeros(n // 2), writing(n)
+    load_two = ptx.load_words("global", 2)
     u32, i64 = types.uint32, types.int64
 
     def gathering(out, values, offsets, rows):  # type: ignore[no-untyped-def]
         thread = ptx.thread_index()
         tile = arrive(0, 0, 0, 0)
         lane = thread & 31
-        a = ptx.load_ahead_x2(i64(values + thread * 8))
+        a = load_two(i64(values + thread * 8))
         offset = ptx.load_global_i32(i64(offsets + ((thread >> 5) * 8 + (lane & 7)) * 4))
         eight = lane >> 3
         own = tile + eight // eights * pixel + eight % eights * 16
@@ -163,13 +165,14 @@ def finishing(dtype: str) -> cuda.Ptx:
     zeros = ptx.zeros(32)
     finish = ptx.Finish(bias=True, scaled=False, residual=True, activation="relu")
     store = ptx.store_finished_fragments([(0, 0, 0), (0, 1, 0)], dtype, finish, (128, 0, 64, 2), (1, 2, 32))
+    load_two = ptx.load_words("global", 2)
     i32, u32, i64 = types.int32, types.uint32, types.int64
 
     def finishing(out, values, offsets, rows, residual, bias):  # type: ignore[no-untyped-def]
         thread = ptx.thread_index()
         tile = arrive(0, 0, 0, 0)
         lane, warp = thread & 31, thread >> 5
-        a = ptx.load_ahead_x2(i64(values + thread * 8))
+        a = load_two(i64(values + thread * 8))
         offset = ptx.load_global_i32(i64(offsets + (warp * 8 + (lane & 7)) * 4))
         sums = mma(zeros(), a, u32(tile + offset + (lane >> 3) * 16))
         n, own = (lane & 3) * 8, rows + 4 * (warp * 16 + (lane >> 2))

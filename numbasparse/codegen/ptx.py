@@ -104,6 +104,7 @@ _S, _G = types.uint32, types.int64
 thread_index = _operation("mov.u32 $0, %tid.x;", (), types.int32, memory=False)
 block_x = _operation("mov.u32 $0, %ctaid.x;", (), types.int32, memory=False)
 block_y = _operation("mov.u32 $0, %ctaid.y;", (), types.int32, memory=False)
+grid_x = _operation("mov.u32 $0, %nctaid.x;", (), types.int32, memory=False)
 block_z = _operation("mov.u32 $0, %ctaid.z;", (), types.int32, memory=False)
 
 barrier = _operation("barrier.sync 0;", ())
@@ -161,6 +162,9 @@ mbarrier_init = _operation("mbarrier.init.shared::cta.b64 [$0], $1;", (_S, types
 # Makes the initialised barriers visible to the copy engine.
 mbarrier_init_fence = _operation("fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta;", ())
 mbarrier_expect = _operation("mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;", (_S, types.int32))
+mbarrier_arrive = _operation("mbarrier.arrive.shared::cta.b64 _, [$0];", (_S,))
+# At a barrier of any block of the cluster, by an address of the cluster's window.
+mbarrier_arrive_in_cluster = _operation("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [$0];", (_S,))
 # try_wait sleeps for a while in hardware; it returns false when the time is over.  Labels are local to the braces.
 mbarrier_wait = _operation(
     "{ .reg .pred p; WAIT: mbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1; @p bra DONE; bra WAIT; DONE: }",
@@ -187,9 +191,6 @@ copy_box_to_cluster = _operation(
 # Blocks of a cluster reach each other's shared memory by addresses of the cluster's window (section 5.1.5).
 cluster_rank = _operation("mov.u32 $0, %cluster_ctarank;", (), types.int32, memory=False)
 cluster_address = _operation("mapa.shared::cluster.u32 $0, $1, $2;", (_S, types.int32), types.uint32, memory=False)
-count_in_cluster = _operation(
-    "atom.acq_rel.cluster.shared::cluster.add.u32 $0, [$1], $2;", (_S, types.int32), types.int32
-)
 # Every thread of every block arrives before any goes on from the wait (section 9.7.13.4).
 cluster_arrive = _operation("barrier.cluster.arrive.release;", ())
 # Without order of what was written before: for blocks that only have to be there still.
@@ -625,29 +626,30 @@ def matrix_descriptor(row_bytes: int, n_stride: int) -> MatrixDescriptor:
     return MatrixDescriptor(low=0, high=units, k_high=False)
 
 
-def _load_ahead(count: int) -> Any:
+@functools.cache
+def load_words(space: str, count: int) -> Any:
+    """Intrinsic ``(address) -> words``: 1, 2 or 4 neighbouring 32-bit words, at a multiple of their size.
+
+    ``space`` is ``"global"`` or ``"shared"``.  For words that are wanted long after the load: ptxas moves other loads
+    down to their first use, behind branches and waits that would have covered them, but leaves alone what the memory
+    model orders (section 8.4, "Strong operations").
+    """
     kind: Any = types.uint32 if count == 1 else types.UniTuple(types.uint32, count)
     places = ", ".join(f"${i}" for i in range(count))
     target = f".v{count}.u32 {{{places}}}" if count > 1 else f".u32 {places}"
-    letters = ",".join(["=r"] * count + ["l"])
+    address, letter = (_S, "r") if space == "shared" else (_G, "l")
+    letters = ",".join(["=r"] * count + [letter])
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-        text = f"ld.relaxed.cta.global{target}, [${count}];"
+        text = f"ld.relaxed.cta.{space}{target}, [${count}];"
         result = _I32 if count == 1 else ir.LiteralStructType([_I32] * count)
-        loaded = _asm(builder, result, text, letters, [(_I64, arguments[0])])
+        loaded = _asm(builder, result, text, letters, [(_LLVM[address], arguments[0])])
         if count == 1:
             return loaded
         return context.make_tuple(builder, kind, [builder.extract_value(loaded, i) for i in range(count)])
 
-    return _intrinsic_of_arity(1, kind(_G), generate)
+    return _intrinsic_of_arity(1, kind(address), generate)
 
-
-# Neighbouring words, at a multiple of their size, that are wanted long after the load: ptxas moves loads through the
-# read-only path down to their first use, behind branches that the waiting would have filled, but leaves alone what the
-# memory model orders (section 8.4, "Strong operations"). The scope of the block lets the first cache answer.
-load_ahead = _load_ahead(1)
-load_ahead_x2 = _load_ahead(2)
-load_ahead_x4 = _load_ahead(4)
 
 _SHORT = {"float16": "f16", "bfloat16": "bf16"}
 

@@ -9,10 +9,10 @@ pixels of a tile, needs an address and a distance, nothing is copied or gathered
 `two_four.cover_steps` says.  The rest, where four neighbouring channels hold more than two non-zeros, is added to the
 same sums by ``mma.sync``, which takes its rows from any address.
 
-One or two warpgroups compute the tile's rows, each its share, and fetch the weight from the second cache into registers
-some steps ahead.  The warp that is the last to leave a stage orders the next copy into it: a warp of its own for the
-copies would leave the others fewer registers, since nvJitLink ignores ``setmaxnreg`` in PTX.  In a cluster that is the
-last warp of all its blocks, and its copy goes to all of them.
+The weight of a tile, in the order in which it is used, comes with it, by another order to the copy engine.  One warp
+does nothing but order copies, as soon as a stage is free, and runs ahead into the block's next output tile while one or
+two warpgroups, each with its share of the tile's rows, still store the last one: blocks stay, and take one output tile
+after another.  In a cluster a tile is copied once, when all blocks have left the stage, and goes to all of them.
 
 Bound: each sparse ``wgmma`` reads its 32 x n operand from shared memory as fast as that can give, so that the tensor
 cores and shared memory are both full, and every other use of shared memory (copies into it, the rest) adds to it.
@@ -62,20 +62,18 @@ if TYPE_CHECKING:
     import torch
 
 _DTYPES = ("float16", "bfloat16")
-_REGISTERS = 255
-"""Of a thread, of which a multiprocessor has enough for 256."""
-_FEW, _MANY = 5, 7
-"""Steps of a round: the weight of a step is fetched a round ahead, less one.  Beside the copies of tiles the second
-cache takes as long as five steps (profiled on an H100); a tile of fewer steps is filled up to a round."""
+_REGISTERS = {1: 200, 2: 224}
+"""Of a thread, by warpgroups: what a multiprocessor has for two blocks of five warps, or for one of nine.
+``setmaxnreg`` would give more to those who compute, but nvJitLink ignores it in PTX (C7504)."""
 _WINDOW = 0x3FFFF
 """Bits of an address of shared memory that a matrix descriptor holds; above is the number of the block in its cluster
 (PTX ISA, "Matrix descriptor format")."""
 _HEAD_BYTES = 1024
 """Of shared memory: the barriers, and so much that the stages are aligned to the swizzle's pattern."""
-UNIT_BYTES, CHUNK_BYTES, _WORD = 2320, 1152, 2304
-"""Of a step in memory, and of a chunk of the rest; where a step's word is."""
-NEXT = -1 << 31
-"""Bit of a step's word: it is the first of its tile."""
+UNIT_BYTES, CHUNK_BYTES, HEADER_BYTES = 2320, 1152, 16
+"""Of a step in a blob, of a chunk of the rest, and of what is before them."""
+_METADATA, _WORD, _OFFSETS = 2048, 2304, 1024
+"""Where a step has its metadata and its word, and a chunk the offsets of its rows."""
 
 
 # ---- geometry -----------------------------------------------------------------------------------------------
@@ -99,12 +97,10 @@ class Geometry:
         The images of one channel of one pixel.
     pixel_bytes
         The channels of one pixel.
-    stage_bytes
-        An input tile, up to the next multiple of 1024.
     octets
         Groups of eight channels from the first tap's first to the last tap's last: what a step can start from.
-    ahead
-        Steps of a round.
+    steps, chunks
+        Of a blob at most.  A tile with more is copied again for the rest of its weight.
     """
 
     groups: int
@@ -116,9 +112,9 @@ class Geometry:
     patch_w: int
     row_bytes: int
     pixel_bytes: int
-    stage_bytes: int
     octets: int
-    ahead: int
+    steps: int
+    chunks: int
 
     @property
     def rows(self) -> int:
@@ -140,6 +136,12 @@ class Geometry:
         """Bytes that a copy brings."""
         return self.patch_h * self.patch_w * self.pixel_bytes
 
+    @property
+    def stage_bytes(self) -> int:
+        """An input tile and behind it a blob, up to the next multiple of 1024."""
+        blob = HEADER_BYTES + self.steps * UNIT_BYTES + self.chunks * CHUNK_BYTES
+        return -(-(self.tile_bytes + blob) // 1024) * 1024
+
     def octet(self, c: Any, r: Any, s: Any, spec: ConvSpec) -> Any:
         """Octet of channel c of a stage at tap (r, s)."""
         pixel = r * spec.dilation[0] * self.patch_w + s * spec.dilation[1]
@@ -154,6 +156,8 @@ def geometry_of(spec: ConvSpec, config: Config) -> Geometry:
     patch_h = (tile_h - 1) * sh + (spec.r - 1) * dh + 1
     patch_w = (tile_w - 1) * sw + (spec.s - 1) * dw + 1
     pixel_bytes = 2 * batch * channels
+    # Every octet of every tap once, and the rest at 80 % zeros.
+    steps = -(-spec.r * spec.s * min(channels, -(-spec.c_per_group // 8) * 8) // two_four.STEP)
     return Geometry(
         groups=int(config["groups"]),
         batch=batch,
@@ -164,9 +168,9 @@ def geometry_of(spec: ConvSpec, config: Config) -> Geometry:
         patch_w=patch_w,
         row_bytes=2 * batch,
         pixel_bytes=pixel_bytes,
-        stage_bytes=-(-patch_h * patch_w * pixel_bytes // 1024) * 1024,
         octets=((spec.r - 1) * dh * patch_w + (spec.s - 1) * dw + 1) * (channels // 8),
-        ahead=_FEW if spec.r * spec.s * min(channels, spec.c_per_group) <= (_MANY - 1) * two_four.STEP else _MANY,
+        steps=steps,
+        chunks=-(-steps // 3),
     )
 
 
@@ -186,33 +190,29 @@ class Packed:
 
     Attributes
     ----------
-    units : uint8, (units + ahead, 2320)
-        Steps of all blocks: 2048 bytes of `two_four.fragments`, 256 of `two_four.Steps.metadata`, an int32 with the
-        start (bits 0-13) and the distance between octets (14-27) in units of 16 bytes and the bit `NEXT`, an int32 that
-        means something in the first step of a round (0, or one more than the chunks of the rest of the tile that ended
-        within the round), and 8 bytes of nothing.  The last ``ahead`` are for what is fetched ahead.
-    chunks : uint8, (chunks + 1, 1152)
-        The rest of all blocks: 1024 bytes of `two_four.fragments`, and the offset of every row in the input tile,
-        int32 (4, 8).  The last is for what is fetched ahead.
-    ranges : int32, (blocks, splits, 8)
-        What a block does: its first unit, its number of units (whole rounds), first chunk, first tile,
-        number of tiles, chunks of the last tile, 0, 0.
-    tiles : int32
-        First input channel of every tile.
+    blobs : uint8
+        One behind another, what a job multiplies its tile by: int32 numbers of steps and of chunks and 8 bytes of
+        nothing; of every step 2048 bytes of `two_four.fragments`, 256 of `two_four.Steps.metadata`, an int32 with the
+        start (bits 0-13) and the distance between octets (14-27) in units of 16 bytes, and 12 bytes of nothing; of
+        every chunk of the rest 1024 bytes of `two_four.fragments` and the offset of every row in the input tile, int32
+        (4, 8).
+    jobs : int32, (jobs, 4)
+        First input channel of the tile, start of the blob in units of 16 bytes, bytes of the blob, 0.
+    ranges : int32, (blocks, splits, 2)
+        What a block does: its first job and its number of jobs, which is the same in all blocks of a cluster.
     rows : int32, (blocks, 64)
         Output channel of every row, -1 where there is none.
     """
 
-    units: np.ndarray
-    chunks: np.ndarray
+    blobs: np.ndarray
+    jobs: np.ndarray
     ranges: np.ndarray
-    tiles: np.ndarray
     rows: np.ndarray
 
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
-        return sum(a.nbytes for a in (self.units, self.chunks, self.ranges, self.tiles, self.rows))
+        return sum(a.nbytes for a in (self.blobs, self.jobs, self.ranges, self.rows))
 
 
 def pack(spec: ConvSpec, weight: SparseWeight, config: Config) -> Packed:
@@ -222,16 +222,14 @@ def pack(spec: ConvSpec, weight: SparseWeight, config: Config) -> Packed:
     per_block = -(-spec.c_per_group // geometry.channels)
     steps, rest = _steps(spec, weight, geometry, rows, per_block)
     live = _live(np.diff(steps.first), per_block, int(config["cluster"]))
-    sequence, words, ends, ranges = _sequence(steps, rest, geometry, live, split)
-    group = np.arange(len(rows)) // (len(rows) // spec.groups)
-    first = group[:, None] * spec.c_per_group + np.arange(per_block)[None] * geometry.channels
-    return Packed(
-        units=_units(steps, sequence, words, ends, geometry.ahead, spec.dtype),
-        chunks=_chunks(rest, geometry, spec.dtype),
-        ranges=ranges,
-        tiles=first.ravel()[np.concatenate(live)].astype(np.int32),
-        rows=rows,
-    )
+    pieces, ranges = _pieces(np.diff(steps.first), np.diff(rest.first), geometry, live, split, int(config["cluster"]))
+    block, tile = np.divmod(pieces[:, 0], per_block)
+    group = block // (len(rows) // spec.groups)
+    blobs, starts, sizes = _blobs(spec, steps, rest, geometry, pieces)
+    jobs = np.zeros((len(pieces), 4), np.int32)
+    jobs[:, 0] = group * spec.c_per_group + tile * geometry.channels
+    jobs[:, 1], jobs[:, 2] = starts // 16, sizes
+    return Packed(blobs, jobs, ranges, rows)
 
 
 def _row_blocks(spec: ConvSpec, weight: SparseWeight) -> np.ndarray:
@@ -270,63 +268,75 @@ def _live(counts: np.ndarray, per_block: int, cluster: int) -> list[np.ndarray]:
     return [np.flatnonzero(tiles[block // cluster]) + block * per_block for block in range(len(tiles) * cluster)]
 
 
-def _sequence(
-    steps: two_four.Steps, rest: two_four.Rest, geometry: Geometry, live: list[np.ndarray], split: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Order of the steps in memory (-1: one of zeros), their words, ends of tiles, and ranges.
+def _pieces(
+    steps: np.ndarray, chunks: np.ndarray, geometry: Geometry, live: list[np.ndarray], split: int, cluster: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Jobs, int64 (jobs, 3): their part and how many steps and chunks of it they have; and the ranges.
 
-    A round of steps begins at most one tile, so a tile has as many at least; a range has whole rounds.
+    Blocks of a cluster take the same tiles together, as often as the one with the largest weight must.
     """
-    sequence: list[int] = []
-    words: list[int] = []
-    ends: list[int] = []
-    ranges = np.zeros((len(live), split, 8), np.int32)
-    chunks = np.diff(rest.first)
-    tiles = 0
+    often = np.maximum(1, np.maximum(-(-steps // geometry.steps), -(-chunks // geometry.chunks)))
+    pieces: list[tuple[int, int, int]] = []
+    ranges = np.zeros((len(live), split, 2), np.int32)
+    per_block = len(steps) // max(1, len(live))
+    for block, every in enumerate(live):
+        leader = block // cluster * cluster
+        for number, parts in enumerate(np.array_split(every, split)):
+            start = len(pieces)
+            for part in parts:
+                tile = part - block * per_block
+                times = int(often[[(leader + i) * per_block + tile for i in range(cluster)]].max())
+                left, rest = int(steps[part]), int(chunks[part])
+                for _ in range(times):
+                    now = min(left, geometry.steps), min(rest, geometry.chunks)
+                    pieces.append((part, *now))
+                    left, rest = left - now[0], rest - now[1]
+            ranges[block, number] = start, len(pieces) - start
+    return np.array(pieces, np.int64).reshape(-1, 3), ranges
+
+
+def _blobs(
+    spec: ConvSpec, steps: two_four.Steps, rest: two_four.Rest, geometry: Geometry, pieces: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The blobs of all jobs, their starts and their sizes in bytes.
+
+    Jobs are in the order of their parts, and a part is some job's: so are steps and chunks in their order.
+    """
+    counts, rest_counts = pieces[:, 1], pieces[:, 2]
+    sizes = HEADER_BYTES + counts * UNIT_BYTES + rest_counts * CHUNK_BYTES
+    starts = np.cumsum(sizes) - sizes
+    lines = np.zeros((int(sizes.sum()) // 16, 16), np.uint8)
+    lines[starts // 16, :8] = _as_bytes(pieces[:, 1:].astype(np.int32))
+    first = starts + HEADER_BYTES
+    _place(lines, first, counts, _units(steps, geometry, spec.dtype))
+    _place(lines, first + counts * UNIT_BYTES, rest_counts, _chunks(rest, geometry, spec.dtype))
+    return lines.ravel(), starts, sizes
+
+
+def _place(lines: np.ndarray, starts: np.ndarray, counts: np.ndarray, rows: np.ndarray) -> None:
+    """Write rows of bytes into lines of 16 bytes: of every job its count, one behind another from its start on."""
+    if not len(rows):
+        return
+    width = rows.shape[1]
+    within = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+    at = (np.repeat(starts, counts) + within * width) // 16
+    lines[at[:, None] + np.arange(width // 16)] = rows.reshape(len(rows), -1, 16)
+
+
+def _units(steps: two_four.Steps, geometry: Geometry, dtype: str) -> np.ndarray:
+    units = np.zeros((steps.count, UNIT_BYTES), np.uint8)
+    units[:, :_METADATA] = _as_bytes(two_four.fragments(steps.values, dtype))
+    units[:, _METADATA:_WORD] = _as_bytes(steps.metadata)
     # Octets are eight rows, in units of 16 bytes.
     placed = (steps.columns * (8 * geometry.row_bytes // 16)).astype(np.int64)
-    coded = placed[:, 0] | placed[:, 1] << 14
-    for block, every in enumerate(live):
-        for number, parts in enumerate(np.array_split(every, split)):
-            start, before = len(sequence), 0
-            for part in parts:
-                at = len(sequence)
-                own = list(range(steps.first[part], steps.first[part + 1]))
-                sequence += own + [-1] * (geometry.ahead - len(own))
-                words += [*coded[own], *[0] * (geometry.ahead - len(own))]
-                ends += [0] * (len(sequence) - at)
-                words[at] |= 1 << 31
-                if at > start:
-                    ends[at - (at - start) % geometry.ahead] = 1 + before
-                before = int(chunks[part])
-            spare = -(len(sequence) - start) % geometry.ahead
-            sequence += [-1] * spare
-            words += [0] * spare
-            ends += [0] * spare
-            first = int(rest.first[parts[0]]) if len(parts) else 0
-            ranges[block, number, :6] = start, len(sequence) - start, first, tiles, len(parts), before
-            tiles += len(parts)
-    return np.array(sequence, np.int64), np.array(words, np.int64), np.array(ends, np.int64), ranges
-
-
-def _units(
-    steps: two_four.Steps, sequence: np.ndarray, words: np.ndarray, ends: np.ndarray, ahead: int, dtype: str
-) -> np.ndarray:
-    units = np.zeros((len(sequence) + ahead, UNIT_BYTES), np.uint8)
-    there = sequence >= 0
-    units[:-ahead][there, :2048] = _as_bytes(two_four.fragments(steps.values, dtype))[sequence[there]]
-    # Quads of nothing name two different places too.
-    units[:, 2048:2304].view(np.uint32)[:] = 0x44444444
-    units[:-ahead][there, 2048:2304] = _as_bytes(steps.metadata)[sequence[there]]
-    tail = units[:, 2304:].view(np.uint32)
-    tail[:-ahead, 0], tail[:-ahead, 1] = words, ends
+    units[:, _WORD:].view(np.int32)[:, 0] = placed[:, 0] | placed[:, 1] << 14
     return units
 
 
 def _chunks(rest: two_four.Rest, geometry: Geometry, dtype: str) -> np.ndarray:
-    chunks = np.zeros((rest.count + 1, CHUNK_BYTES), np.uint8)
-    chunks[:-1, :1024] = _as_bytes(two_four.fragments(rest.values, dtype))
-    chunks[:-1, 1024:] = _as_bytes((rest.columns * geometry.row_bytes).astype(np.int32))
+    chunks = np.zeros((rest.count, CHUNK_BYTES), np.uint8)
+    chunks[:, :_OFFSETS] = _as_bytes(two_four.fragments(rest.values, dtype))
+    chunks[:, _OFFSETS:] = _as_bytes((rest.columns * geometry.row_bytes).astype(np.int32))
     return chunks
 
 
@@ -353,21 +363,33 @@ class _Shape:
 
     @property
     def shared_bytes(self) -> int:
-        return 1024 + _HEAD_BYTES + self.stages * self.geometry.stage_bytes
+        """Behind the last stage is room for the step that is read ahead of the last one."""
+        return 1024 + _HEAD_BYTES + self.stages * self.geometry.stage_bytes + UNIT_BYTES
 
     @property
     def threads(self) -> int:
-        return 128 * self.geometry.groups
+        return 128 * self.geometry.groups + 32
 
     @property
     def tiles(self) -> tuple[int, int]:
         return -(-self.spec.out_h // self.geometry.tile_h), -(-self.spec.out_w // self.geometry.tile_w)
 
     @property
-    def grid(self) -> tuple[int, int, int]:
-        across, down = self.tiles
-        # Blocks of the same pixels are neighbours in time: the second cache serves their tiles.
-        return self.blocks * across * down * -(-self.spec.n // self.geometry.batch), self.split, 1
+    def works(self) -> int:
+        """Output tiles of all output channels, images and splits: `_locate` has their order."""
+        down, across = self.tiles
+        return self.blocks * self.split * across * down * -(-self.spec.n // self.geometry.batch)
+
+    def resident(self, device: cuda.Device) -> int:
+        """Blocks that are on a multiprocessor at once."""
+        return min(2 // self.geometry.groups, device.shared_per_multiprocessor // (self.shared_bytes + 1024))
+
+    def grid(self, device: cuda.Device) -> tuple[int, int, int]:
+        """As many blocks as are on the device at once, a multiple of the cluster; fewer where there is less work."""
+        # Clusters lie within the 16 or 18 multiprocessors of a part of the GPU, of which those of four leave some out.
+        usable = device.multiprocessors if self.cluster < 4 else device.multiprocessors * 16 // 17
+        most = usable * self.resident(device) // self.cluster * self.cluster
+        return min(most, self.works), 1, 1
 
 
 def _code(shape: _Shape) -> Callable[..., None]:
@@ -376,169 +398,169 @@ def _code(shape: _Shape) -> Callable[..., None]:
     from numbasparse.codegen import ptx
 
     i32, u32, i64 = types.int32, types.uint32, types.int64
-    geometry, spec, stages, split = shape.geometry, shape.spec, shape.stages, shape.split
-    locate, finish = _locate(shape), _finish(shape)
-    stage_bytes, tile_bytes = geometry.stage_bytes, geometry.tile_bytes
-    own_lines, cluster = geometry.rows, shape.cluster
-    ahead, many = geometry.ahead, geometry.ahead == _MANY
-    warps = 4 * geometry.groups
-    own_rows = own_lines * spec.stride[0] * geometry.patch_w * geometry.pixel_bytes
-    shared_base, zeros = ptx.shared_base(1024), ptx.zeros(geometry.sums)
-    wait_one, settle = ptx.wgmma_wait(1), ptx.wgmma_settle(geometry.sums)
-    multiply, (leftover, fetch) = _multiply(shape), _leftover(shape)
+    stages, split, blocks, works = shape.stages, shape.split, shape.blocks, shape.works
+    warps, cluster = 4 * shape.geometry.groups, shape.cluster
+    shared_base, produce, consume = ptx.shared_base(1024), _produce(shape), _consume(shape)
 
-    def expect(base, slot):  # type: ignore[no-untyped-def]
-        """One thread of a block: a tile will come to an empty stage."""
-        ptx.mbarrier_expect(u32(base + 8 * slot), i32(tile_bytes))
+    def jobs_of(ranges, work):  # type: ignore[no-untyped-def]
+        """First job of a block of output channels and a split, and their number."""
+        own = ranges + (work % blocks * split + work // blocks % split) * i64(8)
+        return ptx.load_global_i32(i64(own)), ptx.load_global_i32(i64(own + 4))
 
-    def copy(base, tiles, number, image, top, left):  # type: ignore[no-untyped-def]
-        """One thread of a cluster: order the copy of a tile into its stage, which every block expects."""
-        slot = number % stages
-        full, stage = u32(base + 8 * slot), u32(base + _HEAD_BYTES + slot * stage_bytes)
-        channel, tensor_map = ptx.load_global_i32(i64(tiles + 4 * i64(number))), ptx.tensor_map_address()
-        if cluster > 1:
-            every = i32((1 << cluster) - 1)
-            ptx.copy_box_to_cluster(stage, tensor_map, i32(image), channel, i32(left), i32(top), full, every)
-        else:
-            ptx.copy_box(stage, tensor_map, i32(image), channel, i32(left), i32(top), full)
+    jobs_of = _device_function(jobs_of)
 
-    def empty(base, slot, uses):  # type: ignore[no-untyped-def]
-        """One thread of a warp that leaves a stage for the ``uses``-th time: whether it is the last of the cluster."""
-        if ptx.count_shared(u32(base + 8 * stages + 4 * slot), i32(1)) != warps * uses - 1:
-            return False
-        expect(base, slot)
-        if cluster == 1:
-            return True
-        blocks_left = ptx.cluster_address(u32(base + 12 * stages + 4 * slot), i32(0))
-        return ptx.count_in_cluster(blocks_left, i32(1)) == cluster * uses - 1
-
-    def turn_to(word, number, slot, phase, base):  # type: ignore[no-untyped-def]
-        """Tile of a step and its stage: those of the step before, or the next, when it is full."""
-        if word < 0:
-            number += i32(1)
-            slot += i32(1)
-            if slot == i32(stages):
-                slot = i32(0)
-                phase ^= i32(1)
-            ptx.mbarrier_wait(u32(base + 8 * slot), phase)
-        return number, slot, phase
-
-    def load(unit, within, place):  # type: ignore[no-untyped-def]
-        """The weight of a step for one thread, and its word."""
-        values = ptx.load_ahead_x4(i64(unit + within))
-        return values, ptx.load_ahead(i64(unit + place)), i32(ptx.load_ahead(i64(unit + _WORD)))
-
-    expect = _device_function(expect)
-    copy, empty, turn_to, load = (_device_function(f) for f in (copy, empty, turn_to, load))
-
-    def cuda_wgmma(y, residual, bias, scale, rows, units, chunks, ranges, tiles):  # type: ignore[no-untyped-def]
+    def cuda_wgmma(y, residual, bias, rows, blobs, jobs, ranges):  # type: ignore[no-untyped-def]
         base = i64(shared_base())
         thread = ptx.thread_index()
-        group, within, warp, lane = thread >> 7, thread & 127, (thread >> 5) & 3, thread & 31
-        block, image, oy, ox, top, left = locate()
-        own = ranges + (block * split + ptx.block_y()) * i64(32)
-        unit = units + ptx.load_global_i32(i64(own)) * i64(UNIT_BYTES)
-        steps, count = ptx.load_global_i32(i64(own + 4)), ptx.load_global_i32(i64(own + 16))
-        chunk = chunks + ptx.load_global_i32(i64(own + 8)) * i64(CHUNK_BYTES)
-        own_tiles = tiles + ptx.load_global_i32(i64(own + 12)) * i64(4)
-        # For each stage 8 bytes of barrier; behind them 4 that count the warps that have left it; behind these 4 that
-        # count the blocks, those in the first block of a cluster.
+        # For each stage three barriers of 8 bytes: it is full, this block's warps have left it, the cluster's have.
         if thread == 0:
             for i in range(stages):
                 ptx.mbarrier_init(u32(base + 8 * i), i32(1))
-                ptx.store_shared_i32(u32(base + 8 * stages + 4 * i), i32(0))
-                ptx.store_shared_i32(u32(base + 12 * stages + 4 * i), i32(0))
+                ptx.mbarrier_init(u32(base + 8 * (stages + i)), i32(warps))
+                ptx.mbarrier_init(u32(base + 8 * (2 * stages + i)), i32(warps * cluster))
             ptx.mbarrier_init_fence()
-            for i in range(min(stages, count)):
-                expect(base, i)
         if cluster > 1:
             ptx.cluster_arrive()
             ptx.cluster_wait()
         else:
             ptx.barrier()
-        if thread == 0 and (cluster == 1 or ptx.cluster_rank() == 0):
-            for i in range(min(stages, count)):
-                copy(base, own_tiles, i32(i), image, top, left)
-        stage = base + _HEAD_BYTES + group * own_rows
-        operand = stage & _WINDOW
-        values, metadata = within * 16, 2048 + ((warp * 8 + (lane >> 2)) * 2 + (lane & 1)) * 4
-        a0, m0, w0 = load(unit, values, metadata)
-        a1, m1, w1 = load(unit + UNIT_BYTES, values, metadata)
-        a2, m2, w2 = load(unit + 2 * UNIT_BYTES, values, metadata)
-        a3, m3, w3 = load(unit + 3 * UNIT_BYTES, values, metadata)
-        a4, m4, w4 = a5, m5, w5 = a6, m6, w6 = a3, m3, w3
-        if many:
-            a4, m4, w4 = load(unit + 4 * UNIT_BYTES, values, metadata)
-            a5, m5, w5 = load(unit + 5 * UNIT_BYTES, values, metadata)
-        fetched = fetch(chunk, within, warp, lane)
-        sums = zeros()
-        number, slot, phase = i32(-1), i32(stages - 1), i32(1)
-        left_rounds = steps // ahead
-        while left_rounds > 0:
-            ended = i32(0)
-            # Nothing but wgmma may write sums in this loop, or ptxas waits for each before the next (C7515).
-            while ended == 0 and left_rounds > 0:
-                left_rounds -= i32(1)
-                ended = i32(ptx.load_ahead(i64(unit + _WORD + 4)))
-                # Where the step before is done, its registers take the weight of the same step of the next round.
-                number, slot, phase = turn_to(w0, number, slot, phase, base)
-                sums = multiply(sums, a0, m0, w0, operand + slot * stage_bytes)
-                wait_one()
-                if many:
-                    a6, m6, w6 = load(unit + 6 * UNIT_BYTES, values, metadata)
-                else:
-                    a4, m4, w4 = load(unit + 4 * UNIT_BYTES, values, metadata)
-                number, slot, phase = turn_to(w1, number, slot, phase, base)
-                sums = multiply(sums, a1, m1, w1, operand + slot * stage_bytes)
-                wait_one()
-                a0, m0, w0 = load(unit + ahead * UNIT_BYTES, values, metadata)
-                number, slot, phase = turn_to(w2, number, slot, phase, base)
-                sums = multiply(sums, a2, m2, w2, operand + slot * stage_bytes)
-                wait_one()
-                a1, m1, w1 = load(unit + (ahead + 1) * UNIT_BYTES, values, metadata)
-                number, slot, phase = turn_to(w3, number, slot, phase, base)
-                sums = multiply(sums, a3, m3, w3, operand + slot * stage_bytes)
-                wait_one()
-                a2, m2, w2 = load(unit + (ahead + 2) * UNIT_BYTES, values, metadata)
-                number, slot, phase = turn_to(w4, number, slot, phase, base)
-                sums = multiply(sums, a4, m4, w4, operand + slot * stage_bytes)
-                wait_one()
-                a3, m3, w3 = load(unit + (ahead + 3) * UNIT_BYTES, values, metadata)
-                if many:
-                    number, slot, phase = turn_to(w5, number, slot, phase, base)
-                    sums = multiply(sums, a5, m5, w5, operand + slot * stage_bytes)
-                    wait_one()
-                    a4, m4, w4 = load(unit + (ahead + 4) * UNIT_BYTES, values, metadata)
-                    number, slot, phase = turn_to(w6, number, slot, phase, base)
-                    sums = multiply(sums, a6, m6, w6, operand + slot * stage_bytes)
-                    wait_one()
-                    a5, m5, w5 = load(unit + (ahead + 5) * UNIT_BYTES, values, metadata)
-                unit += i64(ahead * UNIT_BYTES)
-            sums = settle(sums)
-            if ended > 0:
-                # A tile ended before the last of these steps.
-                before = (slot if slot > 0 else i32(stages)) - 1
-                at = stage + before * stage_bytes
-                sums, fetched, chunk = leftover(sums, ended - 1, at, fetched, chunk, within, warp, lane)
-                # Every lane has read the stage when the first one counts.
-                ptx.warp_barrier()
-                following = number - 1 + stages
-                # Where no tile follows nobody counts, so that no block is asked which may have ended.
-                if lane == 0 and following < count and empty(base, before, (number - 1) // stages + 1):
-                    copy(base, own_tiles, i32(following), image, top, left)
-                # The next instructions want all lanes together.
-                ptx.warp_barrier()
-        last = ptx.load_global_i32(i64(own + 20))
-        at = stage + slot * stage_bytes
-        sums, fetched, chunk = leftover(sums, last, at, fetched, chunk, within, warp, lane)
-        # A block ends when all of its cluster have got their last tile.
+        work, step = ptx.block_x(), ptx.grid_x()
+        slot = i32(0)
+        if thread >= 32 * warps:
+            # One thread orders copies.  The wait for a stage that nobody has used yet is over at once.
+            phase = i32(1)
+            if thread == 32 * warps:
+                while work < works:
+                    first, count = jobs_of(ranges, work)
+                    slot, phase = produce(base, blobs, jobs + first * i64(16), count, work, slot, phase)
+                    work += step
+        else:
+            phase = i32(0)
+            while work < works:
+                count = jobs_of(ranges, work)[1]
+                slot, phase = consume(base, y, residual, bias, rows, count, work, slot, phase, thread)
+                work += step
+        # What other blocks of the cluster copy into this one, and count in it, must find it there.
         if cluster > 1:
+            ptx.warp_barrier()
             ptx.cluster_arrive_relaxed()
-        finish(sums, y, residual, bias, rows, block, image, oy + group * own_lines, ox, warp, lane)
-        if cluster > 1:
             ptx.cluster_wait()
 
     return cuda_wgmma
+
+
+def _produce(shape: _Shape) -> Any:
+    """Device function: one thread orders the copies of all jobs of an output tile."""
+    from numba import types
+
+    from numbasparse.codegen import ptx
+
+    i32, u32, i64 = types.int32, types.uint32, types.int64
+    stages, cluster, tile_bytes = shape.stages, shape.cluster, shape.geometry.tile_bytes
+    stage_bytes, every = shape.geometry.stage_bytes, (1 << shape.cluster) - 1
+    locate, load_job = _locate(shape), ptx.load_words("global", 4)
+
+    def produce(base, blobs, job, count, work, slot, phase):  # type: ignore[no-untyped-def]
+        _, _, image, _, _, top, left = locate(work)
+        tensor_map = ptx.tensor_map_address()
+        for _ in range(count):
+            channel, start, size, _ = load_job(i64(job))
+            job += i64(16)
+            full, stage = u32(base + 8 * slot), u32(base + _HEAD_BYTES + slot * stage_bytes)
+            ptx.mbarrier_wait(u32(base + 8 * (stages + slot)), phase)
+            ptx.mbarrier_expect(full, i32(tile_bytes + size))
+            if cluster == 1:
+                ptx.copy_box(stage, tensor_map, i32(image), i32(channel), i32(left), i32(top), full)
+            elif ptx.cluster_rank() == 0:
+                # Its bytes may come to another block before that one expects them: the count may be below zero.
+                ptx.mbarrier_wait(u32(base + 8 * (2 * stages + slot)), phase)
+                ptx.copy_box_to_cluster(
+                    stage, tensor_map, i32(image), i32(channel), i32(left), i32(top), full, i32(every)
+                )
+            ptx.copy_bulk(u32(stage + tile_bytes), i64(blobs + start * i64(16)), i32(size), full)
+            slot += i32(1)
+            if slot == i32(stages):
+                slot = i32(0)
+                phase ^= i32(1)
+        return slot, phase
+
+    return _device_function(produce)
+
+
+def _consume(shape: _Shape) -> Any:
+    """Device function: warpgroups compute and store an output tile."""
+    from numba import types
+
+    from numbasparse.codegen import ptx
+
+    i32, u32, i64 = types.int32, types.uint32, types.int64
+    geometry, stages, cluster = shape.geometry, shape.stages, shape.cluster
+    stage_bytes, tile_bytes, own_lines = geometry.stage_bytes, geometry.tile_bytes, geometry.rows
+    own_rows = own_lines * shape.spec.stride[0] * geometry.patch_w * geometry.pixel_bytes
+    locate, finish, multiply, leftover = _locate(shape), _finish(shape), _multiply(shape), _leftover(shape)
+    zeros, wait_one, settle = ptx.zeros(geometry.sums), ptx.wgmma_wait(1), ptx.wgmma_settle(geometry.sums)
+    load_four, load_two, load_one = (ptx.load_words("shared", n) for n in (4, 2, 1))
+
+    def load(unit, values, metadata):  # type: ignore[no-untyped-def]
+        """The weight of a step for one thread, and its word."""
+        return load_four(u32(unit + values)), load_one(u32(unit + metadata)), i32(load_one(u32(unit + _WORD)))
+
+    def leave(base, slot, lane):  # type: ignore[no-untyped-def]
+        """A warp has read all that it wants of a stage."""
+        ptx.warp_barrier()
+        if lane == 0:
+            ptx.mbarrier_arrive(u32(base + 8 * (stages + slot)))
+            if cluster > 1:
+                own = u32(base + 8 * (2 * stages + slot))
+                ptx.mbarrier_arrive_in_cluster(ptx.cluster_address(own, i32(0)))
+        # The next instructions want all lanes together.
+        ptx.warp_barrier()
+
+    load, leave = _device_function(load), _device_function(leave)
+
+    def consume(base, y, residual, bias, rows, count, work, slot, phase, thread):  # type: ignore[no-untyped-def]
+        group, within, warp, lane = thread >> 7, thread & 127, (thread >> 5) & 3, thread & 31
+        block, part, image, oy, ox, _, _ = locate(work)
+        values, metadata = within * 16, _METADATA + ((warp * 8 + (lane >> 2)) * 2 + (lane & 1)) * 4
+        sums = zeros()
+        for _ in range(count):
+            ptx.mbarrier_wait(u32(base + 8 * slot), phase)
+            stage = base + _HEAD_BYTES + slot * stage_bytes
+            own, unit = stage + group * own_rows, stage + tile_bytes + HEADER_BYTES
+            operand = own & _WINDOW
+            steps, chunks = load_two(u32(stage + tile_bytes))
+            remaining = i32(steps)
+            a0, m0, w0 = load(unit, values, metadata)
+            # Nothing but wgmma may write sums in this loop, or ptxas waits for each before the next (C7515).  A step's
+            # weight is read while the tensor cores work on the step before and wait for none: three sets of registers.
+            while remaining > 0:
+                sums = multiply(sums, a0, m0, w0, operand)
+                a1, m1, w1 = load(unit + UNIT_BYTES, values, metadata)
+                wait_one()
+                if remaining == 1:
+                    break
+                sums = multiply(sums, a1, m1, w1, operand)
+                a2, m2, w2 = load(unit + 2 * UNIT_BYTES, values, metadata)
+                wait_one()
+                if remaining == 2:
+                    break
+                sums = multiply(sums, a2, m2, w2, operand)
+                a0, m0, w0 = load(unit + 3 * UNIT_BYTES, values, metadata)
+                wait_one()
+                unit += i64(3 * UNIT_BYTES)
+                remaining -= i32(3)
+            sums = settle(sums)
+            rest = stage + tile_bytes + HEADER_BYTES + i32(steps) * UNIT_BYTES
+            sums = leftover(sums, i32(chunks), own, rest, within, warp, lane)
+            leave(base, slot, lane)
+            slot += i32(1)
+            if slot == i32(stages):
+                slot = i32(0)
+                phase ^= i32(1)
+        finish(sums, y, residual, bias, rows, block, part, image, oy + group * own_lines, ox, warp, lane)
+        return slot, phase
+
+    return _device_function(consume)
 
 
 def _device_function(function: Callable[..., Any]) -> Any:
@@ -546,20 +568,20 @@ def _device_function(function: Callable[..., Any]) -> Any:
 
 
 def _locate(shape: _Shape) -> Any:
-    """Device function: block of output channels, first image, first output row and column, first input ones."""
-    from numbasparse.codegen import ptx
-
+    """Device function: of an output tile the block of output channels, split, first image, first output row and column,
+    and first input ones.  Tiles of the same pixels are neighbours: the second cache serves them.
+    """
     g, spec = shape.geometry, shape.spec
     down, across = shape.tiles
-    blocks, batch, tile_h, tile_w = shape.blocks, g.batch, g.tile_h, g.tile_w
+    blocks, split, batch, tile_h, tile_w = shape.blocks, shape.split, g.batch, g.tile_h, g.tile_w
     (sh, sw), pad_y, pad_x = spec.stride, spec.padding[0][0], spec.padding[1][0]
 
-    def locate():  # type: ignore[no-untyped-def]
-        index = ptx.block_x()
-        tile = index // blocks % (across * down)
+    def locate(work):  # type: ignore[no-untyped-def]
+        pixels = work // (blocks * split)
+        tile = pixels % (across * down)
         oy, ox = tile // across * tile_h, tile % across * tile_w
-        image = index // (blocks * across * down) * batch
-        return index % blocks, image, oy, ox, oy * sh - pad_y, ox * sw - pad_x
+        image = pixels // (across * down) * batch
+        return work % blocks, work // blocks % split, image, oy, ox, oy * sh - pad_y, ox * sw - pad_x
 
     return _device_function(locate)
 
@@ -587,10 +609,8 @@ def _multiply(shape: _Shape) -> Any:
     return _device_function(multiply)
 
 
-def _leftover(shape: _Shape) -> tuple[Any, Any]:
-    """Device functions: chunks of the rest for the rows of a warpgroup, whose first input row is at ``stage``; and what
-    fetches a thread's share of a chunk, which is done one chunk ahead: the second cache takes as long as the work.
-    """
+def _leftover(shape: _Shape) -> Any:
+    """Device function: chunks of the rest for the rows of a warpgroup, whose first input row is at ``own``."""
     from numba import types
 
     from numbasparse.codegen import ptx
@@ -604,23 +624,18 @@ def _leftover(shape: _Shape) -> tuple[Any, Any]:
     # Lanes of an eight that is not of the first pixel's images are at another pixel.
     eights, pixel = g.batch // 8, column
     mma = ptx.gathered_mma(displacements, ptx.SWIZZLES[g.row_bytes].mask, spec.dtype)
+    load_two, load_one = ptx.load_words("shared", 2), ptx.load_words("shared", 1)
 
-    def leftover(sums, count, stage, fetched, chunk, within, warp, lane):  # type: ignore[no-untyped-def]
+    def leftover(sums, count, own, chunk, within, warp, lane):  # type: ignore[no-untyped-def]
         eight = lane >> 3
-        own = stage + eight // eights * pixel + eight % eights * 16
+        start = own + eight // eights * pixel + eight % eights * 16
         for _ in range(count):
+            offset = load_one(u32(chunk + _OFFSETS + (warp * 8 + (lane & 7)) * 4))
+            sums = mma(sums, load_two(u32(chunk + within * 8)), u32(start + offset))
             chunk += i64(CHUNK_BYTES)
-            following = fetch(chunk, within, warp, lane)
-            sums = mma(sums, fetched[0], u32(own + fetched[1]))
-            fetched = following
-        return sums, fetched, chunk
+        return sums
 
-    def fetch(chunk, within, warp, lane):  # type: ignore[no-untyped-def]
-        values = ptx.load_ahead_x2(i64(chunk + within * 8))
-        return values, ptx.load_ahead(i64(chunk + 1024 + (warp * 8 + (lane & 7)) * 4))
-
-    fetch = _device_function(fetch)
-    return _device_function(leftover), fetch
+    return _device_function(leftover)
 
 
 def _finish(shape: _Shape) -> Any:
@@ -643,12 +658,12 @@ def _finish(shape: _Shape) -> Any:
     store = ptx.store_finished_fragments(places, spec.dtype, last, strides, limits) if split == 1 else None
     total, row_bytes, pixel_bytes, eights = plane * spec.k, strides[1], strides[2], g.batch // 8
 
-    def finish(sums, y, residual, bias, rows, block, image, oy, ox, warp, lane):  # type: ignore[no-untyped-def]
+    def finish(sums, y, residual, bias, rows, block, part, image, oy, ox, warp, lane):  # type: ignore[no-untyped-def]
         own = rows + (block * i64(two_four.ROWS) + warp * 16 + (lane >> 2)) * 4
         quarter = lane & 3
         if split > 1:
             n = image + 2 * quarter
-            at = i64(oy) * row_bytes + i64(ox) * pixel_bytes + n * i64(size) + ptx.block_y() * i64(total)
+            at = i64(oy) * row_bytes + i64(ox) * pixel_bytes + n * i64(size) + part * i64(total)
             store_parts(sums, i64(y + at), i64(own), i32(oy), i32(ox), i32(n))
         else:
             x, n = ox + quarter // eights, image + quarter % eights * 8
@@ -664,11 +679,11 @@ def _compile(shape: _Shape, capability: tuple[int, int]) -> tuple[cuda.Ptx, cuda
     cuda.numba_cuda()  # prepares NumPy for it, before codegen.ptx imports it
     main = cuda.compile_ptx(
         _code(shape),
-        9,
+        7,
         repr(shape),
         capability=capability,
         threads=shape.threads,
-        max_registers=_REGISTERS,
+        max_registers=_REGISTERS[shape.geometry.groups],
         fastmath=False,
     )
     if shape.split == 1:
@@ -696,12 +711,12 @@ class _Runner(CudaRunner):
         packed = pack(spec, weight, config)
         device = cuda.current()
         self._make = functools.partial(_shape, spec, config, activation)
-        self._spec, self._capability = spec, device.capability
+        self._spec, self._capability, self._facts = spec, device.capability, device
         self._device = torch.device("cuda", device.index)
         self._dtype = getattr(torch, spec.dtype)
         out = spec.n * spec.k * spec.out_h * spec.out_w
         self.workspace = 4 * int(config["split"]) * out if int(config["split"]) > 1 else 0
-        arrays = (packed.rows, packed.units, packed.chunks, packed.ranges, packed.tiles)
+        arrays = (packed.rows, packed.blobs, packed.jobs, packed.ranges)
         self._arrays = [torch.from_numpy(np.ascontiguousarray(a)).to(self._device) for a in arrays]
         self._zero_bias = torch.zeros(spec.k, dtype=torch.float32, device=self._device)
         self.nbytes = sum(a.nbytes for a in (*self._arrays, self._zero_bias))
@@ -747,10 +762,10 @@ class _Runner(CudaRunner):
             parts = torch.empty(self.workspace // 4, dtype=torch.float32, device=self._device)
             target = parts.data_ptr()
         bias_address = (self._zero_bias if bias is None else bias).data_ptr()
-        finish = (0 if added is None else added.data_ptr(), bias_address, 0)
+        finish = (0 if added is None else added.data_ptr(), bias_address)
         stream = cuda.current_stream()
         main.launch(
-            shape.grid,
+            shape.grid(self._facts),
             shape.threads,
             shape.shared_bytes,
             stream,
@@ -759,7 +774,7 @@ class _Runner(CudaRunner):
             tensor_map=self._map(shape, x_address),
         )
         if reduce is not None:
-            arguments = (y_address, *finish, target)
+            arguments = (y_address, *finish, 0, target)
             reduce.launch(cuda_reduce.grid(spec), cuda_reduce.THREADS, 0, stream, arguments)
         return y if out_layout is None or out_layout == "CHWN" else layouts.to_layout(y, out_layout)
 
@@ -788,7 +803,7 @@ class CudaWgmma(CudaKernel):
     """Sparse tensor cores of Hopper; see the module's text."""
 
     name = "cuda_wgmma"
-    version = 1
+    version = 2
 
     def supports(self, spec: ConvSpec, weight: SparseWeight) -> str | None:
         if spec.dtype not in _DTYPES:
@@ -806,7 +821,7 @@ class CudaWgmma(CudaKernel):
         return {
             "batch": tuple(b for b in (64, 32, 16, 8) if b <= max(8, spec.n)),
             "tile": _TILES,
-            "channels": (8, 16, 32, 64, 128, 256),
+            "channels": (8, 16, 24, 32, 48, 64, 128, 256),
             "stages": (2, 3, 4),
             "split": (1, 2, 4, 8),
             "cluster": (1, 2, 4),
@@ -918,15 +933,15 @@ def _reason_resources(spec: ConvSpec, config: Config) -> str | None:
     blocks = shape.blocks // spec.groups
     if blocks % shape.cluster:
         return f"a cluster of {shape.cluster} does not divide the {blocks} blocks of output channels of a group"
-    if shape.grid[0] >= 2**31:
-        return "the grid is too large"
+    if shape.works >= 1 << 30:
+        return "there are too many tiles of outputs"
     return None
 
 
 _L2_BYTES_PER_CLOCK = 26.0
 """What a multiprocessor gets from the second cache while all ask (measured with cp.async on an H100: 24)."""
 _SHARED_BYTES_PER_CLOCK = 128.0
-_TILE_CLOCKS, _START_CLOCKS, _CHUNK_CLOCKS = 300.0, 2500.0, 100.0
+_TILE_CLOCKS, _START_CLOCKS, _CHUNK_CLOCKS = 100.0, 2500.0, 100.0
 _STORE_CLOCKS = 24.0
 """Of trading, finishing and storing eight rows of 64 bytes by a warp."""
 
@@ -935,33 +950,30 @@ def estimate(spec: ConvSpec, weight: SparseWeight, config: Config, device: cuda.
     """Clocks that a config may take: the slowest of tensor cores, shared memory and second cache, in whole waves."""
     shape = _shape(spec, config)
     g = shape.geometry
-    channels = min(g.channels, spec.c_per_group)
-    columns = spec.r * spec.s * channels
-    steps = max(g.ahead, -(-columns // two_four.STEP))
+    columns = spec.r * spec.s * min(g.channels, spec.c_per_group)
+    steps: float = g.steps
     # Of four places, those over two; sixteen rows share a column of the rest, and four times sixteen the chunks.
     p = weight.density
     over = 16 * columns / 4 * (4 * p**3 * (1 - p) + 2 * p**4)
     chunks = max(1.0 - exp(-4 * over), 1.1 * over / two_four.REST)
     if chunks > steps:
         steps, chunks = 2 * steps, 0.0
-    operand = 64 * g.n * g.tile_h
+    operand, blob = 64 * g.n * g.tile_h, steps * UNIT_BYTES + chunks * CHUNK_BYTES
     tensor = steps * g.n / 2 * g.tile_h
-    shared = ((steps + chunks) * operand + g.tile_bytes) / _SHARED_BYTES_PER_CLOCK
+    shared = ((steps + chunks) * operand + g.tile_bytes + (1 + g.groups) * blob) / _SHARED_BYTES_PER_CLOCK
     # Short rows are more orders to the second cache, and under 32 bytes a part of a sector.
     tile = g.tile_bytes * max(1.0, 64 / g.row_bytes) / shape.cluster
-    loaded = (tile + (steps + chunks) * UNIT_BYTES) / _L2_BYTES_PER_CLOCK
-    each = max(tensor, shared, loaded) + _TILE_CLOCKS / (shape.stages - 1) + chunks * _CHUNK_CLOCKS / g.groups
+    loaded = (tile + blob) / _L2_BYTES_PER_CLOCK
+    each = max(tensor, shared, loaded) + _TILE_CLOCKS + chunks * _CHUNK_CLOCKS / g.groups
     work = each * ceil(ceil(spec.c_per_group / g.channels) / shape.split)
-    overhead = _START_CLOCKS + g.groups * 4 * g.sums / 8 * _STORE_CLOCKS
-    # Clusters are placed within the 16 or 18 multiprocessors of a part of the GPU, four of which leave some out.
-    usable = device.multiprocessors if shape.cluster < 4 else device.multiprocessors * 16 // 17
-    resident = min(2 // g.groups, device.shared_per_multiprocessor // (shape.shared_bytes + 1024))
-    blocks = shape.grid[0] * shape.split
-    waves = ceil(blocks / (usable * resident))
-    together = min(resident, ceil(blocks / usable))
-    # What one block does besides, another computes through.
-    exposed = overhead if together == 1 else max(0.0, overhead - work)
-    clocks = waves * (together * work + exposed) + (overhead if together > 1 else 0.0)
+    stores = g.groups * 4 * g.sums / 8 * _STORE_CLOCKS
+    together = shape.resident(device)
+    waves = ceil(shape.works / shape.grid(device)[0])
+    if shape.works < shape.grid(device)[0]:
+        together = min(together, ceil(shape.works / device.multiprocessors))
+    # What one block stores, another computes through, and copies go on meanwhile.
+    exposed = stores if together == 1 else max(0.0, stores - work)
+    clocks = _START_CLOCKS + waves * (together * work + exposed) + (stores if together > 1 else 0.0)
     out = spec.n * spec.k * spec.out_h * spec.out_w
     extra = 0.0 if shape.split == 1 else 3000.0 + shape.split * out * 8 / device.multiprocessors / 20
     return clocks + extra
