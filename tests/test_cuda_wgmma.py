@@ -50,7 +50,7 @@ class Emulator:
     def __init__(self, spec: ConvSpec, weight: SparseWeight, config: Config) -> None:
         from numbasparse.codegen import ptx
 
-        self.spec, self.shape = spec, room._shape(spec, config)
+        self.spec, self.shape = spec, room._shape(spec, config, weight.density)
         self.packed = room.pack(spec, weight, config)
         self.g = self.shape.geometry
         self.descriptor = ptx.matrix_descriptor(self.g.row_bytes, spec.stride[1] * self.g.pixel_bytes)
@@ -99,8 +99,8 @@ class Emulator:
             memory = self._copied(x, image, corner, first + number, slot)
             blob = memory[self._stage(slot) + g.tile_bytes :]
             steps, chunks = (int(v) for v in blob[:8].view(np.int32))
-            assert steps <= g.steps
-            assert chunks <= g.chunks
+            assert (steps, chunks) <= self.shape.room
+            assert chunks <= self.shape.room[1]
             units = blob[room.HEADER_BYTES :][: steps * room.UNIT_BYTES].reshape(steps, room.UNIT_BYTES)
             rest = blob[room.HEADER_BYTES + units.size :][: chunks * room.CHUNK_BYTES]
             for unit in units:
@@ -117,13 +117,13 @@ class Emulator:
         assert 2 * copied.size == g.tile_bytes
         linear = self._stage(slot) + 2 * np.arange(copied.size)
         memory.view(np.uint16)[swizzled(linear, g.row_bytes) // 2] = copied
-        assert g.tile_bytes + size <= g.stage_bytes
+        assert g.tile_bytes + size <= self.shape.stage_bytes
         assert (16 * start + size) <= packed.blobs.size
         memory[self._stage(slot) + g.tile_bytes :][:size] = packed.blobs[16 * start :][:size]
         return memory
 
     def _stage(self, slot: int) -> int:
-        return self.BASE + room._HEAD_BYTES + slot * self.g.stage_bytes
+        return self.BASE + room._HEAD_BYTES + slot * self.shape.stage_bytes
 
     def _line(self, i: int) -> int:
         """Offset of the first input row of row i of the tile."""
@@ -229,6 +229,19 @@ def assert_as_reference(
     np.testing.assert_array_less(np.abs(y - expected), 1e-5 * (magnitude + 1) + rounding * np.abs(expected) + 1e-7)
 
 
+def test_a_tile_whose_weight_does_not_fit_is_copied_again() -> None:
+    """One channel block is full, the others are nearly empty: a stage has room for what is usual."""
+    spec = ConvSpec.create((8, 32, 5, 6), (64, 32, 3, 3), padding=1, dtype="float16")
+    rng = np.random.default_rng(1)
+    dense = random_weight(spec, 0.02, rng)
+    dense[:, 8:16] = random_weight(spec, 1.0, rng)[:, 8:16]
+    weight = SparseWeight.from_dense(dense)
+    x = rng.standard_normal(spec.x_shape).astype(np.float32)
+    emulator = Emulator(spec, weight, config_of(batch=8, channels=8))
+    assert emulator.packed.ranges[0, 0, 1] > 4
+    assert_as_reference(emulator.run(x), spec, weight, x)
+
+
 def starts(emulator: Emulator) -> list[int]:
     return [int(start) for start in emulator.packed.jobs[:, 1]]
 
@@ -244,8 +257,8 @@ def test_a_rest_and_doubled_steps_are_emulated() -> None:
             emulator = Emulator(spec, weight, config_of(batch=batch, channels=32))
             held = sum(int(emulator.packed.blobs[16 * start :][4:8].view(np.int32)[0]) for start in starts(emulator))
             assert (held > 0) == rest
-            # A tile with more steps than a stage has room for is copied again.
-            assert (emulator.packed.ranges[0, 0, 1] > 1) == doubled
+            steps = max(int(emulator.packed.blobs[16 * start :][:4].view(np.int32)[0]) for start in starts(emulator))
+            assert (steps > 9) == doubled
             assert_as_reference(emulator.run(x), spec, weight, x)
 
 

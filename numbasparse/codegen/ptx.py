@@ -162,9 +162,6 @@ mbarrier_init = _operation("mbarrier.init.shared::cta.b64 [$0], $1;", (_S, types
 # Makes the initialised barriers visible to the copy engine.
 mbarrier_init_fence = _operation("fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta;", ())
 mbarrier_expect = _operation("mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;", (_S, types.int32))
-mbarrier_arrive = _operation("mbarrier.arrive.shared::cta.b64 _, [$0];", (_S,))
-# At a barrier of any block of the cluster, by an address of the cluster's window.
-mbarrier_arrive_in_cluster = _operation("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [$0];", (_S,))
 # try_wait sleeps for a while in hardware; it returns false when the time is over.  Labels are local to the braces.
 mbarrier_wait = _operation(
     "{ .reg .pred p; WAIT: mbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1; @p bra DONE; bra WAIT; DONE: }",
@@ -191,6 +188,9 @@ copy_box_to_cluster = _operation(
 # Blocks of a cluster reach each other's shared memory by addresses of the cluster's window (section 5.1.5).
 cluster_rank = _operation("mov.u32 $0, %cluster_ctarank;", (), types.int32, memory=False)
 cluster_address = _operation("mapa.shared::cluster.u32 $0, $1, $2;", (_S, types.int32), types.uint32, memory=False)
+count_in_cluster = _operation(
+    "atom.acq_rel.cluster.shared::cluster.add.u32 $0, [$1], $2;", (_S, types.int32), types.int32
+)
 # Every thread of every block arrives before any goes on from the wait (section 9.7.13.4).
 cluster_arrive = _operation("barrier.cluster.arrive.release;", ())
 # Without order of what was written before: for blocks that only have to be there still.

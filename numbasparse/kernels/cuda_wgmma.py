@@ -9,10 +9,13 @@ pixels of a tile, needs an address and a distance, nothing is copied or gathered
 `two_four.cover_steps` says.  The rest, where four neighbouring channels hold more than two non-zeros, is added to the
 same sums by ``mma.sync``, which takes its rows from any address.
 
-The weight of a tile, in the order in which it is used, comes with it, by another order to the copy engine.  One warp
-does nothing but order copies, as soon as a stage is free, and runs ahead into the block's next output tile while one or
-two warpgroups, each with its share of the tile's rows, still store the last one: blocks stay, and take one output tile
-after another.  In a cluster a tile is copied once, when all blocks have left the stage, and goes to all of them.
+The weight of a tile, in the order in which it is used, comes with it, by another order to the copy engine.  One or two
+warpgroups compute the tile's rows, each its share.  Blocks stay, and take one output tile after another: the warp that
+is the last to leave a stage orders the next copy into it, which may be of the next output tile, so that copies go on
+while sums are stored.  In a cluster that is the last warp of all its blocks, and its copy of a tile goes to all of them.
+
+A warp of its own for the copies would leave the others too few registers: a quarter of a multiprocessor has them for two
+warps of 255, or for three of 168, and nvJitLink ignores ``setmaxnreg`` in PTX (C7504).
 
 Bound: each sparse ``wgmma`` reads its 32 x n operand from shared memory as fast as that can give, so that the tensor
 cores and shared memory are both full, and every other use of shared memory (copies into it, the rest) adds to it.
@@ -62,9 +65,8 @@ if TYPE_CHECKING:
     import torch
 
 _DTYPES = ("float16", "bfloat16")
-_REGISTERS = {1: 200, 2: 224}
-"""Of a thread, by warpgroups: what a multiprocessor has for two blocks of five warps, or for one of nine.
-``setmaxnreg`` would give more to those who compute, but nvJitLink ignores it in PTX (C7504)."""
+_REGISTERS = 255
+"""Of a thread, of which a multiprocessor has enough for 256."""
 _WINDOW = 0x3FFFF
 """Bits of an address of shared memory that a matrix descriptor holds; above is the number of the block in its cluster
 (PTX ISA, "Matrix descriptor format")."""
@@ -99,8 +101,6 @@ class Geometry:
         The channels of one pixel.
     octets
         Groups of eight channels from the first tap's first to the last tap's last: what a step can start from.
-    steps, chunks
-        Of a blob at most.  A tile with more is copied again for the rest of its weight.
     """
 
     groups: int
@@ -113,8 +113,6 @@ class Geometry:
     row_bytes: int
     pixel_bytes: int
     octets: int
-    steps: int
-    chunks: int
 
     @property
     def rows(self) -> int:
@@ -136,12 +134,6 @@ class Geometry:
         """Bytes that a copy brings."""
         return self.patch_h * self.patch_w * self.pixel_bytes
 
-    @property
-    def stage_bytes(self) -> int:
-        """An input tile and behind it a blob, up to the next multiple of 1024."""
-        blob = HEADER_BYTES + self.steps * UNIT_BYTES + self.chunks * CHUNK_BYTES
-        return -(-(self.tile_bytes + blob) // 1024) * 1024
-
     def octet(self, c: Any, r: Any, s: Any, spec: ConvSpec) -> Any:
         """Octet of channel c of a stage at tap (r, s)."""
         pixel = r * spec.dilation[0] * self.patch_w + s * spec.dilation[1]
@@ -156,8 +148,6 @@ def geometry_of(spec: ConvSpec, config: Config) -> Geometry:
     patch_h = (tile_h - 1) * sh + (spec.r - 1) * dh + 1
     patch_w = (tile_w - 1) * sw + (spec.s - 1) * dw + 1
     pixel_bytes = 2 * batch * channels
-    # Every octet of every tap once, and the rest at 80 % zeros.
-    steps = -(-spec.r * spec.s * min(channels, -(-spec.c_per_group // 8) * 8) // two_four.STEP)
     return Geometry(
         groups=int(config["groups"]),
         batch=batch,
@@ -169,9 +159,21 @@ def geometry_of(spec: ConvSpec, config: Config) -> Geometry:
         row_bytes=2 * batch,
         pixel_bytes=pixel_bytes,
         octets=((spec.r - 1) * dh * patch_w + (spec.s - 1) * dw + 1) * (channels // 8),
-        steps=steps,
-        chunks=-(-steps // 3),
     )
+
+
+def expected_work(spec: ConvSpec, geometry: Geometry, density: float) -> tuple[int, float]:
+    """Steps and chunks of a tile, if its zeros are random.
+
+    Every octet has a non-zero. Of the four places of a quad those over two make the rest; sixteen rows share a column
+    of it, and four times sixteen the chunks.
+    """
+    channels = range(0, min(geometry.channels, spec.c_per_group), 8)
+    needed = tuple(geometry.octet(c, r, s, spec) for r in range(spec.r) for s in range(spec.s) for c in channels)
+    once, columns = two_four.steps_to_cover(needed, geometry.octets), 8 * len(needed)
+    over = 16 * columns / 4 * (4 * density**3 * (1 - density) + 2 * density**4)
+    chunks = max(1.0 - exp(-4 * over), 1.1 * over / two_four.REST)
+    return (once, chunks) if chunks < once else (2 * once, 0.0)
 
 
 def parse_tile(text: int | str) -> tuple[int, int]:
@@ -222,7 +224,8 @@ def pack(spec: ConvSpec, weight: SparseWeight, config: Config) -> Packed:
     per_block = -(-spec.c_per_group // geometry.channels)
     steps, rest = _steps(spec, weight, geometry, rows, per_block)
     live = _live(np.diff(steps.first), per_block, int(config["cluster"]))
-    pieces, ranges = _pieces(np.diff(steps.first), np.diff(rest.first), geometry, live, split, int(config["cluster"]))
+    room = _room(spec, geometry, weight.density)
+    pieces, ranges = _pieces(np.diff(steps.first), np.diff(rest.first), room, live, split, int(config["cluster"]))
     block, tile = np.divmod(pieces[:, 0], per_block)
     group = block // (len(rows) // spec.groups)
     blobs, starts, sizes = _blobs(spec, steps, rest, geometry, pieces)
@@ -230,6 +233,12 @@ def pack(spec: ConvSpec, weight: SparseWeight, config: Config) -> Packed:
     jobs[:, 0] = group * spec.c_per_group + tile * geometry.channels
     jobs[:, 1], jobs[:, 2] = starts // 16, sizes
     return Packed(blobs, jobs, ranges, rows)
+
+
+def _room(spec: ConvSpec, geometry: Geometry, density: float) -> tuple[int, int]:
+    """Steps and chunks for which a stage has room.  A tile with more is copied again for what does not fit."""
+    steps, chunks = expected_work(spec, geometry, density)
+    return steps, ceil(chunks) + 1
 
 
 def _row_blocks(spec: ConvSpec, weight: SparseWeight) -> np.ndarray:
@@ -269,13 +278,13 @@ def _live(counts: np.ndarray, per_block: int, cluster: int) -> list[np.ndarray]:
 
 
 def _pieces(
-    steps: np.ndarray, chunks: np.ndarray, geometry: Geometry, live: list[np.ndarray], split: int, cluster: int
+    steps: np.ndarray, chunks: np.ndarray, room: tuple[int, int], live: list[np.ndarray], split: int, cluster: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Jobs, int64 (jobs, 3): their part and how many steps and chunks of it they have; and the ranges.
 
     Blocks of a cluster take the same tiles together, as often as the one with the largest weight must.
     """
-    often = np.maximum(1, np.maximum(-(-steps // geometry.steps), -(-chunks // geometry.chunks)))
+    often = np.maximum(1, np.maximum(-(-steps // room[0]), -(-chunks // max(1, room[1]))))
     pieces: list[tuple[int, int, int]] = []
     ranges = np.zeros((len(live), split, 2), np.int32)
     per_block = len(steps) // max(1, len(live))
@@ -288,7 +297,7 @@ def _pieces(
                 times = int(often[[(leader + i) * per_block + tile for i in range(cluster)]].max())
                 left, rest = int(steps[part]), int(chunks[part])
                 for _ in range(times):
-                    now = min(left, geometry.steps), min(rest, geometry.chunks)
+                    now = min(left, room[0]), min(rest, room[1])
                     pieces.append((part, *now))
                     left, rest = left - now[0], rest - now[1]
             ranges[block, number] = start, len(pieces) - start
@@ -354,6 +363,7 @@ class _Shape:
 
     spec: ConvSpec
     geometry: Geometry
+    room: tuple[int, int]
     stages: int
     split: int
     cluster: int
@@ -362,13 +372,19 @@ class _Shape:
     residual: bool
 
     @property
+    def stage_bytes(self) -> int:
+        """An input tile and behind it a blob, up to the next multiple of 1024."""
+        blob = HEADER_BYTES + self.room[0] * UNIT_BYTES + self.room[1] * CHUNK_BYTES
+        return -(-(self.geometry.tile_bytes + blob) // 1024) * 1024
+
+    @property
     def shared_bytes(self) -> int:
         """Behind the last stage is room for the step that is read ahead of the last one."""
-        return 1024 + _HEAD_BYTES + self.stages * self.geometry.stage_bytes + UNIT_BYTES
+        return 1024 + _HEAD_BYTES + self.stages * self.stage_bytes + UNIT_BYTES
 
     @property
     def threads(self) -> int:
-        return 128 * self.geometry.groups + 32
+        return 128 * self.geometry.groups
 
     @property
     def tiles(self) -> tuple[int, int]:
@@ -398,26 +414,23 @@ def _code(shape: _Shape) -> Callable[..., None]:
     from numbasparse.codegen import ptx
 
     i32, u32, i64 = types.int32, types.uint32, types.int64
-    stages, split, blocks, works = shape.stages, shape.split, shape.blocks, shape.works
-    warps, cluster = 4 * shape.geometry.groups, shape.cluster
-    shared_base, produce, consume = ptx.shared_base(1024), _produce(shape), _consume(shape)
-
-    def jobs_of(ranges, work):  # type: ignore[no-untyped-def]
-        """First job of a block of output channels and a split, and their number."""
-        own = ranges + (work % blocks * split + work // blocks % split) * i64(8)
-        return ptx.load_global_i32(i64(own)), ptx.load_global_i32(i64(own + 4))
-
-    jobs_of = _device_function(jobs_of)
+    stages, cluster, works = shape.stages, shape.cluster, shape.works
+    shared_base, locate, compute, finish = ptx.shared_base(1024), _locate(shape), _compute(shape), _finish(shape)
+    (jobs_of, advance), (copy_first, copy_next) = _cursor(shape), _copies(shape)
+    zeros, load_job = ptx.zeros(shape.geometry.sums), ptx.load_words("global", 4)
+    own_lines, stage_bytes = shape.geometry.rows, shape.stage_bytes
 
     def cuda_wgmma(y, residual, bias, rows, blobs, jobs, ranges):  # type: ignore[no-untyped-def]
         base = i64(shared_base())
         thread = ptx.thread_index()
-        # For each stage three barriers of 8 bytes: it is full, this block's warps have left it, the cluster's have.
+        group, within, warp, lane = thread >> 7, thread & 127, (thread >> 5) & 3, thread & 31
+        # For each stage 8 bytes of barrier; behind them 4 that count the warps that have left it; behind these 4 that
+        # count the blocks, those in the first block of a cluster.
         if thread == 0:
             for i in range(stages):
                 ptx.mbarrier_init(u32(base + 8 * i), i32(1))
-                ptx.mbarrier_init(u32(base + 8 * (stages + i)), i32(warps))
-                ptx.mbarrier_init(u32(base + 8 * (2 * stages + i)), i32(warps * cluster))
+                ptx.store_shared_i32(u32(base + 8 * stages + 4 * i), i32(0))
+                ptx.store_shared_i32(u32(base + 12 * stages + 4 * i), i32(0))
             ptx.mbarrier_init_fence()
         if cluster > 1:
             ptx.cluster_arrive()
@@ -425,142 +438,182 @@ def _code(shape: _Shape) -> Callable[..., None]:
         else:
             ptx.barrier()
         work, step = ptx.block_x(), ptx.grid_x()
-        slot = i32(0)
-        if thread >= 32 * warps:
-            # One thread orders copies.  The wait for a stage that nobody has used yet is over at once.
-            phase = i32(1)
-            if thread == 32 * warps:
-                while work < works:
-                    first, count = jobs_of(ranges, work)
-                    slot, phase = produce(base, blobs, jobs + first * i64(16), count, work, slot, phase)
-                    work += step
-        else:
-            phase = i32(0)
-            while work < works:
-                count = jobs_of(ranges, work)[1]
-                slot, phase = consume(base, y, residual, bias, rows, count, work, slot, phase, thread)
-                work += step
-        # What other blocks of the cluster copy into this one, and count in it, must find it there.
+        # What is to be copied next: a job, how many follow it for its output tile, which that is, and where.
+        job, left, ahead, image, top, start = advance(jobs, ranges, i64(jobs), i32(0), work - step, step)
+        for i in range(stages):
+            if ahead < works:
+                if thread == 0:
+                    copy_first(base, i, blobs, load_job(job), image, top, start)
+                job, left, ahead, image, top, start = advance(jobs, ranges, job, left, ahead, step)
+        slot, phase = i32(0), i32(0)
+        while work < works:
+            sums = zeros()
+            for _ in range(jobs_of(ranges, work)[1]):
+                following = load_job(job)
+                ptx.mbarrier_wait(u32(base + 8 * slot), phase)
+                stage = base + _HEAD_BYTES + slot * stage_bytes
+                sums = compute(sums, stage, group, within, warp, lane)
+                # Every lane has read the stage when the first one counts.
+                ptx.warp_barrier()
+                # Where nothing follows nobody counts, so that no block is asked which may have ended.
+                if ahead < works:
+                    if lane == 0:
+                        copy_next(base, slot, blobs, following, image, top, start)
+                    job, left, ahead, image, top, start = advance(jobs, ranges, job, left, ahead, step)
+                # The next instructions want all lanes together.
+                ptx.warp_barrier()
+                slot += i32(1)
+                if slot == i32(stages):
+                    slot = i32(0)
+                    phase ^= i32(1)
+            block, part, first_image, oy, ox, _, _ = locate(work)
+            finish(sums, y, residual, bias, rows, block, part, first_image, oy + group * own_lines, ox, warp, lane)
+            work += step
+        # A block ends when all of its cluster have got their last tile.
         if cluster > 1:
-            ptx.warp_barrier()
             ptx.cluster_arrive_relaxed()
             ptx.cluster_wait()
 
     return cuda_wgmma
 
 
-def _produce(shape: _Shape) -> Any:
-    """Device function: one thread orders the copies of all jobs of an output tile."""
+def _cursor(shape: _Shape) -> tuple[Any, Any]:
+    """Device functions: the jobs of an output tile, and the step from a job to the one that a block does next."""
+    from numba import types
+
+    from numbasparse.codegen import ptx
+
+    i32, i64 = types.int32, types.int64
+    blocks, split, works, locate = shape.blocks, shape.split, shape.works, _locate(shape)
+
+    def jobs_of(ranges, work):  # type: ignore[no-untyped-def]
+        """First job, and number of jobs."""
+        own = ranges + (work % blocks * split + work // blocks % split) * i64(8)
+        return ptx.load_global_i32(i64(own)), ptx.load_global_i32(i64(own + 4))
+
+    jobs_of = _device_function(jobs_of)
+
+    def advance(jobs, ranges, job, left, work, step):  # type: ignore[no-untyped-def]
+        """The next job, how many follow it for its output tile, the tile, and the place of its input.
+
+        Behind the last one the tile is one that there is not, and the job is any.
+        """
+        job += i64(16)
+        left -= i32(1)
+        if left < 0:
+            work += step
+            # An output tile without weights has no jobs.
+            while work < works:
+                first, count = jobs_of(ranges, work)
+                if count > 0:
+                    job, left = jobs + first * i64(16), count - i32(1)
+                    break
+                work += step
+            if work >= works:
+                job = i64(jobs)
+        _, _, image, _, _, top, start = locate(work)
+        return job, left, work, image, top, start
+
+    return jobs_of, _device_function(advance)
+
+
+def _copies(shape: _Shape) -> tuple[Any, Any]:
+    """Device functions: copy a job's tile and weight into an empty stage, and into one that a warp has left, if it was
+    the last.  One thread of a warp runs them.
+    """
     from numba import types
 
     from numbasparse.codegen import ptx
 
     i32, u32, i64 = types.int32, types.uint32, types.int64
-    stages, cluster, tile_bytes = shape.stages, shape.cluster, shape.geometry.tile_bytes
-    stage_bytes, every = shape.geometry.stage_bytes, (1 << shape.cluster) - 1
-    locate, load_job = _locate(shape), ptx.load_words("global", 4)
+    stages, cluster, warps = shape.stages, shape.cluster, 4 * shape.geometry.groups
+    stage_bytes, tile_bytes, every = shape.stage_bytes, shape.geometry.tile_bytes, (1 << shape.cluster) - 1
 
-    def produce(base, blobs, job, count, work, slot, phase):  # type: ignore[no-untyped-def]
-        _, _, image, _, _, top, left = locate(work)
-        tensor_map = ptx.tensor_map_address()
-        for _ in range(count):
-            channel, start, size, _ = load_job(i64(job))
-            job += i64(16)
-            full, stage = u32(base + 8 * slot), u32(base + _HEAD_BYTES + slot * stage_bytes)
-            ptx.mbarrier_wait(u32(base + 8 * (stages + slot)), phase)
-            ptx.mbarrier_expect(full, i32(tile_bytes + size))
-            if cluster == 1:
-                ptx.copy_box(stage, tensor_map, i32(image), i32(channel), i32(left), i32(top), full)
-            elif ptx.cluster_rank() == 0:
-                # Its bytes may come to another block before that one expects them: the count may be below zero.
-                ptx.mbarrier_wait(u32(base + 8 * (2 * stages + slot)), phase)
-                ptx.copy_box_to_cluster(
-                    stage, tensor_map, i32(image), i32(channel), i32(left), i32(top), full, i32(every)
-                )
-            ptx.copy_bulk(u32(stage + tile_bytes), i64(blobs + start * i64(16)), i32(size), full)
-            slot += i32(1)
-            if slot == i32(stages):
-                slot = i32(0)
-                phase ^= i32(1)
-        return slot, phase
+    def copy_weight(base, slot, blobs, job):  # type: ignore[no-untyped-def]
+        """Each block for itself: expect both copies and order the one of its own weight."""
+        full, stage = u32(base + 8 * slot), u32(base + _HEAD_BYTES + slot * stage_bytes)
+        ptx.mbarrier_expect(full, i32(tile_bytes + job[2]))
+        ptx.copy_bulk(u32(stage + tile_bytes), i64(blobs + job[1] * i64(16)), i32(job[2]), full)
 
-    return _device_function(produce)
+    def copy_tile(base, slot, job, image, top, left):  # type: ignore[no-untyped-def]
+        """One for all blocks of a cluster; it may come before a block expects it: bytes are counted below zero too."""
+        full, stage = u32(base + 8 * slot), u32(base + _HEAD_BYTES + slot * stage_bytes)
+        channel, tensor_map = i32(job[0]), ptx.tensor_map_address()
+        if cluster > 1:
+            ptx.copy_box_to_cluster(stage, tensor_map, i32(image), channel, i32(left), i32(top), full, i32(every))
+        else:
+            ptx.copy_box(stage, tensor_map, i32(image), channel, i32(left), i32(top), full)
+
+    copy_weight, copy_tile = _device_function(copy_weight), _device_function(copy_tile)
+
+    def copy_first(base, slot, blobs, job, image, top, left):  # type: ignore[no-untyped-def]
+        copy_weight(base, slot, blobs, job)
+        if cluster == 1 or ptx.cluster_rank() == 0:
+            copy_tile(base, slot, job, image, top, left)
+
+    def copy_next(base, slot, blobs, job, image, top, left):  # type: ignore[no-untyped-def]
+        if ptx.count_shared(u32(base + 8 * stages + 4 * slot), i32(1)) % warps != warps - 1:
+            return
+        last = True
+        if cluster > 1:
+            blocks_left = ptx.cluster_address(u32(base + 12 * stages + 4 * slot), i32(0))
+            last = ptx.count_in_cluster(blocks_left, i32(1)) % cluster == cluster - 1
+        if last:
+            copy_tile(base, slot, job, image, top, left)
+        copy_weight(base, slot, blobs, job)
+
+    return _device_function(copy_first), _device_function(copy_next)
 
 
-def _consume(shape: _Shape) -> Any:
-    """Device function: warpgroups compute and store an output tile."""
+def _compute(shape: _Shape) -> Any:
+    """Device function: a warpgroup adds what the tile and the weight of a stage give to its sums."""
     from numba import types
 
     from numbasparse.codegen import ptx
 
     i32, u32, i64 = types.int32, types.uint32, types.int64
-    geometry, stages, cluster = shape.geometry, shape.stages, shape.cluster
-    stage_bytes, tile_bytes, own_lines = geometry.stage_bytes, geometry.tile_bytes, geometry.rows
-    own_rows = own_lines * shape.spec.stride[0] * geometry.patch_w * geometry.pixel_bytes
-    locate, finish, multiply, leftover = _locate(shape), _finish(shape), _multiply(shape), _leftover(shape)
-    zeros, wait_one, settle = ptx.zeros(geometry.sums), ptx.wgmma_wait(1), ptx.wgmma_settle(geometry.sums)
+    geometry, tile_bytes = shape.geometry, shape.geometry.tile_bytes
+    own_rows = geometry.rows * shape.spec.stride[0] * geometry.patch_w * geometry.pixel_bytes
+    multiply, leftover = _multiply(shape), _leftover(shape)
+    wait_one, settle = ptx.wgmma_wait(1), ptx.wgmma_settle(geometry.sums)
     load_four, load_two, load_one = (ptx.load_words("shared", n) for n in (4, 2, 1))
 
     def load(unit, values, metadata):  # type: ignore[no-untyped-def]
         """The weight of a step for one thread, and its word."""
         return load_four(u32(unit + values)), load_one(u32(unit + metadata)), i32(load_one(u32(unit + _WORD)))
 
-    def leave(base, slot, lane):  # type: ignore[no-untyped-def]
-        """A warp has read all that it wants of a stage."""
-        ptx.warp_barrier()
-        if lane == 0:
-            ptx.mbarrier_arrive(u32(base + 8 * (stages + slot)))
-            if cluster > 1:
-                own = u32(base + 8 * (2 * stages + slot))
-                ptx.mbarrier_arrive_in_cluster(ptx.cluster_address(own, i32(0)))
-        # The next instructions want all lanes together.
-        ptx.warp_barrier()
+    load = _device_function(load)
 
-    load, leave = _device_function(load), _device_function(leave)
-
-    def consume(base, y, residual, bias, rows, count, work, slot, phase, thread):  # type: ignore[no-untyped-def]
-        group, within, warp, lane = thread >> 7, thread & 127, (thread >> 5) & 3, thread & 31
-        block, part, image, oy, ox, _, _ = locate(work)
+    def compute(sums, stage, group, within, warp, lane):  # type: ignore[no-untyped-def]
         values, metadata = within * 16, _METADATA + ((warp * 8 + (lane >> 2)) * 2 + (lane & 1)) * 4
-        sums = zeros()
-        for _ in range(count):
-            ptx.mbarrier_wait(u32(base + 8 * slot), phase)
-            stage = base + _HEAD_BYTES + slot * stage_bytes
-            own, unit = stage + group * own_rows, stage + tile_bytes + HEADER_BYTES
-            operand = own & _WINDOW
-            steps, chunks = load_two(u32(stage + tile_bytes))
-            remaining = i32(steps)
-            a0, m0, w0 = load(unit, values, metadata)
-            # Nothing but wgmma may write sums in this loop, or ptxas waits for each before the next (C7515).  A step's
-            # weight is read while the tensor cores work on the step before and wait for none: three sets of registers.
-            while remaining > 0:
-                sums = multiply(sums, a0, m0, w0, operand)
-                a1, m1, w1 = load(unit + UNIT_BYTES, values, metadata)
-                wait_one()
-                if remaining == 1:
-                    break
-                sums = multiply(sums, a1, m1, w1, operand)
-                a2, m2, w2 = load(unit + 2 * UNIT_BYTES, values, metadata)
-                wait_one()
-                if remaining == 2:
-                    break
-                sums = multiply(sums, a2, m2, w2, operand)
-                a0, m0, w0 = load(unit + 3 * UNIT_BYTES, values, metadata)
-                wait_one()
-                unit += i64(3 * UNIT_BYTES)
-                remaining -= i32(3)
-            sums = settle(sums)
-            rest = stage + tile_bytes + HEADER_BYTES + i32(steps) * UNIT_BYTES
-            sums = leftover(sums, i32(chunks), own, rest, within, warp, lane)
-            leave(base, slot, lane)
-            slot += i32(1)
-            if slot == i32(stages):
-                slot = i32(0)
-                phase ^= i32(1)
-        finish(sums, y, residual, bias, rows, block, part, image, oy + group * own_lines, ox, warp, lane)
-        return slot, phase
+        own, unit = stage + group * own_rows, stage + tile_bytes + HEADER_BYTES
+        operand = own & _WINDOW
+        steps, chunks = load_two(u32(stage + tile_bytes))
+        remaining = i32(steps)
+        a0, m0, w0 = load(unit, values, metadata)
+        # Nothing but wgmma may write sums in this loop, or ptxas waits for each before the next (C7515).  A step's
+        # weight is read while the tensor cores work on the step before, and wait for none: three sets of registers.
+        while remaining > 0:
+            sums = multiply(sums, a0, m0, w0, operand)
+            a1, m1, w1 = load(unit + UNIT_BYTES, values, metadata)
+            wait_one()
+            if remaining == 1:
+                break
+            sums = multiply(sums, a1, m1, w1, operand)
+            a2, m2, w2 = load(unit + 2 * UNIT_BYTES, values, metadata)
+            wait_one()
+            if remaining == 2:
+                break
+            sums = multiply(sums, a2, m2, w2, operand)
+            a0, m0, w0 = load(unit + 3 * UNIT_BYTES, values, metadata)
+            wait_one()
+            unit += i64(3 * UNIT_BYTES)
+            remaining -= i32(3)
+        sums = settle(sums)
+        rest = stage + tile_bytes + HEADER_BYTES + i32(steps) * UNIT_BYTES
+        return leftover(sums, i32(chunks), own, rest, within, warp, lane)
 
-    return _device_function(consume)
+    return _device_function(compute)
 
 
 def _device_function(function: Callable[..., Any]) -> Any:
@@ -683,7 +736,7 @@ def _compile(shape: _Shape, capability: tuple[int, int]) -> tuple[cuda.Ptx, cuda
         repr(shape),
         capability=capability,
         threads=shape.threads,
-        max_registers=_REGISTERS[shape.geometry.groups],
+        max_registers=_REGISTERS,
         fastmath=False,
     )
     if shape.split == 1:
@@ -693,10 +746,12 @@ def _compile(shape: _Shape, capability: tuple[int, int]) -> tuple[cuda.Ptx, cuda
     )
 
 
-def _shape(spec: ConvSpec, config: Config, activation: str = "none", residual: bool = False) -> _Shape:
+def _shape(spec: ConvSpec, config: Config, density: float, activation: str = "none", residual: bool = False) -> _Shape:
     blocks = spec.groups * -(-spec.k_per_group // two_four.ROWS)
     stages, split, cluster = (int(config[f]) for f in ("stages", "split", "cluster"))
-    return _Shape(spec, geometry_of(spec, config), stages, split, cluster, blocks, activation, residual)
+    geometry = geometry_of(spec, config)
+    room = _room(spec, geometry, density)
+    return _Shape(spec, geometry, room, stages, split, cluster, blocks, activation, residual)
 
 
 # ---- the kernel ---------------------------------------------------------------------------------------------
@@ -710,7 +765,7 @@ class _Runner(CudaRunner):
 
         packed = pack(spec, weight, config)
         device = cuda.current()
-        self._make = functools.partial(_shape, spec, config, activation)
+        self._make = functools.partial(_shape, spec, config, weight.density, activation)
         self._spec, self._capability, self._facts = spec, device.capability, device
         self._device = torch.device("cuda", device.index)
         self._dtype = getattr(torch, spec.dtype)
@@ -832,7 +887,7 @@ class CudaWgmma(CudaKernel):
         reason = check_fields(config, _FIELDS)
         if reason is not None:
             return reason
-        return _reason_shape(spec, config) or _reason_resources(spec, config)
+        return _reason_shape(spec, config) or _reason_resources(spec, config, weight.density)
 
     def default(self, spec: ConvSpec, weight: SparseWeight, threads: int) -> Config:
         return self.suggest(spec, weight, threads, 1)[0]
@@ -853,7 +908,8 @@ class CudaWgmma(CudaKernel):
         self, spec: ConvSpec, weight: SparseWeight, config: Config, activation: Activation = "none"
     ) -> tuple[cuda.Ptx, ...]:
         self.require(spec, weight, config)
-        return tuple(p for p in _compile(_shape(spec, config, activation), cuda.current().capability) if p is not None)
+        shape = _shape(spec, config, weight.density, activation)
+        return tuple(p for p in _compile(shape, cuda.current().capability) if p is not None)
 
     def prepare(
         self, spec: ConvSpec, weight: SparseWeight, config: Config, activation: Activation = "none"
@@ -922,9 +978,12 @@ def _reason_shape(spec: ConvSpec, config: Config) -> str | None:
     return None
 
 
-def _reason_resources(spec: ConvSpec, config: Config) -> str | None:
+def _reason_resources(spec: ConvSpec, config: Config, density: float) -> str | None:
     """Reason why a block does not fit a multiprocessor."""
-    shape, device = _shape(spec, config), cuda.current()
+    device, tiles = cuda.current(), int(config["stages"]) * geometry_of(spec, config).tile_bytes
+    if tiles > device.shared_per_block:  # before its steps are counted, which may take long where tiles are large
+        return f"{tiles} bytes of shared memory exceed a block's {device.shared_per_block}"
+    shape = _shape(spec, config, density)
     if shape.shared_bytes > device.shared_per_block:
         return f"{shape.shared_bytes} bytes of shared memory exceed a block's {device.shared_per_block}"
     tiles = -(-spec.c_per_group // shape.geometry.channels)
@@ -948,16 +1007,9 @@ _STORE_CLOCKS = 24.0
 
 def estimate(spec: ConvSpec, weight: SparseWeight, config: Config, device: cuda.Device) -> float:
     """Clocks that a config may take: the slowest of tensor cores, shared memory and second cache, in whole waves."""
-    shape = _shape(spec, config)
+    shape = _shape(spec, config, weight.density)
     g = shape.geometry
-    columns = spec.r * spec.s * min(g.channels, spec.c_per_group)
-    steps: float = g.steps
-    # Of four places, those over two; sixteen rows share a column of the rest, and four times sixteen the chunks.
-    p = weight.density
-    over = 16 * columns / 4 * (4 * p**3 * (1 - p) + 2 * p**4)
-    chunks = max(1.0 - exp(-4 * over), 1.1 * over / two_four.REST)
-    if chunks > steps:
-        steps, chunks = 2 * steps, 0.0
+    steps, chunks = expected_work(spec, g, weight.density)
     operand, blob = 64 * g.n * g.tile_h, steps * UNIT_BYTES + chunks * CHUNK_BYTES
     tensor = steps * g.n / 2 * g.tile_h
     shared = ((steps + chunks) * operand + g.tile_bytes + (1 + g.groups) * blob) / _SHARED_BYTES_PER_CLOCK

@@ -347,6 +347,16 @@ def cover_steps(
     return Steps(first, columns, values, metadata), Rest(rest_first, rest_columns, rest_values)
 
 
+@functools.cache
+def steps_to_cover(needed: tuple[int, ...], octets: int) -> int:
+    """How many steps `cover_steps` makes of a part that has non-zeros in these octets, none of which is taken twice."""
+    count = len(needed)
+    zeros = np.zeros(count, np.int64)
+    octet = np.array(needed, np.int64)
+    steps, _ = cover_steps(zeros, zeros, octet, zeros, np.ones(count, np.float32), 1, octets)
+    return steps.count
+
+
 def _sort(keys: Any, count: int) -> Any:
     """Stable counting sort: the order, and where each key starts."""
     starts = np.zeros(count + 1, np.int64)
