@@ -41,7 +41,7 @@ from numbasparse.runtime import cuda
 NAME = "cuda_wgmma"
 TARGET = Case((3, 256, 56, 256), 32, "float16")
 """The layer of the profile."""
-RACED, SUGGESTED, BEST_FEW = 14, 2, 3
+RACED, SUGGESTED, BEST_FEW = 8, 2, 3
 """Configs measured at 90 % zeros; what the kernel suggests for another sparsity; how many of the best stay for it."""
 
 
@@ -112,7 +112,9 @@ def race(
 ) -> list[dict[str, Any]]:
     """Measure candidates, the best of which becomes a column; what came of each, the fastest first."""
     problem, device, found = bench.problem, cuda.current(), []
-    for candidate in candidates:
+    # What suits one sparsity may have no room for the weight of another.
+    fitting = [c for c in candidates if kernel(NAME).check(problem.spec, problem.weight, dict(c.config)) is None]
+    for candidate in fitting:
         compilers.wait(problem, candidate)
         result = measure(bench, candidate, min((f["us"] for f in found if f["us"]), default=float("inf")))
         clocks = cuda_wgmma.estimate(problem.spec, problem.weight, dict(candidate.config), device)

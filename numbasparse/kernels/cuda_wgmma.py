@@ -12,10 +12,10 @@ same sums by ``mma.sync``, which takes its rows from any address.
 The weight of a tile, in the order in which it is used, comes with it, by another order to the copy engine.  One or two
 warpgroups compute the tile's rows, each its share.  Blocks stay, and take one output tile after another: the warp that
 is the last to leave a stage orders the next copy into it, which may be of the next output tile, so that copies go on
-while sums are stored.  In a cluster that is the last warp of all its blocks, and its copy of a tile goes to all of them.
+while sums are stored.  In a cluster that is the last warp of all its blocks, whose copy of a tile goes to all of them.
 
-A warp of its own for the copies would leave the others too few registers: a quarter of a multiprocessor has them for two
-warps of 255, or for three of 168, and nvJitLink ignores ``setmaxnreg`` in PTX (C7504).
+A warp of its own for the copies would leave the others too few registers: a quarter of a multiprocessor has them for
+two warps of 255, or for three of 168, and nvJitLink ignores ``setmaxnreg`` in PTX (C7504).
 
 Bound: each sparse ``wgmma`` reads its 32 x n operand from shared memory as fast as that can give, so that the tensor
 cores and shared memory are both full, and every other use of shared memory (copies into it, the rest) adds to it.
@@ -379,8 +379,8 @@ class _Shape:
 
     @property
     def shared_bytes(self) -> int:
-        """Behind the last stage is room for the step that is read ahead of the last one."""
-        return 1024 + _HEAD_BYTES + self.stages * self.stage_bytes + UNIT_BYTES
+        """Behind the last stage is room for the steps that are read ahead of the last one."""
+        return 1024 + _HEAD_BYTES + self.stages * self.stage_bytes + 2 * UNIT_BYTES
 
     @property
     def threads(self) -> int:
@@ -591,24 +591,31 @@ def _compute(shape: _Shape) -> Any:
         steps, chunks = load_two(u32(stage + tile_bytes))
         remaining = i32(steps)
         a0, m0, w0 = load(unit, values, metadata)
+        a1, m1, w1 = load(unit + UNIT_BYTES, values, metadata)
         # Nothing but wgmma may write sums in this loop, or ptxas waits for each before the next (C7515).  A step's
-        # weight is read while the tensor cores work on the step before, and wait for none: three sets of registers.
+        # weight is read two steps ahead, since reads queue behind the tensor cores' own of shared memory; the registers
+        # that it goes to were those of a step which is done: four sets.
         while remaining > 0:
             sums = multiply(sums, a0, m0, w0, operand)
-            a1, m1, w1 = load(unit + UNIT_BYTES, values, metadata)
+            a2, m2, w2 = load(unit + 2 * UNIT_BYTES, values, metadata)
             wait_one()
             if remaining == 1:
                 break
             sums = multiply(sums, a1, m1, w1, operand)
-            a2, m2, w2 = load(unit + 2 * UNIT_BYTES, values, metadata)
+            a3, m3, w3 = load(unit + 3 * UNIT_BYTES, values, metadata)
             wait_one()
             if remaining == 2:
                 break
             sums = multiply(sums, a2, m2, w2, operand)
-            a0, m0, w0 = load(unit + 3 * UNIT_BYTES, values, metadata)
+            a0, m0, w0 = load(unit + 4 * UNIT_BYTES, values, metadata)
             wait_one()
-            unit += i64(3 * UNIT_BYTES)
-            remaining -= i32(3)
+            if remaining == 3:
+                break
+            sums = multiply(sums, a3, m3, w3, operand)
+            a1, m1, w1 = load(unit + 5 * UNIT_BYTES, values, metadata)
+            wait_one()
+            unit += i64(4 * UNIT_BYTES)
+            remaining -= i32(4)
         sums = settle(sums)
         rest = stage + tile_bytes + HEADER_BYTES + i32(steps) * UNIT_BYTES
         return leftover(sums, i32(chunks), own, rest, within, warp, lane)
@@ -879,7 +886,7 @@ class CudaWgmma(CudaKernel):
             "channels": (8, 16, 24, 32, 48, 64, 128, 256),
             "stages": (2, 3, 4),
             "split": (1, 2, 4, 8),
-            "cluster": (1, 2, 4),
+            "cluster": (1, 2),
             "groups": (1, 2),
         }
 
@@ -997,35 +1004,35 @@ def _reason_resources(spec: ConvSpec, config: Config, density: float) -> str | N
     return None
 
 
-_L2_BYTES_PER_CLOCK = 26.0
-"""What a multiprocessor gets from the second cache while all ask (measured with cp.async on an H100: 24)."""
+_ROW_CLOCKS, _ROW_CLOCKS_PER_BYTE, _BULK_BYTES_PER_CLOCK, _COPY_CLOCKS = 2.3, 0.005, 20.0, 700.0
+"""Of the copy engine, for each row of a box, however short; for what is in one piece; and until the first bytes come.
+Measured on an H100 with all multiprocessors at work.  A box for a cluster takes a fifth longer, and all that its blocks
+save is lost by waiting for each other."""
 _SHARED_BYTES_PER_CLOCK = 128.0
-_TILE_CLOCKS, _START_CLOCKS, _CHUNK_CLOCKS = 100.0, 2500.0, 100.0
+_JOB_CLOCKS, _START_CLOCKS, _CHUNK_CLOCKS = 500.0, 4000.0, 100.0
 _STORE_CLOCKS = 24.0
 """Of trading, finishing and storing eight rows of 64 bytes by a warp."""
 
 
 def estimate(spec: ConvSpec, weight: SparseWeight, config: Config, device: cuda.Device) -> float:
-    """Clocks that a config may take: the slowest of tensor cores, shared memory and second cache, in whole waves."""
+    """Clocks that a config may take: the slower of shared memory (or the tensor cores) and the copy engine."""
     shape = _shape(spec, config, weight.density)
     g = shape.geometry
     steps, chunks = expected_work(spec, g, weight.density)
     operand, blob = 64 * g.n * g.tile_h, steps * UNIT_BYTES + chunks * CHUNK_BYTES
-    tensor = steps * g.n / 2 * g.tile_h
     shared = ((steps + chunks) * operand + g.tile_bytes + (1 + g.groups) * blob) / _SHARED_BYTES_PER_CLOCK
-    # Short rows are more orders to the second cache, and under 32 bytes a part of a sector.
-    tile = g.tile_bytes * max(1.0, 64 / g.row_bytes) / shape.cluster
-    loaded = (tile + blob) / _L2_BYTES_PER_CLOCK
-    each = max(tensor, shared, loaded) + _TILE_CLOCKS + chunks * _CHUNK_CLOCKS / g.groups
-    work = each * ceil(ceil(spec.c_per_group / g.channels) / shape.split)
+    compute = shared + chunks * _CHUNK_CLOCKS / g.groups + _JOB_CLOCKS
+    row = (_ROW_CLOCKS + _ROW_CLOCKS_PER_BYTE * g.row_bytes) * (1.0 if shape.cluster == 1 else 1.3)
+    copy = g.patch_h * g.patch_w * g.channels * row + blob / _BULK_BYTES_PER_CLOCK
+    jobs = ceil(ceil(spec.c_per_group / g.channels) / shape.split)
     stores = g.groups * 4 * g.sums / 8 * _STORE_CLOCKS
-    together = shape.resident(device)
-    waves = ceil(shape.works / shape.grid(device)[0])
-    if shape.works < shape.grid(device)[0]:
-        together = min(together, ceil(shape.works / device.multiprocessors))
-    # What one block stores, another computes through, and copies go on meanwhile.
-    exposed = stores if together == 1 else max(0.0, stores - work)
-    clocks = _START_CLOCKS + waves * (together * work + exposed) + (stores if together > 1 else 0.0)
+    each, waves = shape.resident(device), ceil(shape.works / shape.grid(device)[0])
+    if waves == 1:
+        each = min(each, ceil(shape.works / device.multiprocessors))
+    # A stage is filled while the others are computed.  Blocks share the copy engine and shared memory.
+    job = max(each * shared, each * copy, (compute + copy + _COPY_CLOCKS) / shape.stages, compute)
+    exposed = stores if each == 1 else 0.0
+    clocks = _START_CLOCKS + copy + waves * (jobs * job + exposed)
     out = spec.n * spec.k * spec.out_h * spec.out_w
     extra = 0.0 if shape.split == 1 else 3000.0 + shape.split * out * 8 / device.multiprocessors / 20
     return clocks + extra
