@@ -176,7 +176,12 @@ def finishing(dtype: str) -> cuda.Ptx:
         offset = ptx.load_global_i32(i64(offsets + (warp * 8 + (lane & 7)) * 4))
         sums = mma(zeros(), a, u32(tile + offset + (lane >> 3) * 16))
         n, own = (lane & 3) * 8, rows + 4 * (warp * 16 + (lane >> 2))
-        store(sums, i64(out + 2 * n), i64(residual + 2 * n), bias, i64(own), i32(0), i32(0), i32(n))
+        first, second = ptx.load_global_i32(i64(own)), ptx.load_global_i32(i64(own + 32))
+        shifts = (
+            ptx.load_global_f32(i64(bias + 4 * max(first, 0))),
+            ptx.load_global_f32(i64(bias + 4 * max(second, 0))),
+        )
+        store(sums, i64(out + 2 * n), i64(residual + 2 * n), (first, second), shifts, i32(0), i32(0), i32(n))
 
     return compiled(finishing, 6, dtype)
 
@@ -194,7 +199,8 @@ def writing(n: int) -> Any:
     def write(sums, out, rows):  # type: ignore[no-untyped-def]
         thread = ptx.thread_index()
         own, column = (thread >> 5) * 16 + ((thread & 31) >> 2), 2 * (thread & 3)
-        store(sums, i64(out + 4 * column), i64(rows + 4 * own), i32(0), i32(0), i32(column))
+        numbers = (ptx.load_global_i32(i64(rows + 4 * own)), ptx.load_global_i32(i64(rows + 4 * own + 32)))
+        store(sums, i64(out + 4 * column), numbers, i32(0), i32(0), i32(column))
 
     return cuda.numba_cuda().jit(device=True, inline=True)(write)
 

@@ -791,23 +791,23 @@ def store_fragments(
     strides: tuple[int, int, int, int],
     limits: tuple[int, int, int],
 ) -> Any:
-    """Intrinsic ``(sums, y, table, oy, ox, n) -> void``: store the sums of tensor cores as float32.
+    """Intrinsic ``(sums, y, rows, oy, ox, n) -> void``: store the sums of tensor cores as float32.
 
-    The int32 at ``table`` and ``table + 32`` are the numbers k of this lane's two rows, negative for a row that is
-    not there.  Sums ``4 * i`` and on, in the order of `sparse_wgmma`, are of place (dy, dx, dn): two neighbouring n of
-    the two rows, at ``y + k * strides[0] + dy * strides[1] + dx * strides[2] + dn * strides[3]`` (bytes), written if
-    ``oy + dy``, ``ox + dx`` and ``n + dn`` are under ``limits``.
+    ``rows`` are the numbers k of this lane's two rows, int32, negative for a row that is not there.  Sums ``4 * i``
+    and on, in the order of `sparse_wgmma`, are of place (dy, dx, dn): two neighbouring n of the two rows, at
+    ``y + k * strides[0] + dy * strides[1] + dx * strides[2] + dn * strides[3]`` (bytes), written if ``oy + dy``,
+    ``ox + dx`` and ``n + dn`` are under ``limits``.
     """
     kind = types.UniTuple(types.float32, 4 * len(places))
-    signature = types.void(kind, _G, _G, types.int32, types.int32, types.int32)
+    signature = types.void(kind, _G, types.UniTuple(types.int32, 2), types.int32, types.int32, types.int32)
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-        packed, y, table, *origin = arguments
-        rows = _two_rows(builder, table, strides[0])
+        packed, y, numbers, *origin = arguments
+        rows = _two_rows(builder, numbers, strides[0])
         for i, place in enumerate(places):
             inside = _all_under(builder, origin, place, limits)
             at = ir.Constant(_I64, sum(p * s for p, s in zip(place, strides[1:], strict=True)))
-            for half, (there, start, _) in enumerate(rows):
+            for half, (there, start) in enumerate(rows):
                 with builder.if_then(builder.and_(inside, there)):
                     values = [builder.extract_value(packed, 4 * i + 2 * half + v) for v in range(2)]
                     _store_global(builder, builder.add(y, builder.add(start, at)), values, "float32")
@@ -823,12 +823,12 @@ def store_finished_fragments(
     strides: tuple[int, int, int, int],
     limits: tuple[int, int, int],
 ) -> Any:
-    """Intrinsic ``(sums, y, residual, bias, table, oy, ox, n) -> void``: finish the sums of tensor cores and store.
+    """Intrinsic ``(sums, y, residual, rows, bias, oy, ox, n) -> void``: finish the sums of tensor cores and store.
 
     As `store_fragments`, but 16 bytes at once: four lanes trade their pairs of n of four eights, so that each has
     one eight.  There is a place for each four eights, that of this lane's eight (``oy``, ``ox`` and ``n`` may depend
     on the lane), at a multiple of 16 bytes.  An eight is written or not as a whole.  What is written is as in
-    `store_rows`, without a factor.
+    `store_rows`, without a factor; ``bias`` are the float32 of the two rows.
 
     Parameters
     ----------
@@ -836,17 +836,18 @@ def store_finished_fragments(
         ``"float16"`` or ``"bfloat16"``, of ``y`` and of the residual (addressed like ``y``).
     """
     kind = types.UniTuple(types.float32, 16 * len(places))
-    signature = types.void(kind, _G, _G, _G, _G, types.int32, types.int32, types.int32)
+    two, both = types.UniTuple(types.int32, 2), types.UniTuple(types.float32, 2)
+    signature = types.void(kind, _G, _G, two, both, types.int32, types.int32, types.int32)
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-        packed, y, extra, bias, table, *origin = arguments
-        rows = _two_rows(builder, table, strides[0])
-        shifts = [finish.load(builder, bias, bias, k)[0] for _, _, k in rows]
+        packed, y, extra, numbers, bias, *origin = arguments
+        rows = _two_rows(builder, numbers, strides[0])
+        shifts = [builder.extract_value(bias, half) if finish.bias else None for half in range(2)]
         lane = _asm(builder, _I32, "mov.u32 $0, %laneid;", "=r", [])
         for i, place in enumerate(places):
             inside = _all_under(builder, origin, place, limits)
             at = ir.Constant(_I64, sum(p * s for p, s in zip(place, strides[1:], strict=True)))
-            for half, (there, start, _) in enumerate(rows):
+            for half, (there, start) in enumerate(rows):
                 where, written = builder.add(start, at), builder.and_(inside, there)
                 added: list[Any] = [None] * 8
                 if finish.residual:
@@ -869,15 +870,13 @@ def store_finished_fragments(
     return _intrinsic_of_arity(8, signature, generate)
 
 
-def _two_rows(builder: ir.IRBuilder, table: ir.Value, stride: int) -> list[tuple[Any, Any, Any]]:
-    """Of a lane's two rows: whether it is there, its offset, its number (0 where it is not there)."""
+def _two_rows(builder: ir.IRBuilder, numbers: ir.Value, stride: int) -> list[tuple[Any, Any]]:
+    """Of a lane's two rows: whether it is there, and its offset."""
     rows = []
     for half in range(2):
-        place = builder.add(table, ir.Constant(_I64, 32 * half))
-        number = _asm(builder, _I32, "ld.global.nc.s32 $0, [$1];", "=r,l", [(_I64, place)])
+        number = builder.extract_value(numbers, half)
         there = builder.icmp_signed(">=", number, ir.Constant(_I32, 0))
-        k = builder.zext(builder.select(there, number, ir.Constant(_I32, 0)), _I64)
-        rows.append((there, builder.mul(k, ir.Constant(_I64, stride)), k))
+        rows.append((there, builder.mul(builder.sext(number, _I64), ir.Constant(_I64, stride))))
     return rows
 
 

@@ -415,7 +415,12 @@ def _code(shape: _Shape) -> Callable[..., None]:
 
     i32, u32, i64 = types.int32, types.uint32, types.int64
     stages, cluster, works = shape.stages, shape.cluster, shape.works
-    shared_base, locate, compute, finish = ptx.shared_base(1024), _locate(shape), _compute(shape), _finish(shape)
+    shared_base, locate, compute, (numbers_of, finish) = (
+        ptx.shared_base(1024),
+        _locate(shape),
+        _compute(shape),
+        _finish(shape),
+    )
     (jobs_of, advance), (copy_first, copy_next) = _cursor(shape), _copies(shape)
     zeros, load_job = ptx.zeros(shape.geometry.sums), ptx.load_words("global", 4)
     own_lines, stage_bytes = shape.geometry.rows, shape.stage_bytes
@@ -439,15 +444,18 @@ def _code(shape: _Shape) -> Callable[..., None]:
             ptx.barrier()
         work, step = ptx.block_x(), ptx.grid_x()
         # What is to be copied next: a job, how many follow it for its output tile, which that is, and where.
-        job, left, ahead, image, top, start = advance(jobs, ranges, i64(jobs), i32(0), work - step, step)
+        origin = (work, work, work)
+        job, left, ahead, origin = advance(jobs, ranges, i64(jobs), i32(0), work - step, step, origin)
         for i in range(stages):
             if ahead < works:
                 if thread == 0:
-                    copy_first(base, i, blobs, load_job(job), image, top, start)
-                job, left, ahead, image, top, start = advance(jobs, ranges, job, left, ahead, step)
+                    copy_first(base, i, blobs, load_job(job), origin)
+                job, left, ahead, origin = advance(jobs, ranges, job, left, ahead, step, origin)
         slot, phase = i32(0), i32(0)
         while work < works:
             sums = zeros()
+            block, part, first_image, oy, ox, _, _ = locate(work)
+            numbers = numbers_of(rows, block, warp, lane)
             for _ in range(jobs_of(ranges, work)[1]):
                 following = load_job(job)
                 ptx.mbarrier_wait(u32(base + 8 * slot), phase)
@@ -458,16 +466,15 @@ def _code(shape: _Shape) -> Callable[..., None]:
                 # Where nothing follows nobody counts, so that no block is asked which may have ended.
                 if ahead < works:
                     if lane == 0:
-                        copy_next(base, slot, blobs, following, image, top, start)
-                    job, left, ahead, image, top, start = advance(jobs, ranges, job, left, ahead, step)
+                        copy_next(base, slot, blobs, following, origin)
+                    job, left, ahead, origin = advance(jobs, ranges, job, left, ahead, step, origin)
                 # The next instructions want all lanes together.
                 ptx.warp_barrier()
                 slot += i32(1)
                 if slot == i32(stages):
                     slot = i32(0)
                     phase ^= i32(1)
-            block, part, first_image, oy, ox, _, _ = locate(work)
-            finish(sums, y, residual, bias, rows, block, part, first_image, oy + group * own_lines, ox, warp, lane)
+            finish(sums, y, residual, bias, numbers, part, first_image, oy + group * own_lines, ox, lane)
             work += step
         # A block ends when all of its cluster have got their last tile.
         if cluster > 1:
@@ -493,8 +500,8 @@ def _cursor(shape: _Shape) -> tuple[Any, Any]:
 
     jobs_of = _device_function(jobs_of)
 
-    def advance(jobs, ranges, job, left, work, step):  # type: ignore[no-untyped-def]
-        """The next job, how many follow it for its output tile, the tile, and the place of its input.
+    def advance(jobs, ranges, job, left, work, step, origin):  # type: ignore[no-untyped-def]
+        """The next job, how many follow it for its output tile, the tile, and image, row and column of its input.
 
         Behind the last one the tile is one that there is not, and the job is any.
         """
@@ -511,8 +518,9 @@ def _cursor(shape: _Shape) -> tuple[Any, Any]:
                 work += step
             if work >= works:
                 job = i64(jobs)
-        _, _, image, _, _, top, start = locate(work)
-        return job, left, work, image, top, start
+            _, _, image, _, _, top, start = locate(work)
+            origin = (image, top, start)
+        return job, left, work, origin
 
     return jobs_of, _device_function(advance)
 
@@ -535,31 +543,36 @@ def _copies(shape: _Shape) -> tuple[Any, Any]:
         ptx.mbarrier_expect(full, i32(tile_bytes + job[2]))
         ptx.copy_bulk(u32(stage + tile_bytes), i64(blobs + job[1] * i64(16)), i32(job[2]), full)
 
-    def copy_tile(base, slot, job, image, top, left):  # type: ignore[no-untyped-def]
+    def copy_tile(base, slot, channel, origin):  # type: ignore[no-untyped-def]
         """One for all blocks of a cluster; it may come before a block expects it: bytes are counted below zero too."""
         full, stage = u32(base + 8 * slot), u32(base + _HEAD_BYTES + slot * stage_bytes)
-        channel, tensor_map = i32(job[0]), ptx.tensor_map_address()
+        tensor_map = ptx.tensor_map_address()
+        image, top, left = i32(origin[0]), i32(origin[1]), i32(origin[2])
         if cluster > 1:
-            ptx.copy_box_to_cluster(stage, tensor_map, i32(image), channel, i32(left), i32(top), full, i32(every))
+            ptx.copy_box_to_cluster(stage, tensor_map, image, channel, left, top, full, i32(every))
         else:
-            ptx.copy_box(stage, tensor_map, i32(image), channel, i32(left), i32(top), full)
+            ptx.copy_box(stage, tensor_map, image, channel, left, top, full)
 
     copy_weight, copy_tile = _device_function(copy_weight), _device_function(copy_tile)
 
-    def copy_first(base, slot, blobs, job, image, top, left):  # type: ignore[no-untyped-def]
+    def copy_first(base, slot, blobs, job, origin):  # type: ignore[no-untyped-def]
         copy_weight(base, slot, blobs, job)
         if cluster == 1 or ptx.cluster_rank() == 0:
-            copy_tile(base, slot, job, image, top, left)
+            copy_tile(base, slot, i32(job[0]), origin)
 
-    def copy_next(base, slot, blobs, job, image, top, left):  # type: ignore[no-untyped-def]
-        if ptx.count_shared(u32(base + 8 * stages + 4 * slot), i32(1)) % warps != warps - 1:
+    def copy_next(base, slot, blobs, job, origin):  # type: ignore[no-untyped-def]
+        before = ptx.count_shared(u32(base + 8 * stages + 4 * slot), i32(1))
+        if before % warps != warps - 1:
             return
+        # The sign of a count is 0, but ptxas does not know: it would bring the channel into a uniform register as soon
+        # as it is asked for, and wait for it there.
+        channel = i32(job[0]) + (before >> 31)
         last = True
         if cluster > 1:
             blocks_left = ptx.cluster_address(u32(base + 12 * stages + 4 * slot), i32(0))
             last = ptx.count_in_cluster(blocks_left, i32(1)) % cluster == cluster - 1
         if last:
-            copy_tile(base, slot, job, image, top, left)
+            copy_tile(base, slot, channel, origin)
         copy_weight(base, slot, blobs, job)
 
     return _device_function(copy_first), _device_function(copy_next)
@@ -574,8 +587,8 @@ def _compute(shape: _Shape) -> Any:
     i32, u32, i64 = types.int32, types.uint32, types.int64
     geometry, tile_bytes = shape.geometry, shape.geometry.tile_bytes
     own_rows = geometry.rows * shape.spec.stride[0] * geometry.patch_w * geometry.pixel_bytes
-    multiply, leftover = _multiply(shape), _leftover(shape)
-    wait_one, settle = ptx.wgmma_wait(1), ptx.wgmma_settle(geometry.sums)
+    multiply, (leftover, fetch) = _multiply(shape), _leftover(shape)
+    wait_two, settle = ptx.wgmma_wait(2), ptx.wgmma_settle(geometry.sums)
     load_four, load_two, load_one = (ptx.load_words("shared", n) for n in (4, 2, 1))
 
     def load(unit, values, metadata):  # type: ignore[no-untyped-def]
@@ -590,35 +603,41 @@ def _compute(shape: _Shape) -> Any:
         operand = own & _WINDOW
         steps, chunks = load_two(u32(stage + tile_bytes))
         remaining = i32(steps)
+        rest = unit + i32(steps) * UNIT_BYTES
+        fetched = fetch(rest, within, warp, lane)
         a0, m0, w0 = load(unit, values, metadata)
         a1, m1, w1 = load(unit + UNIT_BYTES, values, metadata)
         # Nothing but wgmma may write sums in this loop, or ptxas waits for each before the next (C7515).  A step's
-        # weight is read two steps ahead, since reads queue behind the tensor cores' own of shared memory; the registers
-        # that it goes to were those of a step which is done: four sets.
+        # weight is read two steps ahead, since reads queue behind the tensor cores' own of shared memory, and two steps
+        # are under way when the next is ordered: five sets of registers.
         while remaining > 0:
             sums = multiply(sums, a0, m0, w0, operand)
             a2, m2, w2 = load(unit + 2 * UNIT_BYTES, values, metadata)
-            wait_one()
+            wait_two()
             if remaining == 1:
                 break
             sums = multiply(sums, a1, m1, w1, operand)
             a3, m3, w3 = load(unit + 3 * UNIT_BYTES, values, metadata)
-            wait_one()
+            wait_two()
             if remaining == 2:
                 break
             sums = multiply(sums, a2, m2, w2, operand)
-            a0, m0, w0 = load(unit + 4 * UNIT_BYTES, values, metadata)
-            wait_one()
+            a4, m4, w4 = load(unit + 4 * UNIT_BYTES, values, metadata)
+            wait_two()
             if remaining == 3:
                 break
             sums = multiply(sums, a3, m3, w3, operand)
-            a1, m1, w1 = load(unit + 5 * UNIT_BYTES, values, metadata)
-            wait_one()
-            unit += i64(4 * UNIT_BYTES)
-            remaining -= i32(4)
+            a0, m0, w0 = load(unit + 5 * UNIT_BYTES, values, metadata)
+            wait_two()
+            if remaining == 4:
+                break
+            sums = multiply(sums, a4, m4, w4, operand)
+            a1, m1, w1 = load(unit + 6 * UNIT_BYTES, values, metadata)
+            wait_two()
+            unit += i64(5 * UNIT_BYTES)
+            remaining -= i32(5)
         sums = settle(sums)
-        rest = stage + tile_bytes + HEADER_BYTES + i32(steps) * UNIT_BYTES
-        return leftover(sums, i32(chunks), own, rest, within, warp, lane)
+        return leftover(sums, i32(chunks), own, fetched, rest, within, warp, lane)
 
     return _device_function(compute)
 
@@ -669,8 +688,10 @@ def _multiply(shape: _Shape) -> Any:
     return _device_function(multiply)
 
 
-def _leftover(shape: _Shape) -> Any:
-    """Device function: chunks of the rest for the rows of a warpgroup, whose first input row is at ``own``."""
+def _leftover(shape: _Shape) -> tuple[Any, Any]:
+    """Device functions: chunks of the rest for the rows of a warpgroup, whose first input row is at ``own``; and what
+    reads a thread's share of a chunk, which is done one chunk ahead.
+    """
     from numba import types
 
     from numbasparse.codegen import ptx
@@ -686,20 +707,29 @@ def _leftover(shape: _Shape) -> Any:
     mma = ptx.gathered_mma(displacements, ptx.SWIZZLES[g.row_bytes].mask, spec.dtype)
     load_two, load_one = ptx.load_words("shared", 2), ptx.load_words("shared", 1)
 
-    def leftover(sums, count, own, chunk, within, warp, lane):  # type: ignore[no-untyped-def]
+    def fetch(chunk, within, warp, lane):  # type: ignore[no-untyped-def]
+        offset = load_one(u32(chunk + _OFFSETS + (warp * 8 + (lane & 7)) * 4))
+        return load_two(u32(chunk + within * 8)), offset
+
+    fetch = _device_function(fetch)
+
+    def leftover(sums, count, own, fetched, chunk, within, warp, lane):  # type: ignore[no-untyped-def]
         eight = lane >> 3
         start = own + eight // eights * pixel + eight % eights * 16
         for _ in range(count):
-            offset = load_one(u32(chunk + _OFFSETS + (warp * 8 + (lane & 7)) * 4))
-            sums = mma(sums, load_two(u32(chunk + within * 8)), u32(start + offset))
             chunk += i64(CHUNK_BYTES)
+            following = fetch(chunk, within, warp, lane)
+            sums = mma(sums, fetched[0], u32(start + fetched[1]))
+            fetched = following
         return sums
 
-    return _device_function(leftover)
+    return _device_function(leftover), fetch
 
 
-def _finish(shape: _Shape) -> Any:
-    """Device function that finishes and stores the sums of a warpgroup, or stores them for `cuda_reduce`."""
+def _finish(shape: _Shape) -> tuple[Any, Any]:
+    """Device functions: the output channels of a thread's two rows; and what finishes and stores the sums of a
+    warpgroup, or stores them for `cuda_reduce`.
+    """
     from numba import types
 
     from numbasparse.codegen import ptx
@@ -718,19 +748,26 @@ def _finish(shape: _Shape) -> Any:
     store = ptx.store_finished_fragments(places, spec.dtype, last, strides, limits) if split == 1 else None
     total, row_bytes, pixel_bytes, eights = plane * spec.k, strides[1], strides[2], g.batch // 8
 
-    def finish(sums, y, residual, bias, rows, block, part, image, oy, ox, warp, lane):  # type: ignore[no-untyped-def]
+    load_one = ptx.load_words("global", 1)
+
+    def numbers_of(rows, block, warp, lane):  # type: ignore[no-untyped-def]
         own = rows + (block * i64(two_four.ROWS) + warp * 16 + (lane >> 2)) * 4
+        return i32(load_one(i64(own))), i32(load_one(i64(own + 32)))
+
+    def finish(sums, y, residual, bias, numbers, part, image, oy, ox, lane):  # type: ignore[no-untyped-def]
         quarter = lane & 3
         if split > 1:
             n = image + 2 * quarter
             at = i64(oy) * row_bytes + i64(ox) * pixel_bytes + n * i64(size) + part * i64(total)
-            store_parts(sums, i64(y + at), i64(own), i32(oy), i32(ox), i32(n))
+            store_parts(sums, i64(y + at), numbers, i32(oy), i32(ox), i32(n))
         else:
             x, n = ox + quarter // eights, image + quarter % eights * 8
             at = i64(oy) * row_bytes + i64(x) * pixel_bytes + n * i64(size)
-            store(sums, i64(y + at), i64(residual + at), bias, i64(own), i32(oy), i32(x), i32(n))
+            first = ptx.load_global_f32(i64(bias + max(numbers[0], 0) * i64(4)))
+            second = ptx.load_global_f32(i64(bias + max(numbers[1], 0) * i64(4)))
+            store(sums, i64(y + at), i64(residual + at), numbers, (first, second), i32(oy), i32(x), i32(n))
 
-    return _device_function(finish)
+    return _device_function(numbers_of), _device_function(finish)
 
 
 @functools.cache
