@@ -33,6 +33,14 @@ def chosen(rows: Iterable[Row], **wanted: Any) -> list[Row]:
     return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
 
 
+def longest(rows: list[Row]) -> list[Row]:
+    """Return the rows of the longest trainings of each group: shorter ones are there for the table of methods."""
+    most = {row.get("group"): 0 for row in rows}
+    for row in rows:
+        most[row.get("group")] = max(most[row.get("group")], row.get("epochs") or 0)
+    return [row for row in rows if (row.get("epochs") or 0) == most[row.get("group")]]
+
+
 def accuracies(rows: Iterable[Row], **wanted: Any) -> list[float]:
     return [row["accuracy"] for row in chosen(rows, **wanted)]
 
@@ -107,12 +115,14 @@ def by_sparsity(rows: list[Row], name: Callable[[Row], str], key: str = "accurac
 
 def methods(rows: list[Row]) -> list[str]:
     """Pruning methods with the same total of epochs, and at once without retraining."""
-    trained = [r for r in rows if r["group"] == "methods" or (r["group"] == "core" and r["method"] == "gradual")]
-    trained = chosen(trained, network="resnet18")
+    own = chosen(rows, group="methods")
+    epochs = sorted({row["epochs"] for row in own})
+    same = [row for row in chosen(rows, group="core", network="resnet18", method="gradual") if row["epochs"] in epochs]
+    trained = [*same, *own]
     at_once = [row for row in rows if row["method"].endswith("one-shot") and row["group"] == "core"]
     lines: list[str] = []
     if trained:
-        lines += ["", "Methods, same epochs:", ""]
+        lines += ["", f"Methods, ResNet-18, {' and '.join(map(str, epochs))} epochs in all:", ""]
         lines += by_sparsity(trained, lambda row: f"{row['method']}, {row['scope']}, V = {row['vector']}")
     if at_once:
         lines += ["", "At once, no retraining; batch norm's statistics measured anew:", ""]
@@ -187,7 +197,8 @@ def report(content: Row) -> list[str]:
     fashion = [row for row in rows if "group" in row and row.get("judged_by") == "test"]
     last = content["runs"][-1]
     lines = [f"{', '.join(last['gpus']) or last['processor']}; torch {last['versions']['torch']}; {last['date'][:10]}"]
-    return [*lines, *networks(fashion), "", *aims(fashion), *methods(fashion), *realesrgan(rows), "", *search(rows)]
+    long = longest(fashion)
+    return [*lines, *networks(long), "", *aims(long), *methods(fashion), *realesrgan(rows), "", *search(rows)]
 
 
 def calibration(content: Row) -> list[str]:
@@ -207,7 +218,7 @@ def main() -> None:
     content = json.loads(args.results.read_text())
     print("\n".join([*calibration(content), *report(content)]))
     if args.plot:
-        plot([row for row in content["rows"] if "group" in row], args.plot, args.group)
+        plot(longest([row for row in content["rows"] if "group" in row]), args.plot, args.group)
 
 
 if __name__ == "__main__":
