@@ -18,6 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils._pytree import tree_leaves
 
 from numbasparse.kernels import CudaKernel, kernel
+from numbasparse.nn.concatenation import share_concatenations
 from numbasparse.nn.epilogue import Fused, activation_of, calls_of, fuse_epilogues
 from numbasparse.nn.linear import SparseLinear
 from numbasparse.nn.module import SparseConv2d
@@ -472,6 +473,7 @@ def _fuse_epilogues(model: nn.Module, example_input: Any) -> tuple[nn.Module, di
     rewritten, fused = fuse_epilogues(model, once)
     if not fused:
         return model, {}
+    share_concatenations(rewritten)
     with torch.no_grad():
         before, after = (_tensors(_call(m, example_input)) for m in (model, rewritten))
     if not _close(before, after):

@@ -278,7 +278,7 @@ def _sum_after(
     if in_place and left is not value:
         return None, None
     # The convolution will run where the sum is: nothing between may change its input.
-    if not all(_changes_nothing(node, modules) for node in _between(conv, add)):
+    if not all(changes_nothing(node, modules) for node in _between(conv, add)):
         return None, None
     assert isinstance(other, fx.Node)
     return add, other
@@ -293,7 +293,8 @@ def _between(first: fx.Node, last: fx.Node) -> list[fx.Node]:
     return nodes
 
 
-def _changes_nothing(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+def changes_nothing(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a node leaves its inputs as they are."""
     if node.op in ("placeholder", "get_attr"):
         return True
     if node.op == "call_function":
