@@ -96,12 +96,12 @@ def share_concatenations(model: nn.Module) -> int:
 
 
 def _chains(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> list[_Chain]:
-    joins = {parts: node for node in graph.nodes if (parts := _parts(node)) is not None}
+    joins: dict[tuple[fx.Node, ...], fx.Node] = {p: node for node in graph.nodes if (p := _parts(node)) is not None}
     if len(joins) < 2 or not all(_harmless(node, modules) for node in graph.nodes):
         return []
     chains, starts = [], [parts for parts in joins if parts[:-1] not in joins and len(parts) == 2]
     for parts in starts:
-        line = [parts]
+        line: list[tuple[fx.Node, ...]] = [parts]
         while following := [other for other in joins if other[:-1] == line[-1]]:
             if len(following) > 1:
                 break  # both would be written to the same place
