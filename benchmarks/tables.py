@@ -144,8 +144,9 @@ def main() -> None:
             print(f"\n`benchmarks/results/{name}`: " + "\n".join(gpu_layers(name)))
     if (RESULTS / "tensor_layers.json").exists():
         print("\n`benchmarks/results/tensor_layers.json`: " + "\n".join(tensor_layers("tensor_layers.json")))
-    if (RESULTS / "models.json").exists():
-        print("\n`benchmarks/results/models.json`: " + "\n".join(models("models.json")))
+    for name in ("models.json", "models_more.json"):
+        if (RESULTS / name).exists():
+            print(f"\n`benchmarks/results/{name}`: " + "\n".join(models(name)))
     if (RESULTS / "cpu_awkward.json").exists():
         print("\n`benchmarks/results/cpu_awkward.json`: " + "\n".join(awkward("cpu_awkward.json")))
 
