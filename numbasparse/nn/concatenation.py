@@ -76,23 +76,17 @@ class _Chain:
     channels: tuple[int, ...]
 
 
-def share_concatenations(model: nn.Module) -> int:
-    """Let the dense blocks among a model's ``fx.GraphModule`` use one buffer each; returns how many.
+def share_concatenations(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> bool:
+    """Let the dense blocks of a graph use one buffer each; tells whether there were any.
 
-    A block is left as it is if anything in it may change a tensor in place, or if others than convolutions see what
-    is concatenated: they could keep it, and with it the whole buffer.
+    They are left as they are if anything in the graph may change a tensor in place, or if others than convolutions
+    see what is concatenated: they could keep it, and with it the whole buffer.
     """
-    found = 0
-    for owner in model.modules():
-        if isinstance(owner, fx.GraphModule):
-            chains = _chains(owner.graph, dict(owner.named_modules(remove_duplicate=False)))
-            for chain in chains:
-                _rewrite(owner.graph, chain)
-            if chains:
-                owner.graph.lint()
-                owner.recompile()
-            found += len(chains)
-    return found
+    chains = _chains(graph, modules)
+    for chain in chains:
+        _rewrite(graph, chain)
+    graph.lint()
+    return bool(chains)
 
 
 def _chains(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> list[_Chain]:
@@ -132,12 +126,21 @@ def _harmless(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
 def _channels(node: fx.Node, modules: Mapping[str, nn.Module]) -> int:
     """Channels of a convolution's result; 0 if it is something else's."""
     module = modules.get(str(node.target)) if node.op == "call_module" else None
+    if type(module) is nn.Identity and isinstance(node.args[0], fx.Node):  # what `convert` leaves of folded modules
+        return _channels(node.args[0], modules)
     return module.out_channels if isinstance(module, (SparseConv2d, nn.Conv2d)) else 0
 
 
 def _only_convolved(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     """Whether only convolutions see a value, as what they convolve."""
-    return all(_channels(user, modules) and user.args[0] is node and node not in user.args[1:] for user in node.users)
+    convolved = [
+        isinstance(modules.get(str(user.target)), (SparseConv2d, nn.Conv2d))
+        and user.op == "call_module"
+        and user.args[0] is node
+        and node not in user.args[1:]
+        for user in node.users
+    ]
+    return all(convolved)
 
 
 def _rewrite(graph: fx.Graph, chain: _Chain) -> None:

@@ -470,10 +470,9 @@ def _fuse_epilogues(model: nn.Module, example_input: Any) -> tuple[nn.Module, di
     except Exception:
         return model, {}  # `convert` has warned
     once = set.intersection(*({name for name, count in calls_of(graph).items() if count == 1} for graph in graphs))
-    rewritten, fused = fuse_epilogues(model, once)
-    if not fused:
+    rewritten, fused = fuse_epilogues(model, once, share_concatenations)
+    if rewritten is model:
         return model, {}
-    share_concatenations(rewritten)
     with torch.no_grad():
         before, after = (_tensors(_call(m, example_input)) for m in (model, rewritten))
     if not _close(before, after):

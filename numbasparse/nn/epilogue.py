@@ -11,7 +11,7 @@ import copy
 import inspect
 import operator
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,7 +95,9 @@ class _Shallow(fx.Tracer):
         return True
 
 
-def fuse_epilogues(model: nn.Module, once: set[str]) -> tuple[nn.Module, dict[str, Fused]]:
+def fuse_epilogues(
+    model: nn.Module, once: set[str], then: Callable[[fx.Graph, Mapping[str, nn.Module]], bool]
+) -> tuple[nn.Module, dict[str, Fused]]:
     """Let sparse convolutions compute the sums and activations after them.
 
     Parameters
@@ -104,6 +106,8 @@ def fuse_epilogues(model: nn.Module, once: set[str]) -> tuple[nn.Module, dict[st
         Converted, in eval mode; left as it is.
     once
         Names of convolutions that are called exactly once when the model runs.
+    then
+        Gets every graph afterwards, with the modules that it calls, and tells whether it changed it.
 
     Returns
     -------
@@ -115,6 +119,7 @@ def fuse_epilogues(model: nn.Module, once: set[str]) -> tuple[nn.Module, dict[st
     """
     made = copy.deepcopy(model, {id(t): t for t in [*model.parameters(), *model.buffers()]})
     found: dict[str, Fused] = {}
+    changed = False
     owners = Counter(id(m) for _, m in made.named_modules(remove_duplicate=False))
     for name, owner in list(made.named_modules()):
         graph = _own_graph(owner) if owners[id(owner)] == 1 and (name or isinstance(owner, fx.GraphModule)) else None
@@ -122,10 +127,11 @@ def fuse_epilogues(model: nn.Module, once: set[str]) -> tuple[nn.Module, dict[st
             continue
         prefix = f"{name}." if name else ""
         here = dict(_fuse_graph(graph, owner, once, prefix))
-        if here:
+        if then(graph, dict(owner.named_modules(remove_duplicate=False))) or here:
             made = _put(made, name, _graph_module(owner, graph))
             found.update(here)
-    return (made, found) if found else (model, {})
+            changed = True
+    return (made, found) if changed else (model, {})
 
 
 def calls_of(graph: fx.Graph) -> Counter[str]:
