@@ -123,24 +123,27 @@ def _harmless(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     return node.op == "output" or _parts(node) is not None or changes_nothing(node, modules)
 
 
+def _convolution(node: fx.Node, modules: Mapping[str, nn.Module]) -> SparseConv2d | nn.Conv2d | None:
+    """The convolution that a node calls, if it calls one."""
+    module = modules.get(str(node.target)) if node.op == "call_module" else None
+    return module if isinstance(module, (SparseConv2d, nn.Conv2d)) else None
+
+
 def _channels(node: fx.Node, modules: Mapping[str, nn.Module]) -> int:
     """Channels of a convolution's result; 0 if it is something else's."""
-    module = modules.get(str(node.target)) if node.op == "call_module" else None
-    if type(module) is nn.Identity and isinstance(node.args[0], fx.Node):  # what `convert` leaves of folded modules
-        return _channels(node.args[0], modules)
-    return module.out_channels if isinstance(module, (SparseConv2d, nn.Conv2d)) else 0
+    if node.op == "call_module" and type(modules[str(node.target)]) is nn.Identity:
+        before = node.args[0]  # `convert` leaves these of modules that it folded
+        return _channels(before, modules) if isinstance(before, fx.Node) else 0
+    module = _convolution(node, modules)
+    return 0 if module is None else module.out_channels
 
 
 def _only_convolved(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     """Whether only convolutions see a value, as what they convolve."""
-    convolved = [
-        isinstance(modules.get(str(user.target)), (SparseConv2d, nn.Conv2d))
-        and user.op == "call_module"
-        and user.args[0] is node
-        and node not in user.args[1:]
+    return all(
+        _convolution(user, modules) is not None and user.args[0] is node and node not in user.args[1:]
         for user in node.users
-    ]
-    return all(convolved)
+    )
 
 
 def _rewrite(graph: fx.Graph, chain: _Chain) -> None:

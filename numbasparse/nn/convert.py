@@ -526,7 +526,7 @@ def _decide(
         raise ValueError(
             f"{type(tuned).__name__} chooses by the shape of each layer's input: give convert an example_input"
         )
-    seen = None if example_input is None else _input_shapes(model, names, example_input)
+    seen = None if example_input is None else input_shapes(model, names, example_input)
     decisions = {}
     for name in names:
         if name in kept:
@@ -600,15 +600,16 @@ def _spec(
     return ConvSpec.create(shape, weight.shape, conv.stride, conv.padding, conv.dilation, conv.groups, dtype, name=name)
 
 
-def _input_shapes(model: nn.Module, names: list[str], example_input: Any) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and dtype of each layer's first input, of a convolution with N, by running the model once."""
+def input_shapes(model: nn.Module, names: list[str], example_input: Any) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of each named layer's first input, of a convolution with N, by running the model once."""
     seen: dict[str, tuple[tuple[int, ...], str]] = {}
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else kwargs["input"]
             dtype = str(x.dtype).removeprefix("torch.")
-            shape = (1, *x.shape) if isinstance(module, nn.Conv2d) and x.dim() == 3 else tuple(x.shape)
+            takes_images = isinstance(module, nn.Conv2d) or not getattr(module, "takes_vectors", True)
+            shape = (1, *x.shape) if takes_images and x.dim() == 3 else tuple(x.shape)
             seen.setdefault(name, (shape, dtype if dtype in DTYPES else "float32"))
 
         return hook

@@ -25,7 +25,7 @@ from torch import fx, nn
 
 from numbasparse.files import write_whole
 from numbasparse.kernels import kernel
-from numbasparse.nn.convert import REPORT, ConvertedLayer, _call, conversion_report
+from numbasparse.nn.convert import REPORT, ConvertedLayer, conversion_report, input_shapes
 from numbasparse.nn.graph_json import Described, describe_graph, describe_module, make_graph, make_module
 from numbasparse.nn.module import SparseConv2d
 from numbasparse.nn.native import Tracer
@@ -260,41 +260,19 @@ def _choices(
         raise ValueError(
             f"{type(tuned).__name__} chooses by the shape of each layer's input: give load an example_input"
         )
-    specs = _specs(model, layers, example_input)
-    return {name: by_spec(spec, layers[name].weight_matrix(), name) for name, spec in specs.items()}
+    seen = input_shapes(model, list(layers), example_input)
+    return {
+        name: by_spec(_spec(layers[name], *found, name), layers[name].weight_matrix(), name)
+        for name, found in seen.items()
+    }
 
 
-def _specs(model: nn.Module, layers: Mapping[str, SparseConv2d], example_input: Any) -> dict[str, ConvSpec]:
-    """The problem of each layer at its first call, by running the model once."""
-    seen: dict[str, ConvSpec] = {}
-
-    def watch(name: str) -> Any:
-        def hook(layer: SparseConv2d, arguments: tuple[Any, ...]) -> None:
-            if name not in seen:
-                seen[name] = _spec(layer, arguments[0], name)
-
-        return hook
-
-    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
-    try:
-        with torch.inference_mode():
-            _call(model, example_input)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
-
-
-def _spec(layer: SparseConv2d, x: torch.Tensor, name: str) -> ConvSpec:
-    shape = tuple(x.shape)
+def _spec(layer: SparseConv2d, shape: tuple[int, ...], dtype: str, name: str) -> ConvSpec:
     if layer.takes_vectors:
         shape = linear_image_shape(shape)
-    elif len(shape) == 3:
-        shape = (1, *shape)
     top, bottom, left, right = layer.padding
     weight_shape = (layer.out_channels, *layer.kernel_shape)
     padding = ((top, bottom), (left, right))
-    dtype = str(x.dtype).removeprefix("torch.")
     return ConvSpec.create(shape, weight_shape, layer.stride, padding, layer.dilation, layer.groups, dtype, name=name)
 
 
