@@ -104,8 +104,8 @@ _S, _G = types.uint32, types.int64
 thread_index = _operation("mov.u32 $0, %tid.x;", (), types.int32, memory=False)
 block_x = _operation("mov.u32 $0, %ctaid.x;", (), types.int32, memory=False)
 block_y = _operation("mov.u32 $0, %ctaid.y;", (), types.int32, memory=False)
-grid_x = _operation("mov.u32 $0, %nctaid.x;", (), types.int32, memory=False)
 block_z = _operation("mov.u32 $0, %ctaid.z;", (), types.int32, memory=False)
+grid_x = _operation("mov.u32 $0, %nctaid.x;", (), types.int32, memory=False)
 
 barrier = _operation("barrier.sync 0;", ())
 warp_barrier = _operation("bar.warp.sync 0xffffffff;", ())

@@ -162,6 +162,7 @@ def geometry_of(spec: ConvSpec, config: Config) -> Geometry:
     )
 
 
+@functools.lru_cache(maxsize=4096)
 def expected_work(spec: ConvSpec, geometry: Geometry, density: float) -> tuple[int, float]:
     """Steps and chunks of a tile, if its zeros are random.
 
@@ -284,7 +285,7 @@ def _pieces(
 
     Blocks of a cluster take the same tiles together, as often as the one with the largest weight must.
     """
-    often = np.maximum(1, np.maximum(-(-steps // room[0]), -(-chunks // max(1, room[1]))))
+    often = np.maximum(1, np.maximum(-(-steps // room[0]), -(-chunks // room[1])))
     pieces: list[tuple[int, int, int]] = []
     ranges = np.zeros((len(live), split, 2), np.int32)
     per_block = len(steps) // max(1, len(live))
@@ -597,6 +598,15 @@ def _compute(shape: _Shape) -> Any:
 
     load = _device_function(load)
 
+    def step(sums, weight, operand, following, values, metadata):  # type: ignore[no-untyped-def]
+        """Order a step, and read the weight of one that follows."""
+        sums = multiply(sums, weight[0], weight[1], weight[2], operand)
+        loaded = load(following, values, metadata)
+        wait_two()
+        return sums, loaded
+
+    step = _device_function(step)
+
     def compute(sums, stage, group, within, warp, lane):  # type: ignore[no-untyped-def]
         values, metadata = within * 16, _METADATA + ((warp * 8 + (lane >> 2)) * 2 + (lane & 1)) * 4
         own, unit = stage + group * own_rows, stage + tile_bytes + HEADER_BYTES
@@ -605,35 +615,25 @@ def _compute(shape: _Shape) -> Any:
         remaining = i32(steps)
         rest = unit + i32(steps) * UNIT_BYTES
         fetched = fetch(rest, within, warp, lane)
-        a0, m0, w0 = load(unit, values, metadata)
-        a1, m1, w1 = load(unit + UNIT_BYTES, values, metadata)
+        w0 = load(unit, values, metadata)
+        w1 = load(unit + UNIT_BYTES, values, metadata)
         # Nothing but wgmma may write sums in this loop, or ptxas waits for each before the next (C7515).  A step's
         # weight is read two steps ahead, since reads queue behind the tensor cores' own of shared memory, and two steps
         # are under way when the next is ordered: five sets of registers.
         while remaining > 0:
-            sums = multiply(sums, a0, m0, w0, operand)
-            a2, m2, w2 = load(unit + 2 * UNIT_BYTES, values, metadata)
-            wait_two()
+            sums, w2 = step(sums, w0, operand, unit + 2 * UNIT_BYTES, values, metadata)
             if remaining == 1:
                 break
-            sums = multiply(sums, a1, m1, w1, operand)
-            a3, m3, w3 = load(unit + 3 * UNIT_BYTES, values, metadata)
-            wait_two()
+            sums, w3 = step(sums, w1, operand, unit + 3 * UNIT_BYTES, values, metadata)
             if remaining == 2:
                 break
-            sums = multiply(sums, a2, m2, w2, operand)
-            a4, m4, w4 = load(unit + 4 * UNIT_BYTES, values, metadata)
-            wait_two()
+            sums, w4 = step(sums, w2, operand, unit + 4 * UNIT_BYTES, values, metadata)
             if remaining == 3:
                 break
-            sums = multiply(sums, a3, m3, w3, operand)
-            a0, m0, w0 = load(unit + 5 * UNIT_BYTES, values, metadata)
-            wait_two()
+            sums, w0 = step(sums, w3, operand, unit + 5 * UNIT_BYTES, values, metadata)
             if remaining == 4:
                 break
-            sums = multiply(sums, a4, m4, w4, operand)
-            a1, m1, w1 = load(unit + 6 * UNIT_BYTES, values, metadata)
-            wait_two()
+            sums, w1 = step(sums, w4, operand, unit + 6 * UNIT_BYTES, values, metadata)
             unit += i64(5 * UNIT_BYTES)
             remaining -= i32(5)
         sums = settle(sums)
