@@ -1043,8 +1043,8 @@ def _reason_resources(spec: ConvSpec, config: Config, density: float) -> str | N
 
 _ROW_CLOCKS, _ROW_CLOCKS_PER_BYTE, _BULK_BYTES_PER_CLOCK, _COPY_CLOCKS = 2.3, 0.005, 20.0, 700.0
 """Of the copy engine, for each row of a box, however short; for what is in one piece; and until the first bytes come.
-Measured on an H100 with all multiprocessors at work.  A box for a cluster takes a fifth longer, and all that its blocks
-save is lost by waiting for each other."""
+Measured on an H100 with all multiprocessors at work (benchmarks/copy_engine.py).  A box for a cluster takes a fifth
+longer, and all that its blocks save is lost by waiting for each other."""
 _SHARED_BYTES_PER_CLOCK = 128.0
 _JOB_CLOCKS, _START_CLOCKS, _CHUNK_CLOCKS = 500.0, 4000.0, 100.0
 _STORE_CLOCKS = 24.0
