@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from strategies import conv_specs, random_weight, sparse_weights
 
 from numbasparse.kernels import ConfigError, base, cpu_direct, cpu_pointwise, kernel, kernels_for
+from numbasparse.kernels.cpu_patches import Geometry
 from numbasparse.kernels.cpu_rows import PackedRows
 from numbasparse.plans import Choice, Plan
 from numbasparse.quantization import CodebookQuantization, LinearQuantization
@@ -185,6 +186,39 @@ def test_direct_grid(shape: str, lanes: int, chunk: int, tile: str, taps: str) -
             "prefetch": "next" if i == 7 and "stride 2" in shape else "none",
         }
         check(spec, dense, "cpu_direct", config, threads=1 + i % 3, bias=i % 2 == 0)
+
+
+PATCHES: list[tuple[str, tuple[int, int], dict[str, Any], tuple[int, int]]] = [
+    # shape, output's height and width, config, patch
+    ("3x3", (48, 96), {"tile": "3x2", "taps": "copied", "block_kb": 4, "patch_kb": 64}, (3, 12)),
+    ("3x3", (67, 48), {"tile": "2x2", "taps": "shifted", "block_kb": 3, "patch_kb": 80}, (4, 6)),
+    ("3x3", (20, 92), {"tile": "2x2", "taps": "shifted", "block_kb": 4, "patch_kb": 30, "prefetch": "next"}, (2, 6)),
+    ("3x3", (53, 44), {"chunk": 4, "tile": "5x2", "taps": "copied", "block_kb": 4, "patch_kb": 99}, (5, 11)),
+    ("3x3 stride 2", (35, 40), {"tile": "1x1", "taps": "copied", "block_kb": 64, "patch_kb": 70}, (2, 5)),
+    ("3x3 stride 2", (37, 56), {"tile": "1x3", "taps": "shifted", "block_kb": 2, "patch_kb": 64}, (2, 7)),
+    ("3x3 dilation 2,3", (40, 56), {"tile": "2x1", "taps": "shifted", "block_kb": 4, "patch_kb": 24}, (2, 7)),
+    ("1x1 stride 2", (36, 32), {"tile": "2x2", "taps": "shifted", "block_kb": 4, "patch_kb": 16}, (2, 4)),
+]
+
+
+@pytest.mark.parametrize(("shape", "out", "config", "patch"), PATCHES)
+def test_patches(shape: str, out: tuple[int, int], config: dict[str, Any], patch: tuple[int, int]) -> None:
+    rng = np.random.default_rng(5)
+    (r, s), stride = SHAPES[shape]["kernel"], SHAPES[shape].get("stride", (1, 1))
+    dilation = SHAPES[shape].get("dilation", (1, 1))
+    padding = tuple((min(1, size - 1), size // 2 * d) for size, d in zip((r, s), dilation, strict=True))
+    h, w = (
+        (o - 1) * step + (size - 1) * d + 1 - sum(p)
+        for o, step, size, d, p in zip(out, stride, (r, s), dilation, padding, strict=True)
+    )
+    config = {"lanes": 8, "chunk": 8, "split": 1, "prefetch": "channel", **config}
+    for n, c, k, groups, density in ((1, 9, 5, 1, 0.2), (2, 12, 6, 3, 0.1), (1, 7, 4, 1, 0.0)):
+        spec = ConvSpec(n, c, h, w, k, r, s, stride, padding, dilation, groups)
+        assert (spec.out_h, spec.out_w) == out
+        if groups == 1:
+            geometry = Geometry.of(spec, config)
+            assert (geometry.patch_h, geometry.patch_w) == patch
+        check(spec, random_weight(spec, density, rng), "cpu_direct", config, threads=2, bias=n == 1)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from numbasparse.codegen import jit, simd
 from numbasparse.codegen.jit import Code, cache_directory, compile_c
 from numbasparse.codegen.simd import (
     PACK_SIGNATURE,
+    PackedLayout,
     atomic_load,
     atomic_store,
     call_address,
@@ -49,7 +50,8 @@ def call(code: Code, *args: int) -> None:
 def test_pack_reads_nothing_outside(lanes: int, chunk: int, stride: int, at: str) -> None:
     """Runs start before the row, within it, and end behind it; the row's neighbours are forbidden memory."""
     displacements = (0, 4, 4 * stride * chunk)
-    code = compile_c(pack_function(lanes, chunk, stride, displacements), PACK_SIGNATURE, f"test{lanes, chunk, stride}")
+    layout = PackedLayout(tuple(displacements), tuple(range(len(displacements))), len(displacements))
+    code = compile_c(pack_function(lanes, chunk, stride, layout), PACK_SIGNATURE, f"test{lanes, chunk, stride}")
     width, runs, length = 29, lanes // chunk, mask_length(chunk, stride)
     channels, rows = np.array([2, 0], np.int32), 2
     memory = Guarded((3, width), at)

@@ -554,42 +554,59 @@ PACK_SIGNATURE = "void(" + ", ".join(["int64"] * 8) + ")"
 """C signature of `pack_function`."""
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """Bytes that `pack_function` fetches ahead: ``first`` .. ``last`` behind a row's start, ``channels`` further."""
+
+    first: int = 0
+    last: int = 0
+    channels: int = 0
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """Vectors of a packed row: the input's bytes from the row's start to each, where it goes, and vectors in all."""
+
+    displacements: tuple[int, ...]
+    places: tuple[int, ...]
+    pitch: int
+
+
 def pack_function(
-    lanes: int, chunk: int, stride: int, displacements: Sequence[int], ahead: tuple[int, int] = (0, 0)
+    lanes: int, chunk: int, stride: int, layout: PackedLayout, ahead: Ahead = Ahead()
 ) -> Callable[..., None]:
     """Function ``(destination, input, channels, count, plane, table, rows, channel_bytes)``: pack a block.
 
     For each of ``count`` int32 channel numbers at ``channels``, copies ``rows`` input rows of that channel
-    (``plane`` bytes apart) to ``destination``, a row as ``len(displacements)`` vectors, a channel every
-    ``channel_bytes``.
+    (``plane`` bytes apart) to ``destination``, a row as ``layout`` says, a channel every ``channel_bytes``.
 
     ``table`` holds, for each row and each of the ``lanes // chunk`` runs, two int64: byte offset of the run's
     row from the channel, and the address of its masks: for vector ``i``, `mask_length` int32, negative where
     the element exists.  Lane ``j`` of vector ``i`` becomes the float at
-    ``offset + displacements[i] + 4 * stride * j``, or zero where it lies outside of the image: nothing outside
+    ``offset + layout.displacements[i] + 4 * stride * j``, or zero where it lies outside of the image: nothing outside
     is read.
 
-    ``ahead`` asks for bytes from .. to behind the start of each run to be fetched into the second cache: the
-    next tile's part of the row.
+    ``ahead`` of each run is fetched into the second cache.
     """
     runs = lanes // chunk
     masks = 4 * mask_length(chunk, stride)
-    row_bytes = 4 * lanes * len(displacements)
+    row_bytes = 4 * lanes * layout.pitch
 
-    def copy_row(bd: Any, destination: Any, source: Any, table: Any) -> None:
+    def copy_row(bd: Any, destination: Any, source: Any, table: Any, plane: Any) -> None:
         rows, mask = [], []
         for run in range(runs):
             rows.append(bd.add(source, _load(bd, _I64, _plus(bd, table, 16 * run), 8)))
             mask.append(_load(bd, _I64, _plus(bd, table, 16 * run + 8), 8))
         for row in rows:
-            for distance in range(ahead[0], ahead[1], 64):
-                _prefetch(bd, _plus(bd, row, distance))
-        for i, displacement in enumerate(displacements):
+            coming = bd.add(row, bd.mul(plane, _const(ahead.channels)))
+            for distance in range(ahead.first, ahead.last, 64):
+                _prefetch(bd, _plus(bd, coming, distance))
+        for i, (displacement, place) in enumerate(zip(layout.displacements, layout.places, strict=True)):
             parts = [
                 _strided(bd, chunk, stride, _plus(bd, row, displacement), _plus(bd, m, masks * i))
                 for row, m in zip(rows, mask, strict=True)
             ]
-            _store(bd, _concat(bd, parts), _plus(bd, destination, 4 * lanes * i), 4 * lanes)
+            _store(bd, _concat(bd, parts), _plus(bd, destination, 4 * lanes * place), 4 * lanes)
 
     @intrinsic
     def pack_block(
@@ -611,7 +628,7 @@ def pack_function(
                 packed = bd.add(destination, bd.mul(outer.index, channel_bytes))
                 with cgutils.for_range(bd, rows) as inner:
                     to = bd.add(packed, bd.mul(inner.index, _const(row_bytes)))
-                    copy_row(bd, to, channel, bd.add(table, bd.mul(inner.index, _const(16 * runs))))
+                    copy_row(bd, to, channel, bd.add(table, bd.mul(inner.index, _const(16 * runs))), plane)
             return ctx.get_dummy_value()
 
         return types.void(*[types.intp] * 8), codegen

@@ -20,13 +20,18 @@ Search space
     ``"shifted"``: it is stored once and loaded at the tap's offset, across cache lines for most taps: less to
     pack and less cache, more expensive loads.
 ``block_kb``
-    KiB of input packed at a time (at least one channel).  With several blocks, partial sums go through memory
-    in between.
+    KiB of packed input that a tile reads at a time (at least one channel).  With several blocks, partial sums go
+    through memory in between.
+``patch_kb``
+    KiB for what is packed at once, and its partial sums: as many tiles side by side as fit, then whole rows of
+    tiles, at least one tile.  They share their halo, and long rows are what the hardware's prefetching sees.  More
+    than ``block_kb`` lies in the second cache, from where each tile brings its own part to the first.
 ``split``
     Ranges of output channels worked on separately, for more parallel units; each packs the input anew.
 ``prefetch``
-    ``"next"`` fetches the next tile's input into the second cache while this tile's is packed: rows of a tile
-    are too short for the hardware to see a stream.
+    ``"next"`` fetches the next patch's input into the second cache while this one's is packed: rows of a tile
+    are too short for the hardware to see a stream.  ``"channel"`` fetches the next channel's: its rows are in
+    the cache only until they are packed, which suits images whose planes fall on the same lines of a cache.
 ``entries``
     For quantized weights: ``"coded"`` reads codes and looks their values up, ``"wide"`` reads decoded values:
     twice the memory, an instruction or two less for each non-zero.
@@ -39,8 +44,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from dataclasses import dataclass
-from math import gcd
+import itertools
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -49,7 +54,9 @@ from numbasparse.codegen.jit import Code, compile_c
 from numbasparse.codegen.simd import (
     PACK_SIGNATURE,
     ROWS_ARGUMENTS,
+    Ahead,
     Entries,
+    PackedLayout,
     call_address,
     load_i32,
     load_i64,
@@ -58,6 +65,7 @@ from numbasparse.codegen.simd import (
     store_i64,
 )
 from numbasparse.kernels.base import Config, Kernel, Runner, Space, check_fields
+from numbasparse.kernels.cpu_patches import Geometry, Tiling, estimate, parse_tile
 from numbasparse.kernels.cpu_rows import (
     PackedRows,
     compile_rows,
@@ -82,182 +90,24 @@ from numbasparse.weight import SparseWeight
     _IN_PLANE, _OUT_PLANE, _OUT_PITCH, _PATCH_ROWS, _ROW_STEP, _ROW_STEP_BYTES, _CHANNEL_BYTES,
     _ENTRIES, _DECODER, _ROWS, _STARTS, _SEGMENTS, _CHANNEL_LIST, _RUN_TABLE, _MASKS, _ZERO_MASK,
     _PACK_CODE, _ROWS_CODE, _RUNS_PER_VECTOR,
-    _OUTS_AT, _PACKED_AT, _PARTIAL_AT, _RESIDUAL, _WORDS,
-) = range(32)  # fmt: skip
+    _OUTS_AT, _PACKED_AT, _PARTIAL_AT, _RESIDUAL, _TILES, _TILE_TABLE, _TILE_PARTIALS, _WORDS,
+) = range(35)  # fmt: skip
 
 _MAX_WORKSPACE = 64 << 20
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """How one tile of a spec lies in memory under a config.  Offsets in bytes unless said otherwise.
-
-    Attributes
-    ----------
-    lanes, chunk, tile_h, tile_w
-        As in the config.
-    row_step
-        Input rows from one packed row to the next (rows that no tap reads are left out).
-    patch_rows
-        Packed rows of a tile and channel.
-    line_x
-        For each vector of a packed row, the input column of its first lane, from the tile's first.
-    tap_bytes : int64, (R, S)
-        Offset of a tap's vector for accumulator (0, 0) within a packed channel.
-    displacements
-        Offset of each accumulator's vector from that of accumulator (0, 0), row-major.
-    ahead
-        Bytes (from, to) after a row's start that are fetched for the next tile.
-    """
-
-    lanes: int
-    chunk: int
-    tile_h: int
-    tile_w: int
-    row_step: int
-    patch_rows: int
-    line_x: tuple[int, ...]
-    tap_bytes: np.ndarray
-    displacements: tuple[int, ...]
-    ahead: tuple[int, int]
-
-    @property
-    def vector_bytes(self) -> int:
-        return 4 * self.lanes
-
-    @property
-    def channel_bytes(self) -> int:
-        """Bytes of one packed input channel."""
-        return self.patch_rows * len(self.line_x) * self.vector_bytes
-
-    @property
-    def aligned(self) -> bool:
-        """Whether every input vector of every tap starts on a multiple of a vector's size."""
-        return not (self.tap_bytes % self.vector_bytes).any()
-
-    @classmethod
-    def of(cls, spec: ConvSpec, config: Config) -> Geometry:
-        lanes, chunk = int(config["lanes"]), int(config["chunk"])
-        tile_h, tile_w = parse_tile(config["tile"])
-        stride, dilation, size = spec.stride[0], spec.dilation[0], 4 * lanes
-        step = gcd(stride if tile_h > 1 else 0, dilation if spec.r > 1 else 0) or 1
-        line_x, column_bytes = (_copied if config["taps"] == "copied" else _shifted)(spec, lanes, chunk, tile_w)
-        row_bytes = len(line_x) * size
-        tap_rows = np.arange(spec.r, dtype=np.int64) * (dilation if spec.r > 1 else 0) // step * row_bytes
-        y_step = stride // step if tile_h > 1 else 0
-        next_tile = 4 * tile_w * lanes * spec.stride[1]
-        return cls(
-            lanes=lanes,
-            chunk=chunk,
-            tile_h=tile_h,
-            tile_w=tile_w,
-            row_step=step,
-            patch_rows=((tile_h - 1) * stride + (spec.r - 1) * dilation) // step + 1,
-            line_x=line_x,
-            tap_bytes=tap_rows[:, None] + column_bytes[None, :],
-            displacements=tuple(y * y_step * row_bytes + v * size for y in range(tile_h) for v in range(tile_w)),
-            ahead=(next_tile, 2 * next_tile) if config["prefetch"] == "next" else (0, 0),
-        )
-
-
-def parse_tile(text: int | str) -> tuple[int, int]:
-    """Rows and vectors of a tile written as ``"7x2"``; (0, 0) for any other text."""
-    parts = str(text).split("x")
-    if len(parts) != 2 or not all(p.isascii() and p.isdigit() and len(p) < 4 for p in parts):
-        return 0, 0
-    return int(parts[0]), int(parts[1])
-
-
-def _copied(spec: ConvSpec, lanes: int, chunk: int, tile_w: int) -> tuple[tuple[int, ...], np.ndarray]:
-    """One aligned copy of the row for each kernel column."""
-    stride, dilation = spec.stride[1], spec.dilation[1]
-    line_x = tuple(s * dilation + v * chunk * stride for s in range(spec.s) for v in range(tile_w))
-    return line_x, np.arange(spec.s, dtype=np.int64) * tile_w * 4 * lanes
-
-
-def _shifted(spec: ConvSpec, lanes: int, chunk: int, tile_w: int) -> tuple[tuple[int, ...], np.ndarray]:
-    """One copy of the row for each phase of the stride; taps start at their own float within it."""
-    stride, dilation = spec.stride[1], spec.dilation[1]
-    first = [s * dilation for s in range(spec.s)]
-    line_x: list[int] = []
-    column_bytes = np.zeros(spec.s, np.int64)
-    for phase in sorted({x % stride for x in first}):
-        members = [s for s, x in enumerate(first) if x % stride == phase]
-        reach = max(first[s] // stride for s in members)
-        start = len(line_x) * 4 * lanes
-        for s in members:
-            column_bytes[s] = start + first[s] // stride * 4
-        vectors = -(-(tile_w * lanes + reach) // lanes)
-        line_x += [phase + stride * lanes * v for v in range(vectors)]
-    return tuple(line_x), column_bytes
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """Where the runs of all tiles lie.
-
-    Attributes
-    ----------
-    table : int64, (runs, 4)
-        For each run: byte offset of its first input element, its first input row, byte offset of its masks,
-        byte offset of its first output element.
-    masks : int32
-        Per tile column and vector of a packed row: negative where the input column exists.
-    valid
-        Output columns of a tile that exist.
-    """
-
-    table: np.ndarray
-    masks: np.ndarray
-    valid: int
-
-    @classmethod
-    def of(cls, spec: ConvSpec, geometry: Geometry) -> Tiling:
-        width = geometry.tile_w * geometry.chunk
-        y0 = _starts(spec.out_h, geometry.tile_h)
-        x0 = _starts(spec.out_w, width)
-        top, left = spec.padding[0][0], spec.padding[1][0]
-        n, y, x = (a.ravel() for a in np.meshgrid(np.arange(spec.n), y0, x0, indexing="ij"))
-        column = np.tile(np.arange(len(x0)), spec.n * len(y0))
-        row_in, column_in = y * spec.stride[0] - top, x * spec.stride[1] - left
-        masks = _masks(spec, geometry, x0 * spec.stride[1] - left)
-        table = np.stack(
-            [
-                4 * (n * spec.c * spec.h * spec.w + row_in * spec.w + column_in),
-                row_in,
-                column * (masks.nbytes // len(x0)),
-                4 * (n * spec.k * spec.out_h * spec.out_w + y * spec.out_w + x),
-            ],
-            axis=1,
-        )
-        return cls(np.ascontiguousarray(table, np.int64), masks, min(width, spec.out_w))
-
-
-def _starts(size: int, tile: int) -> np.ndarray:
-    """First elements of tiles that cover ``size``; the last one overlaps rather than reaching outside."""
-    count = -(-size // tile)
-    return np.minimum(np.arange(count) * tile, max(size - tile, 0))
-
-
-def _masks(spec: ConvSpec, geometry: Geometry, first: np.ndarray) -> np.ndarray:
-    stride = spec.stride[1]
-    length = mask_length(geometry.chunk, stride)
-    step = stride if stride > 2 else 1
-    x = first[:, None, None] + np.array(geometry.line_x)[None, :, None] + step * np.arange(length)
-    return np.where((x >= 0) & (x < spec.w), -1, 0).astype(np.int32)
 
 
 class _Runner(Runner):
     def __init__(self, spec: ConvSpec, geometry: Geometry, packed: PackedRows, activation: Activation) -> None:
         tiling = Tiling.of(spec, geometry)
         runs_per_vector = geometry.lanes // geometry.chunk
-        zero_mask = np.zeros(len(geometry.line_x) * mask_length(geometry.chunk, spec.stride[1]), np.int32)
+        zero_mask = np.zeros(len(geometry.columns.line_x) * mask_length(geometry.chunk, spec.stride[1]), np.int32)
         self._rows_code = functools.partial(_rows_code, geometry, tiling.valid, activation, packed.form)
         rows_code = self._rows_code(False)
-        displacements = tuple(4 * x for x in geometry.line_x)
-        pack_code = _pack_code(geometry.lanes, geometry.chunk, spec.stride[1], displacements, geometry.ahead)
+        displacements = tuple(4 * x for x in geometry.columns.line_x)
+        layout = PackedLayout(displacements, geometry.columns.places, geometry.columns.pitch)
+        pack_code = _pack_code(geometry.lanes, geometry.chunk, spec.stride[1], layout, geometry.ahead)
         self._code = _entry_code()
-        self._keep = (tiling, packed, zero_mask, rows_code, pack_code)
+        self._keep = (tiling, geometry, packed, zero_mask, rows_code, pack_code)
         self.nbytes = packed.nbytes
         words = self._words = np.zeros(_WORDS, np.int64)
         groups = -(-len(tiling.table) // runs_per_vector)
@@ -274,13 +124,15 @@ class _Runner(Runner):
         for i, array in enumerate((*arrays, tiling.table, tiling.masks, zero_mask)):
             words[_ENTRIES + i] = array.ctypes.data
         words[_PACK_CODE], words[_ROWS_CODE] = pack_code.address, rows_code.address
-        # Scratch: the table of packed rows, output addresses, the packed block, partial sums.
+        words[_TILES], words[_TILE_TABLE] = len(geometry.tiles), geometry.tiles.ctypes.data
+        # Scratch: the table of packed rows, output addresses, the packed block, partial sums of each tile.
         outs_at = 16 * geometry.patch_rows * runs_per_vector
         packed_at = -(-(outs_at + 8 * (runs_per_vector + 1)) // 64) * 64
         partial_at = -(-(packed_at + packed.block * geometry.channel_bytes) // 64) * 64
         rows = -(-spec.k // packed.splits) + 1 if packed.blocks > 1 else 0
         words[_OUTS_AT], words[_PACKED_AT], words[_PARTIAL_AT] = outs_at, packed_at, partial_at
-        self.workspace = partial_at + rows * len(geometry.displacements) * geometry.vector_bytes
+        words[_TILE_PARTIALS] = rows * len(geometry.displacements) * geometry.vector_bytes
+        self.workspace = partial_at + len(geometry.tiles) * int(words[_TILE_PARTIALS])
         self._address = words.ctypes.data
 
     def run(self, x: int, y: int, bias: int, threads: int, residual: int = 0) -> None:
@@ -308,9 +160,9 @@ def _rows_code(geometry: Geometry, valid: int, activation: Activation, entries: 
 
 
 @functools.cache
-def _pack_code(lanes: int, chunk: int, stride: int, displacements: tuple[int, ...], ahead: tuple[int, int]) -> Code:
-    function = pack_function(lanes, chunk, stride, displacements, ahead)
-    return compile_c(function, PACK_SIGNATURE, repr((lanes, chunk, stride, displacements, ahead)))
+def _pack_code(lanes: int, chunk: int, stride: int, layout: PackedLayout, ahead: Ahead) -> Code:
+    function = pack_function(lanes, chunk, stride, layout, ahead)
+    return compile_c(function, PACK_SIGNATURE, repr((lanes, chunk, stride, layout, ahead)))
 
 
 @functools.cache
@@ -322,7 +174,7 @@ _call_pack, _call_rows = call_address(8), call_address(ROWS_ARGUMENTS)
 
 
 def _entry(params: int, x: int, y: int, bias: int, arena: int, counters: int, thread: int, threads: int) -> None:
-    """Work on units (a vector of runs, a range of output channels) until none is left."""
+    """Work on units (a vector of runs' patches, a range of output channels) until none is left."""
     units, splits = load_i64(params + 8 * _UNITS), load_i64(params + 8 * _SPLITS)
     blocks, block = load_i64(params + 8 * _BLOCKS), load_i64(params + 8 * _BLOCK)
     channels, runs = load_i64(params + 8 * _CHANNELS), load_i64(params + 8 * _RUNS)
@@ -340,6 +192,8 @@ def _entry(params: int, x: int, y: int, bias: int, arena: int, counters: int, th
     outs = arena + load_i64(params + 8 * _OUTS_AT)
     packed = arena + load_i64(params + 8 * _PACKED_AT)
     partials = arena + load_i64(params + 8 * _PARTIAL_AT)
+    tiles, tile_table = load_i64(params + 8 * _TILES), load_i64(params + 8 * _TILE_TABLE)
+    tile_partials = load_i64(params + 8 * _TILE_PARTIALS)
     store_i64(outs + 8 * runs_per_vector, load_i64(params + 8 * _RESIDUAL) - y)
     while True:
         unit = cpu.next_unit(counters, thread, threads, units)
@@ -354,7 +208,6 @@ def _entry(params: int, x: int, y: int, bias: int, arena: int, counters: int, th
                 at = arena + 16 * (i * runs_per_vector + p)
                 store_i64(at, source + i * row_step_bytes)
                 store_i64(at + 8, mask if 0 <= row + i * row_step < height else zero_mask)
-            store_i64(outs + 8 * p, y + load_i64(run + 24))
         base = (split * out_channels + splits - 1) // splits
         for b in range(blocks):
             segment = segments + 16 * (b * splits + split)
@@ -363,11 +216,17 @@ def _entry(params: int, x: int, y: int, bias: int, arena: int, counters: int, th
             first = channel_list + 4 * b * block
             count = min(block, channels - b * block)
             _call_pack(pack_code, (packed, x, first, count, in_plane, arena, patch_rows, channel_bytes))
-            for role in range(4):
-                low, high = load_i32(segment + 4 * role), load_i32(segment + 4 * role + 4)
-                if low < high:
-                    where = (packed, low, high, entries, decoder, rows, starts, partials)
-                    _call_rows(rows_code, (role, *where, base, bias, outs, out_plane, pitch))
+            for t in range(tiles):
+                source = packed + load_i64(tile_table + 16 * t)
+                target = y + load_i64(tile_table + 16 * t + 8)
+                for p in range(runs_per_vector):
+                    run = table + 32 * min(group * runs_per_vector + p, runs - 1)
+                    store_i64(outs + 8 * p, target + load_i64(run + 24))
+                for role in range(4):
+                    low, high = load_i32(segment + 4 * role), load_i32(segment + 4 * role + 4)
+                    if low < high:
+                        where = (source, low, high, entries, decoder, rows, starts, partials + t * tile_partials)
+                        _call_rows(rows_code, (role, *where, base, bias, outs, out_plane, pitch))
 
 
 class CpuDirect(Kernel):
@@ -381,7 +240,7 @@ class CpuDirect(Kernel):
         return reason_unsupported(spec, weight)
 
     def check(self, spec: ConvSpec, weight: SparseWeight, config: Config) -> str | None:
-        config = with_entries(config)
+        config = _complete(config)
         reason = check_fields(
             config,
             {
@@ -391,7 +250,8 @@ class CpuDirect(Kernel):
                 "taps": ("copied", "shifted"),
                 "block_kb": (1, _MAX_WORKSPACE >> 10),
                 "split": (1, 256),
-                "prefetch": ("none", "next"),
+                "patch_kb": (0, _MAX_WORKSPACE >> 10),
+                "prefetch": ("none", "next", "channel"),
                 "entries": ("wide", "coded"),
             },
         )
@@ -407,31 +267,28 @@ class CpuDirect(Kernel):
             "tile": tuple(f"{h}x{w}" for h, w in tiles),
             "taps": ("copied", "shifted") if spec.s > 1 else ("shifted",),
             "block_kb": _block_sizes(weight.density),
+            "patch_kb": _patch_sizes(spec),
             "split": tuple(p for p in (1, threads) if p <= spec.k) if _few_units(spec, lanes, threads) else (1,),
-            "prefetch": prefetch_choices(spec),
+            "prefetch": _prefetch_choices(spec),
             **_entries(weight),
         }
 
     def default(self, spec: ConvSpec, weight: SparseWeight, threads: int) -> Config:
-        spec, lanes = flat(spec), cpu.vector_lanes()
-        chunks = [c for c in (lanes, lanes // 2, lanes // 4) if c >= 4]
-        ranked = [(_score(spec, lanes, c, *t), c, t) for c in chunks for t in _tiles(spec, lanes, c)[:1]]
-        _, chunk, (tile_h, tile_w) = max(ranked)
-        shifted = chunk == lanes and (weight.density < 0.06 or spec.s == 1)
-        sizes = _block_sizes(weight.density)
-        config: Config = {
-            "lanes": lanes,
-            "chunk": chunk,
-            "tile": f"{tile_h}x{tile_w}",
-            "taps": "shifted" if shifted else "copied",
-            "block_kb": sizes[1],
-            "split": min(threads, spec.k) if _few_units(spec, lanes, threads) else 1,
-            "prefetch": prefetch_choices(spec)[-1],
-            **{name: choices[0] for name, choices in _entries(weight).items()},
-        }
-        # Small blocks cut many short rows: then larger ones, up to all channels at once.
-        for size in (*sizes[1:], _MAX_WORKSPACE >> 10):
-            config["block_kb"] = size
+        return self.suggest(spec, weight, threads, 1)[0]
+
+    def suggest(self, spec: ConvSpec, weight: SparseWeight, threads: int, count: int) -> list[Config]:
+        """The tile of the best `_score`, unless `estimate` finds others much better; then its next ones."""
+        usual, *others = _candidates(spec, weight, threads)
+        others = [found for found in sorted(others, key=lambda found: found[0]) if found[1] != usual[1]]
+        better = bool(others) and others[0][0] < _MUCH_BETTER * usual[0]
+        ranked = [*others[:better], usual, *others[better:]]
+        fitting = (self._fitted(spec, weight, config) for _, config in ranked)
+        return list(itertools.islice(fitting, count))
+
+    def _fitted(self, spec: ConvSpec, weight: SparseWeight, config: Config) -> Config:
+        """The config with larger blocks, up to all channels at once, where small ones cut many short rows."""
+        for size in (*_block_sizes(weight.density)[1:], _MAX_WORKSPACE >> 10):
+            config = {**config, "block_kb": size}
             if self.check(spec, weight, config) is None:
                 break
         return config
@@ -444,10 +301,16 @@ class CpuDirect(Kernel):
         activation: Activation = "none",
     ) -> Runner:
         self.require(spec, weight, config)
-        spec = flat(spec)
+        spec, config = flat(spec), _complete(config)
         geometry = Geometry.of(spec, config)
-        block, entries = _block_channels(geometry, config), entries_of(config)
-        packed = pack_rows(weight, geometry.channel_bytes, geometry.tap_bytes, block, int(config["split"]), entries)
+        packed = pack_rows(
+            weight,
+            geometry.channel_bytes,
+            geometry.tap_bytes,
+            geometry.block,
+            int(config["split"]),
+            entries_of(config),
+        )
         return _Runner(spec, geometry, packed, activation)
 
 
@@ -459,6 +322,11 @@ def flat(spec: ConvSpec) -> ConvSpec:
     if not spec.is_pointwise or spec.is_padded or spec.stride != (1, 1):
         return spec
     return dataclasses.replace(spec, h=1, w=spec.h * spec.w)
+
+
+def _complete(config: Config) -> Config:
+    """The config with what may be left out: patches of one tile, wide entries."""
+    return with_entries({"patch_kb": 0, **config})
 
 
 def _check_values(spec: ConvSpec, weight: SparseWeight, config: Config) -> str | None:
@@ -477,13 +345,13 @@ def _check_values(spec: ConvSpec, weight: SparseWeight, config: Config) -> str |
     if split > spec.k:
         return f"split {split} exceeds the {spec.k} output channels"
     geometry = Geometry.of(spec, config)
-    workspace = _block_channels(geometry, config) * geometry.channel_bytes
+    workspace = geometry.block * geometry.channel_bytes
     if workspace > _MAX_WORKSPACE or geometry.channel_bytes > _MAX_WORKSPACE:
         return f"a block takes {workspace} bytes, the limit is {_MAX_WORKSPACE}"
     entries = entries_of(config)
     if entries == "coded" and (reason := reason_not_coded(weight, workspace)) is not None:
         return reason
-    return reason_cut_too_much(weight, _block_channels(geometry, config), split, entries)
+    return reason_cut_too_much(weight, geometry.block, split, entries)
 
 
 def _entries(weight: SparseWeight) -> dict[str, tuple[Entries, ...]]:
@@ -491,8 +359,50 @@ def _entries(weight: SparseWeight) -> dict[str, tuple[Entries, ...]]:
     return {} if weight.levels is None else {"entries": entry_choices(weight, _MAX_WORKSPACE)}
 
 
-def _block_channels(geometry: Geometry, config: Config) -> int:
-    return max(1, (int(config["block_kb"]) << 10) // geometry.channel_bytes)
+_MUCH_BETTER = 0.85
+
+
+def _candidates(spec: ConvSpec, weight: SparseWeight, threads: int) -> Iterator[tuple[float, Config]]:
+    """Configs of the better tiles, with their `estimate`; the first is of the best one."""
+    spec, lanes = flat(spec), cpu.vector_lanes()
+    split = min(threads, spec.k) if _few_units(spec, lanes, threads) else 1
+    chunks = [c for c in (lanes, lanes // 2, lanes // 4) if c >= 4]
+
+    def candidate(chunk: int, tile: tuple[int, int], taps: str, patch_kb: int) -> tuple[float, Config]:
+        config: Config = {
+            "lanes": lanes,
+            "chunk": chunk,
+            "tile": f"{tile[0]}x{tile[1]}",
+            "taps": taps,
+            "block_kb": _block_sizes(weight.density)[1],
+            "patch_kb": patch_kb,
+            "split": split,
+            "prefetch": _prefetch_choices(spec)[-1],
+            **{name: choices[0] for name, choices in _entries(weight).items()},
+        }
+        return estimate(spec, weight.nnz, Geometry.of(spec, config), split), config
+
+    _, chunk, tile = max((_score(spec, lanes, c, *t), c, t) for c in chunks for t in _tiles(spec, lanes, c)[:1])
+    shifted = chunk == lanes and (weight.density < 0.06 or spec.s == 1)
+    yield candidate(chunk, tile, "shifted" if shifted else "copied", 0)
+    for chunk in chunks:
+        taps = ("copied", "shifted")[spec.s == 1 : 2 if chunk == lanes else 1]
+        for choice in itertools.product(_tiles(spec, lanes, chunk)[:_TILES_TRIED], taps, _patch_sizes(spec)):
+            yield candidate(chunk, *choice)
+
+
+def _patch_sizes(spec: ConvSpec) -> tuple[int, ...]:
+    """KiB worth trying: parts of the second cache, where an image has more."""
+    second = cpu.cache_bytes()[1] >> 10
+    return tuple(dict.fromkeys((0, second // 4, second // 2))) if _beyond_second_cache(spec) else (0,)
+
+
+def _prefetch_choices(spec: ConvSpec) -> tuple[str, ...]:
+    return (*prefetch_choices(spec), "channel") if _beyond_second_cache(spec) else ("none",)
+
+
+def _beyond_second_cache(spec: ConvSpec) -> bool:
+    return len(prefetch_choices(spec)) > 1
 
 
 def _block_sizes(density: float) -> tuple[int, ...]:
