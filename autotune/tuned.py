@@ -32,7 +32,7 @@ from autotune.measure import GpuTimes, default_threads
 from autotune.space import dtype_on
 from numbasparse.files import write_whole
 from numbasparse.kernels import KERNELS
-from numbasparse.plans import Choice
+from numbasparse.plans import Choice, Measured
 from numbasparse.runtime import cpu, cuda
 from numbasparse.spec import ConvSpec
 from numbasparse.weight import SparseWeight
@@ -299,6 +299,18 @@ class TunedModel:
                 return Choice(layer.choice.kernel, dict(layer.choice.config))
         return None
 
+    def measured(self, spec: ConvSpec, weight: SparseWeight, name: str | None = None) -> list[Measured]:
+        """What was measured for a problem on a GPU and can run it: of the layer from which `choice` has its answer."""
+        for layer in self._same_spec(spec, weight, bucket_of(weight.sparsity), name):
+            found = [
+                Measured(Choice(m.kernel, dict(m.config)), m.gpu.native_us, m.median_us)
+                for m in layer.top
+                if m.gpu is not None and self._reason_unusable(m.kernel, m.config, spec, weight) is None
+            ]
+            if found:
+                return found
+        return []
+
     def _same_spec(self, spec: ConvSpec, weight: SparseWeight, bucket: float, name: str | None) -> Iterator[Layer]:
         near = [layer for layer in self._by_spec.get(self._key(spec), ()) if steps(layer.bucket, bucket) <= 1]
 
@@ -319,11 +331,14 @@ class TunedModel:
         return replace(spec, dtype=dtype_on(self.device.kind, spec.dtype))
 
     def _unusable(self, layer: Layer, spec: ConvSpec, weight: SparseWeight) -> str | None:
-        kernel = KERNELS.get(layer.choice.kernel)
+        return self._reason_unusable(layer.choice.kernel, layer.choice.config, spec, weight)
+
+    def _reason_unusable(self, name: str, config: Config, spec: ConvSpec, weight: SparseWeight) -> str | None:
+        kernel = KERNELS.get(name)
         if kernel is None:
-            return f"kernel {layer.choice.kernel!r} is unknown"
+            return f"kernel {name!r} is unknown"
         spec = self._key(spec)
-        return kernel.supports(spec, weight) or kernel.check(spec, weight, dict(layer.choice.config))
+        return kernel.supports(spec, weight) or kernel.check(spec, weight, dict(config))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file; an older one at ``path`` is replaced only by a complete one.

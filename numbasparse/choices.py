@@ -39,6 +39,15 @@ class Choice:
     config: Config = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Measured:
+    """A choice for a GPU and its times in microseconds: with the input and output in its own layouts, and alone."""
+
+    choice: Choice
+    native_us: float
+    alone_us: float
+
+
 class Chooser(Protocol):
     """Whatever can choose for a problem, for example a tuned file."""
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from numbasparse.nn import convert
 from numbasparse.nn.pooling import SeparableMaxPool2d
+from numbasparse.runtime.layouts import layout_of, to_layout
 
 
 @st.composite
@@ -56,6 +57,17 @@ def test_what_it_leaves_to_torch() -> None:
     with pytest.raises(RuntimeError, match="pad should be at most half"):
         SeparableMaxPool2d(2, padding=2)(x.detach())
     assert SeparableMaxPool2d(2)(torch.empty(0, 2, 4, 4)).shape == (0, 2, 2, 2)
+
+
+@pytest.mark.parametrize(
+    "options", [{"kernel_size": 2}, {"kernel_size": 3, "stride": 2, "padding": 1, "ceil_mode": True}]
+)
+def test_keeps_chwn(options: dict[str, Any]) -> None:
+    x = torch.randn(5, 3, 9, 8)
+    plain = nn.MaxPool2d(**options)
+    y = SeparableMaxPool2d.of(plain)(to_layout(x, "CHWN"))
+    assert layout_of(y) == "CHWN"
+    torch.testing.assert_close(y, plain(x), rtol=0, atol=0)
 
 
 def test_convert_replaces_pools_but_not_those_with_hooks() -> None:

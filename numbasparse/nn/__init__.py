@@ -8,6 +8,7 @@ Importing this registers the operator ``torch.ops.numbasparse.conv2d``, which pr
 ``torch.export`` need before they can be loaded.
 """
 
+from numbasparse.nn.captured import CapturedModel, capture
 from numbasparse.nn.convert import ConvertedLayer, conversion_report, convert
 from numbasparse.nn.linear import SparseLinear
 from numbasparse.nn.module import SparseConv2d
@@ -15,9 +16,11 @@ from numbasparse.nn.operator import clear_cache, conv2d
 from numbasparse.nn.saved import load, save
 
 __all__ = [
+    "CapturedModel",
     "ConvertedLayer",
     "SparseConv2d",
     "SparseLinear",
+    "capture",
     "clear_cache",
     "conv2d",
     "conversion_report",

@@ -18,6 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils._pytree import tree_leaves
 
 from numbasparse.kernels import CudaKernel, kernel
+from numbasparse.nn import layout_choice
 from numbasparse.nn.concatenation import share_concatenations
 from numbasparse.nn.epilogue import Fused, activation_of, calls_of, fuse_epilogues
 from numbasparse.nn.linear import SparseLinear
@@ -26,7 +27,7 @@ from numbasparse.nn.native import Tracer, keep_native
 from numbasparse.nn.pooling import SeparableMaxPool2d
 from numbasparse.plans import LINEAR_DENSE_ABOVE, Choice, default_choice
 from numbasparse.runtime import cpu
-from numbasparse.runtime.layouts import Layout
+from numbasparse.runtime.layouts import Layout, layout_of
 from numbasparse.spec import DTYPES, ConvSpec, linear_image_shape
 from numbasparse.weight import SparseWeight, as_convolution
 
@@ -91,6 +92,7 @@ class _Decision:
     sparsity: float = float("nan")
     choice: Choice | None = None
     gives: Layout | None = None
+    measured: layout_choice.Layer | None = None
 
 
 def convert(
@@ -155,8 +157,10 @@ def convert(
     -----
     Where a layer meets an input shape or device that its config cannot run, the stated default is used.
     The converted model is for inference: sparse weights have no gradient (inputs and biases do). Call it under
-    ``torch.inference_mode()``, which is also fastest. Between sparse layers whose GPU kernels write another layout
-    than NCHW, tensors keep that layout where torch.fx can see that nothing but elementwise operations is between.
+    ``torch.inference_mode()``, which is also fastest. Between sparse layers whose GPU kernels write CHWN, tensors keep
+    that layout where torch.fx can see that nothing but elementwise operations and max pooling is between; a tuned file
+    of a GPU then chooses for all layers together (`numbasparse.nn.layout_choice`). A channels-last example makes
+    channels-last the layout of everything else.
     """
     _check_arguments(model, tuned)
     converted = _copy(model).eval()
@@ -170,8 +174,10 @@ def convert(
         found = _find_chains(converted)
         kept.update({name: reason for name, reason in found.kept.items() if name in layers})
         chains = {chain.conv: chain for chain in found.chains if chain.conv not in kept}
-        converted = _fold_batch_norms(converted, chains, weights)
+        converted = _separate_pools(_fold_batch_norms(converted, chains, weights))
     decisions = _decide(converted, list(layers), kept, weights, tuned, example_input)
+    plain = _plain_layout(example_input)
+    decisions |= _decide_together(converted, decisions, plain)
     _check_decisions(decisions, tuned)
     records = []
     for name, decision in decisions.items():
@@ -181,9 +187,7 @@ def convert(
     if fuse and example_input is not None:
         converted, fused = _fuse_epilogues(converted, example_input)
         records = [_with_epilogue(record, fused.get(record.name)) for record in records]
-    keep_native(converted, {name: d.gives for name, d in decisions.items() if d.sparse and d.gives}, _trace)
-    if fuse:
-        converted = _separate_pools(converted)
+    keep_native(converted, {name: d.gives for name, d in decisions.items() if d.sparse and d.gives}, plain, _trace)
     setattr(converted, REPORT, tuple(records))
     return converted
 
@@ -563,7 +567,9 @@ def _decide_layer(
     if choice is not None:
         dense = kernel(choice.kernel).is_dense
         made = _Decision(not dense, f"tuned: {choice.kernel}", weight.sparsity, None if dense else choice)
-        return replace(made, gives=None if isinstance(layer, nn.Linear) else _gives(choice, spec))
+        if isinstance(layer, nn.Linear):
+            return made
+        return replace(made, gives=_gives(choice, spec), measured=_measured(tuned, spec, weight, name))
     if isinstance(layer, nn.Linear) and (layer.weight.is_cuda or layer.weight.numel() < _LARGE_LINEAR):
         what = "linear layer on a GPU" if layer.weight.is_cuda else f"linear layer of {layer.weight.numel()} weights"
         return _Decision(False, f"default: dense for a {what}", weight.sparsity)
@@ -571,6 +577,44 @@ def _decide_layer(
     origin = "default" if tuned is None else "default, as nothing is tuned for it"
     reason = f"{origin}: {usual.kernel} at density {weight.density:.1%}"
     return _Decision(not kernel(usual.kernel).is_dense, reason, weight.sparsity, gives=_gives(usual, spec))
+
+
+def _measured(tuned: Any, spec: ConvSpec, weight: SparseWeight, name: str) -> layout_choice.Layer | None:
+    """What a tuned file has measured of a layer on a GPU."""
+    found = tuned.measured(spec, weight, name) if hasattr(tuned, "measured") else []
+    return layout_choice.Layer(spec, found) if found else None
+
+
+def _decide_together(model: nn.Module, decisions: Mapping[str, _Decision], plain: Layout) -> dict[str, _Decision]:
+    """New decisions for layers of a GPU that are better off with the layout of their neighbours."""
+    layers = {name: d.measured for name, d in decisions.items() if d.measured is not None}
+    if not layers:
+        return {}
+    try:
+        graphs = _trace(model)
+    except Exception:
+        return {}  # `convert` has warned; each layer keeps what is best for it alone
+    if len(graphs) != 1:
+        return {}  # with optional arguments there is more than one order of things
+    chosen = layout_choice.choose_together(graphs[0], dict(model.named_modules()), layers, plain)
+    made = {}
+    for name, choice in chosen.items():
+        dense = kernel(choice.kernel).is_dense
+        made[name] = replace(
+            decisions[name],
+            sparse=not dense,
+            reason=f"tuned, with its neighbours: {choice.kernel}",
+            choice=None if dense else choice,
+            gives=_gives(choice, layers[name].spec),
+        )
+    return made
+
+
+def _plain_layout(example_input: Any) -> Layout:
+    """Layout of what a model is given: NHWC for channels-last images, else NCHW."""
+    images = [t for t in tree_leaves(example_input) if isinstance(t, Tensor) and t.dim() == 4]
+    found = [layout_of(t) for t in images]
+    return "NHWC" if found and all(layout == "NHWC" for layout in found) else "NCHW"
 
 
 def _usual(spec: ConvSpec, weight: SparseWeight, device: torch.device) -> Choice:

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from numbasparse.activations import USUAL_SLOPE, Activation, leaky_relu
 from numbasparse.nn.module import SparseConv2d
+from numbasparse.nn.pooling import SeparableMaxPool2d
 
 aten = torch.ops.aten
 
@@ -44,7 +45,16 @@ _SUMS_IN_PLACE: tuple[Any, ...] = (operator.iadd, aten.add_.Tensor, "add_")
 _PRODUCTS: tuple[Any, ...] = (operator.mul, operator.imul, torch.mul, aten.mul.Tensor, aten.mul_.Tensor, "mul", "mul_")
 
 # What changes none of its inputs in eval mode.
-_PURE = (nn.Sequential, nn.Identity, nn.Conv2d, SparseConv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d)
+_PURE = (
+    nn.Sequential,
+    nn.Identity,
+    nn.Conv2d,
+    SparseConv2d,
+    nn.BatchNorm2d,
+    nn.MaxPool2d,
+    SeparableMaxPool2d,
+    nn.AvgPool2d,
+)
 
 
 def activation_of(module: nn.Module) -> Activation | None:

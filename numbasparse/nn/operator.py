@@ -35,8 +35,8 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -84,6 +84,7 @@ class _PlanCache:
         self._lock = threading.Lock()
         self._entries: OrderedDict[Any, _Entry] = OrderedDict()
         self._nbytes = 0
+        self._watchers: list[dict[int, _Entry]] = []
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -93,7 +94,21 @@ class _PlanCache:
             found = self._entries.get(key)
             if found is not None:
                 self._entries.move_to_end(key)
+                for used in self._watchers:
+                    used[id(found)] = found
             return found
+
+    @contextmanager
+    def watched(self) -> Iterator[dict[int, _Entry]]:
+        """Collect the entries that are used meanwhile: who keeps them keeps their memory on the device."""
+        used: dict[int, _Entry] = {}
+        with self._lock:
+            self._watchers.append(used)
+        try:
+            yield used
+        finally:
+            with self._lock:
+                self._watchers = [w for w in self._watchers if w is not used]
 
     def put(self, key: Any, entry: _Entry) -> None:
         with self._lock:
@@ -110,6 +125,11 @@ class _PlanCache:
 
 
 _plans = _PlanCache(_MAX_BYTES)
+
+
+def plans_used() -> AbstractContextManager[Mapping[int, object]]:
+    """Collect what the operator uses meanwhile, for one who has to keep it alive: a CUDA graph knows addresses only."""
+    return _plans.watched()
 
 
 def clear_cache() -> None:

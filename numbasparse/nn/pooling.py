@@ -1,4 +1,4 @@
-"""Max pooling for images in NCHW on a CPU, first over rows, then over columns."""
+"""Max pooling: on a CPU first over rows, then over columns; of images in CHWN in that order."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from numbasparse.runtime.layouts import layout_of
+
 
 class SeparableMaxPool2d(nn.MaxPool2d):
     """``nn.MaxPool2d`` in two passes of ``torch.maximum``, with the same result.
 
     torch 2.13's own took 5 times as long for 3x3 with stride 2 on (1, 64, 112, 112), as long as ten of ResNet-50's
-    sparse convolutions, and 4 to 11 times as long for 2x2 on VGG-16's images (two threads, AVX2).  Where a gradient
-    is asked for, on other devices and in other layouts, and with options that it does not know, it does what
-    ``nn.MaxPool2d`` does.
+    sparse convolutions, and 4 to 11 times as long for 2x2 on VGG-16's images (two threads, AVX2).  Images in CHWN, as
+    they pass between layers on a GPU, give CHWN, where torch's own would copy them to NCHW first.  Where a gradient is
+    asked for, in other cases, and with options that it does not know, it does what ``nn.MaxPool2d`` does.
     """
 
     @classmethod
@@ -24,6 +26,10 @@ class SeparableMaxPool2d(nn.MaxPool2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Pool (N, C, H, W) or (C, H, W)."""
+        if x.dim() == 4 and not x.is_contiguous() and not self.return_indices and layout_of(x) == "CHWN":
+            # To torch this is channels-last: C images whose N channels are innermost.
+            swapped: Tensor = super().forward(x.transpose(0, 1))
+            return swapped.transpose(0, 1)
         if not self._usable(x):
             return super().forward(x)
         (r, s), (down, right), (top, left) = (_pair(v) for v in (self.kernel_size, self.stride, self.padding))
