@@ -96,9 +96,8 @@ class Emulator:
             assert (same[:, 1] == count).all()
             assert (channels == channels[0]).all(), "blocks of a cluster get other tiles"
             slot = number % self.shape.stages
-            place = self._blob(number % (self.shape.stages + 1))
-            memory = self._copied(x, image, corner, first + number, slot, place)
-            blob = memory[place:]
+            memory = self._copied(x, image, corner, first + number, slot)
+            blob = memory[self._stage(slot) + g.tile_bytes :]
             steps, chunks = (int(v) for v in blob[:8].view(np.int32))
             assert (steps, chunks) <= self.shape.room
             assert chunks <= self.shape.room[1]
@@ -109,9 +108,7 @@ class Emulator:
             self._rest(sums, memory, rest.reshape(chunks, room.CHUNK_BYTES), slot)
         return sums
 
-    def _copied(
-        self, x: np.ndarray, image: int, corner: tuple[int, int], job: int, slot: int, place: int
-    ) -> np.ndarray:
+    def _copied(self, x: np.ndarray, image: int, corner: tuple[int, int], job: int, slot: int) -> np.ndarray:
         """Shared memory when the copies of a job have come: NaN where nothing was copied."""
         g, packed = self.g, self.packed
         channel, start, size, _ = (int(v) for v in packed.jobs[job])
@@ -120,16 +117,10 @@ class Emulator:
         assert 2 * copied.size == g.tile_bytes
         linear = self._stage(slot) + 2 * np.arange(copied.size)
         memory.view(np.uint16)[swizzled(linear, g.row_bytes) // 2] = copied
-        assert g.tile_bytes <= self.shape.stage_bytes
-        assert size <= self.shape.blob_bytes
-        assert size % 16 == place % 16 == 0
+        assert g.tile_bytes + size <= self.shape.stage_bytes
         assert (16 * start + size) <= packed.blobs.size
-        memory[place:][:size] = packed.blobs[16 * start :][:size]
+        memory[self._stage(slot) + g.tile_bytes :][:size] = packed.blobs[16 * start :][:size]
         return memory
-
-    def _blob(self, number: int) -> int:
-        assert self._stage(self.shape.stages) <= self.BASE + self.shape.blobs_at
-        return self.BASE + self.shape.blobs_at + number * self.shape.blob_bytes
 
     def _stage(self, slot: int) -> int:
         return self.BASE + room._HEAD_BYTES + slot * self.shape.stage_bytes

@@ -89,40 +89,6 @@ def copying(row_bytes: int) -> cuda.Ptx:
     return compiled(copying, 5, row_bytes)
 
 
-LINES = 300
-"""Of 16 bytes, the most that `copying_lines` copies: some threads copy three, others two."""
-
-
-@functools.cache
-def copying_lines() -> cuda.Ptx:
-    """Kernel ``(out, source, lines)`` that writes the words of `LINES` lines of shared memory, -1 where none came."""
-    cuda.numba_cuda()
-    from numba import types
-
-    from numbasparse.codegen import ptx
-
-    i32, u32, i64, f32 = types.int32, types.uint32, types.int64, types.float32
-    shared, copy = ptx.shared_base(1024), ptx.copy_lines(LINES, 128)
-    store = ptx.store_finished("float32", ptx.Finish(False, False, False, "none"))
-
-    def copying_lines(out, source, lines):  # type: ignore[no-untyped-def]
-        base, thread = i64(shared()), ptx.thread_index()
-        for i in range(thread, 4 * LINES, 128):
-            ptx.store_shared_i32(u32(base + HEAD + 4 * i), i32(-1))
-        if thread == 0:
-            ptx.mbarrier_init(u32(base), i32(128))
-            ptx.mbarrier_init_fence()
-        ptx.barrier()
-        copy(u32(base + HEAD + 16 * thread), i64(source + 16 * thread), i32(lines - thread))
-        ptx.copies_arrive(u32(base))
-        ptx.mbarrier_wait(u32(base), i32(0))
-        for i in range(thread, 4 * LINES, 128):
-            word = ptx.load_shared_i32(u32(base + HEAD + 4 * i))
-            store(i64(out + 4 * i), f32(word), i64(0), i64(0), i64(0), i64(0))
-
-    return compiled(copying_lines, 3, "")
-
-
 @functools.cache
 def multiplying(row_bytes: int, n: int, dtype: str) -> cuda.Ptx:
     """Kernel ``(out, values, metadata, start, distance, rows)``: one sparse step of a tile's pixels, a matrix."""
@@ -250,7 +216,6 @@ def test_assembled(row_bytes: int) -> None:
     n = dict(reversed(SHAPES))[row_bytes]
     for ptx, word in (
         (copying(row_bytes), "cp.async.bulk.tensor.4d"),
-        (copying_lines(), "cp.async.mbarrier.arrive.noinc"),
         (multiplying(row_bytes, n, "float16"), f"wgmma.mma_async.sp.sync.aligned.m64n{n}k32.f32.f16.f16"),
         (multiplying(row_bytes, n, "bfloat16"), "k32.f32.bf16.bf16"),
         (finishing("float16"), "shfl.sync.bfly.b32"),
@@ -324,14 +289,6 @@ def test_boxes_are_swizzled(row_bytes: int, origin: tuple[int, int, int, int]) -
     expected = run.memory(*origin).view(np.uint16)
     found = run.launch(copying(row_bytes), expected.size, *origin)
     np.testing.assert_array_equal(found, expected)
-
-
-@on_hopper
-@pytest.mark.parametrize("lines", [0, 1, 128, 200, LINES])
-def test_lines_arrive_at_a_barrier(lines: int) -> None:
-    words = np.arange(4 * LINES, dtype=np.int32)
-    found = Run(16).launch(copying_lines(), 4 * LINES, to_gpu(words), lines)
-    np.testing.assert_array_equal(found, np.where(words < 4 * lines, words, -1))
 
 
 def a_step(dtype: str) -> tuple[np.ndarray, np.ndarray]:

@@ -157,25 +157,6 @@ def copy_plain(size: int) -> Any:
     return _operation(body, (_S, _G, types.int32))
 
 
-@functools.cache
-def copy_lines(most: int, threads: int) -> Any:
-    """Intrinsic ``(shared, global, lines)``: a thread's part of a copy of lines of 16 bytes, every ``threads``-th.
-
-    ``lines`` is how many there are from the thread's first one on, of which both addresses are; ``most`` is above that
-    of any thread. Nothing waits: see `copies_arrive`.
-    """
-    text = "".join(
-        f"setp.gt.s32 p, $2, {i * threads}; @p cp.async.cg.shared.global [$0+{16 * i * threads}], "
-        f"[$1+{16 * i * threads}], 16; "
-        for i in range(-(-most // threads))
-    )
-    return _operation("{ .reg .pred p; " + text + "}", (_S, _G, types.int32))
-
-
-# The thread arrives at a barrier as soon as all its copies by cp.async have come; the barrier's count is one that
-# includes it (".noinc", section 9.7.13.15.17).
-copies_arrive = _operation("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$0];", (_S,))
-
 # Barriers in shared memory that count arrivals and bytes (section 9.7.13.15), capability 9.0.
 mbarrier_init = _operation("mbarrier.init.shared::cta.b64 [$0], $1;", (_S, types.int32))
 # Makes the initialised barriers visible to the copy engine.

@@ -374,23 +374,14 @@ class _Shape:
 
     @property
     def stage_bytes(self) -> int:
-        """An input tile, up to the next multiple of 1024."""
-        return -(-self.geometry.tile_bytes // 1024) * 1024
-
-    @property
-    def blob_bytes(self) -> int:
-        """Room for a blob."""
-        return HEADER_BYTES + self.room[0] * UNIT_BYTES + self.room[1] * CHUNK_BYTES
-
-    @property
-    def blobs_at(self) -> int:
-        """Where the ring of blobs begins, behind the stages; it is one longer than that of the stages."""
-        return _HEAD_BYTES + self.stages * self.stage_bytes
+        """An input tile and behind it a blob, up to the next multiple of 1024."""
+        blob = HEADER_BYTES + self.room[0] * UNIT_BYTES + self.room[1] * CHUNK_BYTES
+        return -(-(self.geometry.tile_bytes + blob) // 1024) * 1024
 
     @property
     def shared_bytes(self) -> int:
-        """Behind the last blob is room for the steps that are read ahead of the last one."""
-        return 1024 + self.blobs_at + (self.stages + 1) * self.blob_bytes + 2 * UNIT_BYTES
+        """Behind the last stage is room for the steps that are read ahead of the last one."""
+        return 1024 + _HEAD_BYTES + self.stages * self.stage_bytes + 2 * UNIT_BYTES
 
     @property
     def threads(self) -> int:
@@ -431,12 +422,9 @@ def _code(shape: _Shape) -> Callable[..., None]:
         _compute(shape),
         _finish(shape),
     )
-    (jobs_of, advance), (copy_first, copy_next, copy_weight) = _cursor(shape), _copies(shape)
+    (jobs_of, advance), (copy_first, copy_next) = _cursor(shape), _copies(shape)
     zeros, load_job = ptx.zeros(shape.geometry.sums), ptx.load_words("global", 4)
-    own_lines, stage_bytes, threads = shape.geometry.rows, shape.stage_bytes, shape.threads
-    blobs_at, blob_bytes = shape.blobs_at, shape.blob_bytes
-
-    none = ((0, 0),) * stages
+    own_lines, stage_bytes = shape.geometry.rows, shape.stage_bytes
 
     def cuda_wgmma(y, residual, bias, rows, blobs, jobs, ranges):  # type: ignore[no-untyped-def]
         base = i64(shared_base())
@@ -446,8 +434,7 @@ def _code(shape: _Shape) -> Callable[..., None]:
         # count the blocks, those in the first block of a cluster.
         if thread == 0:
             for i in range(stages):
-                # All threads bring their parts of a weight, and one has ordered the tile.
-                ptx.mbarrier_init(u32(base + 8 * i), i32(threads + 1))
+                ptx.mbarrier_init(u32(base + 8 * i), i32(1))
                 ptx.store_shared_i32(u32(base + 8 * stages + 4 * i), i32(0))
                 ptx.store_shared_i32(u32(base + 12 * stages + 4 * i), i32(0))
             ptx.mbarrier_init_fence()
@@ -460,51 +447,34 @@ def _code(shape: _Shape) -> Callable[..., None]:
         # What is to be copied next: a job, how many follow it for its output tile, which that is, and where.
         origin = (work, work, work)
         job, left, ahead, origin = advance(jobs, ranges, i64(jobs), i32(0), work - step, step, origin)
-        # The weights of jobs whose tiles are ordered: first line and bytes, 0 for none.
-        coming = none
         for i in range(stages):
-            weight = (i32(0), i32(0))
             if ahead < works:
-                first = load_job(job)
-                weight = (i32(first[1]), i32(first[2]))
                 if thread == 0:
-                    copy_first(base, i, first, origin)
+                    copy_first(base, i, blobs, load_job(job), origin)
                 job, left, ahead, origin = advance(jobs, ranges, job, left, ahead, step, origin)
-            coming = coming[1:] + (weight,)  # noqa: RUF005 (numba cannot)
-        slot, phase, blob, following_blob = i32(0), i32(0), i64(base + blobs_at), i64(base + blobs_at)
-        copy_weight(u32(base), following_blob, thread, blobs, coming[0])
+        slot, phase = i32(0), i32(0)
         while work < works:
             sums = zeros()
             block, part, first_image, oy, ox, _, _ = locate(work)
             numbers = numbers_of(rows, block, warp, lane)
             for _ in range(jobs_of(ranges, work)[1]):
                 following = load_job(job)
-                weight = (i32(following[1]), i32(following[2]) if ahead < works else i32(0))
                 ptx.mbarrier_wait(u32(base + 8 * slot), phase)
-                # Who is here has seen all warps leave the stage of ``stages`` jobs ago, with it that job's blob: the
-                # ring of blobs has one place more than that of stages, which is free now, a job before it is read.
-                blob, following_blob = following_blob, following_blob + i64(blob_bytes)
-                if following_blob == i64(base + blobs_at + (stages + 1) * blob_bytes):
-                    following_blob = i64(base + blobs_at)
-                next_slot = slot + i32(1)
-                if next_slot == i32(stages):
-                    next_slot = i32(0)
-                coming = coming[1:] + (weight,)  # noqa: RUF005 (numba cannot)
-                copy_weight(u32(base + 8 * next_slot), following_blob, thread, blobs, coming[0])
                 stage = base + _HEAD_BYTES + slot * stage_bytes
-                sums = compute(sums, stage, blob, group, within, warp, lane)
+                sums = compute(sums, stage, group, within, warp, lane)
                 # Every lane has read the stage when the first one counts.
                 ptx.warp_barrier()
                 # Where nothing follows nobody counts, so that no block is asked which may have ended.
                 if ahead < works:
                     if lane == 0:
-                        copy_next(base, slot, following, origin)
+                        copy_next(base, slot, blobs, following, origin)
                     job, left, ahead, origin = advance(jobs, ranges, job, left, ahead, step, origin)
                 # The next instructions want all lanes together.
                 ptx.warp_barrier()
-                if next_slot == i32(0):
+                slot += i32(1)
+                if slot == i32(stages):
+                    slot = i32(0)
                     phase ^= i32(1)
-                slot = next_slot
             finish(sums, y, residual, bias, numbers, part, first_image, oy + group * own_lines, ox, lane)
             work += step
         # A block ends when all of its cluster have got their last tile.
@@ -556,11 +526,9 @@ def _cursor(shape: _Shape) -> tuple[Any, Any]:
     return jobs_of, _device_function(advance)
 
 
-def _copies(shape: _Shape) -> tuple[Any, Any, Any]:
-    """Device functions: order a job's tile into an empty stage, and into one that a warp has left, if it was the last
-    (one thread of a warp runs them); and a thread's part of the copy of a job's weight.
-
-    Weights do not go by the copy engine, which is busier than anything else with the rows of tiles.
+def _copies(shape: _Shape) -> tuple[Any, Any]:
+    """Device functions: copy a job's tile and weight into an empty stage, and into one that a warp has left, if it was
+    the last.  One thread of a warp runs them.
     """
     from numba import types
 
@@ -570,15 +538,11 @@ def _copies(shape: _Shape) -> tuple[Any, Any, Any]:
     stages, cluster, warps = shape.stages, shape.cluster, 4 * shape.geometry.groups
     stage_bytes, tile_bytes, every = shape.stage_bytes, shape.geometry.tile_bytes, (1 << shape.cluster) - 1
 
-    copy_lines = ptx.copy_lines(shape.blob_bytes // 16, shape.threads)
-
-    def copy_weight(full, target, thread, blobs, weight):  # type: ignore[no-untyped-def]
-        copy_lines(
-            u32(target + thread * 16),
-            i64(blobs + (weight[0] + i64(thread)) * i64(16)),
-            i32((weight[1] >> 4) - thread),
-        )
-        ptx.copies_arrive(full)
+    def copy_weight(base, slot, blobs, job):  # type: ignore[no-untyped-def]
+        """Each block for itself: expect both copies and order the one of its own weight."""
+        full, stage = u32(base + 8 * slot), u32(base + _HEAD_BYTES + slot * stage_bytes)
+        ptx.mbarrier_expect(full, i32(tile_bytes + job[2]))
+        ptx.copy_bulk(u32(stage + tile_bytes), i64(blobs + job[1] * i64(16)), i32(job[2]), full)
 
     def copy_tile(base, slot, channel, origin):  # type: ignore[no-untyped-def]
         """One for all blocks of a cluster; it may come before a block expects it: bytes are counted below zero too."""
@@ -590,14 +554,14 @@ def _copies(shape: _Shape) -> tuple[Any, Any, Any]:
         else:
             ptx.copy_box(stage, tensor_map, image, channel, left, top, full)
 
-    copy_tile = _device_function(copy_tile)
+    copy_weight, copy_tile = _device_function(copy_weight), _device_function(copy_tile)
 
-    def copy_first(base, slot, job, origin):  # type: ignore[no-untyped-def]
-        ptx.mbarrier_expect(u32(base + 8 * slot), i32(tile_bytes))
+    def copy_first(base, slot, blobs, job, origin):  # type: ignore[no-untyped-def]
+        copy_weight(base, slot, blobs, job)
         if cluster == 1 or ptx.cluster_rank() == 0:
             copy_tile(base, slot, i32(job[0]), origin)
 
-    def copy_next(base, slot, job, origin):  # type: ignore[no-untyped-def]
+    def copy_next(base, slot, blobs, job, origin):  # type: ignore[no-untyped-def]
         before = ptx.count_shared(u32(base + 8 * stages + 4 * slot), i32(1))
         if before % warps != warps - 1:
             return
@@ -610,9 +574,9 @@ def _copies(shape: _Shape) -> tuple[Any, Any, Any]:
             last = ptx.count_in_cluster(blocks_left, i32(1)) % cluster == cluster - 1
         if last:
             copy_tile(base, slot, channel, origin)
-        ptx.mbarrier_expect(u32(base + 8 * slot), i32(tile_bytes))
+        copy_weight(base, slot, blobs, job)
 
-    return _device_function(copy_first), _device_function(copy_next), _device_function(copy_weight)
+    return _device_function(copy_first), _device_function(copy_next)
 
 
 def _compute(shape: _Shape) -> Any:
@@ -622,7 +586,7 @@ def _compute(shape: _Shape) -> Any:
     from numbasparse.codegen import ptx
 
     i32, u32, i64 = types.int32, types.uint32, types.int64
-    geometry = shape.geometry
+    geometry, tile_bytes = shape.geometry, shape.geometry.tile_bytes
     own_rows = geometry.rows * shape.spec.stride[0] * geometry.patch_w * geometry.pixel_bytes
     multiply, (leftover, fetch) = _multiply(shape), _leftover(shape)
     wait_two, settle = ptx.wgmma_wait(2), ptx.wgmma_settle(geometry.sums)
@@ -643,11 +607,11 @@ def _compute(shape: _Shape) -> Any:
 
     step = _device_function(step)
 
-    def compute(sums, stage, blob, group, within, warp, lane):  # type: ignore[no-untyped-def]
+    def compute(sums, stage, group, within, warp, lane):  # type: ignore[no-untyped-def]
         values, metadata = within * 16, _METADATA + ((warp * 8 + (lane >> 2)) * 2 + (lane & 1)) * 4
-        own, unit = stage + group * own_rows, blob + HEADER_BYTES
+        own, unit = stage + group * own_rows, stage + tile_bytes + HEADER_BYTES
         operand = own & _WINDOW
-        steps, chunks = load_two(u32(blob))
+        steps, chunks = load_two(u32(stage + tile_bytes))
         remaining = i32(steps)
         rest = unit + i32(steps) * UNIT_BYTES
         fetched = fetch(rest, within, warp, lane)
@@ -1077,8 +1041,8 @@ def _reason_resources(spec: ConvSpec, config: Config, density: float) -> str | N
     return None
 
 
-_ROW_CLOCKS, _ROW_CLOCKS_PER_BYTE, _COPY_CLOCKS = 2.3, 0.005, 700.0
-"""Of the copy engine, for each row of a box, however short, and for each byte of it; and until the first bytes come.
+_ROW_CLOCKS, _ROW_CLOCKS_PER_BYTE, _BULK_BYTES_PER_CLOCK, _COPY_CLOCKS = 2.3, 0.005, 20.0, 700.0
+"""Of the copy engine, for each row of a box, however short; for what is in one piece; and until the first bytes come.
 Measured on an H100 with all multiprocessors at work (benchmarks/copy_engine.py).  A box for a cluster takes a fifth
 longer, and all that its blocks save is lost by waiting for each other."""
 _SHARED_BYTES_PER_CLOCK = 128.0
@@ -1096,7 +1060,7 @@ def estimate(spec: ConvSpec, weight: SparseWeight, config: Config, device: cuda.
     shared = ((steps + chunks) * operand + g.tile_bytes + (1 + g.groups) * blob) / _SHARED_BYTES_PER_CLOCK
     compute = shared + chunks * _CHUNK_CLOCKS / g.groups + _JOB_CLOCKS
     row = (_ROW_CLOCKS + _ROW_CLOCKS_PER_BYTE * g.row_bytes) * (1.0 if shape.cluster == 1 else 1.3)
-    copy = g.patch_h * g.patch_w * g.channels * row
+    copy = g.patch_h * g.patch_w * g.channels * row + blob / _BULK_BYTES_PER_CLOCK
     jobs = ceil(ceil(spec.c_per_group / g.channels) / shape.split)
     stores = g.groups * 4 * g.sums / 8 * _STORE_CLOCKS
     each, waves = shape.resident(device), ceil(shape.works / shape.grid(device)[0])
