@@ -9,6 +9,7 @@ import numpy as np
 from numbasparse.activations import Activation
 from numbasparse.choices import Choice, check_float, is_tensor, overlap
 from numbasparse.kernels import TorchRunner, kernel
+from numbasparse.runtime import memory
 from numbasparse.spec import ConvSpec
 from numbasparse.weight import SparseWeight
 
@@ -113,7 +114,7 @@ class Plan:
             self._check_numpy_out(out, x, added)
         if isinstance(self._runner, TorchRunner):
             return self._dense_numpy(a, self._zero_bias if b is None else b, dtype, out, added)
-        y = out if out is not None and dtype == np.float32 else np.empty(self._out_shape, np.float32)
+        y = out if out is not None and dtype == np.float32 else memory.empty(self._out_shape)
         bias_address = self._zero_address if b is None else _address(b)
         self._runner.run(_address(a), _address(y), bias_address, self.threads, 0 if added is None else _address(added))
         if out is not None:
@@ -208,7 +209,7 @@ class Plan:
             with torch.no_grad():
                 y = self._runner.apply(a.detach(), None if bias is None else self._torch_bias(bias), added)
         else:
-            y = out if out is not None and single else torch.empty(self._out_shape, dtype=torch.float32)
+            y = out if out is not None and single else memory.empty_tensor(self._out_shape)
             b = None if bias is None else self._torch_bias(bias)
             address = self._zero_address if b is None else b.data_ptr()
             self._runner.run(

@@ -16,6 +16,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from numbasparse.nn.epilogue import changes_nothing
 from numbasparse.nn.module import SparseConv2d
+from numbasparse.runtime import memory
 
 
 def reserve(x: Tensor, more: int) -> Tensor:
@@ -26,7 +27,8 @@ def reserve(x: Tensor, more: int) -> Tensor:
     if not _usable(x):
         return x
     n, c, h, w = x.shape
-    buffer = x.new_empty((n, c + more, h, w))
+    shape = (n, c + more, h, w)
+    buffer = memory.empty_tensor(shape) if x.dtype is torch.float32 else x.new_empty(shape)
     return buffer[:, :c].copy_(x)
 
 

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from numbasparse.kernels import CudaKernel, kernel
 from numbasparse.nn import layout_choice
 from numbasparse.nn.concatenation import share_concatenations
+from numbasparse.nn.enlarging import enlarge_in_kept_memory
 from numbasparse.nn.epilogue import Fused, activation_of, calls_of, fuse_epilogues
 from numbasparse.nn.linear import SparseLinear
 from numbasparse.nn.module import SparseConv2d
@@ -474,7 +475,7 @@ def _fuse_epilogues(model: nn.Module, example_input: Any) -> tuple[nn.Module, di
     except Exception:
         return model, {}  # `convert` has warned
     once = set.intersection(*({name for name, count in calls_of(graph).items() if count == 1} for graph in graphs))
-    rewritten, fused = fuse_epilogues(model, once, share_concatenations)
+    rewritten, fused = fuse_epilogues(model, once, _rewrite_memory)
     if rewritten is model:
         return model, {}
     with torch.no_grad():
@@ -487,6 +488,12 @@ def _fuse_epilogues(model: nn.Module, example_input: Any) -> tuple[nn.Module, di
         )
         return model, {}
     return rewritten, fused
+
+
+def _rewrite_memory(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> bool:
+    """What of a graph can do with less new memory."""
+    shared, kept = share_concatenations(graph, modules), enlarge_in_kept_memory(graph, modules)
+    return shared or kept
 
 
 def _tensors(result: Any) -> list[Tensor]:

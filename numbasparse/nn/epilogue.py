@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from numbasparse.activations import USUAL_SLOPE, Activation, leaky_relu
 from numbasparse.nn.module import SparseConv2d
 from numbasparse.nn.pooling import SeparableMaxPool2d
+from numbasparse.nn.rewritten import with_forward
 
 aten = torch.ops.aten
 
@@ -122,8 +123,8 @@ def fuse_epilogues(
     Returns
     -------
     model
-        A copy that shares the tensors; the same object if there was nothing to do.  Where the model itself is no
-        ``fx.GraphModule``, its own ``forward`` is kept.
+        A copy that shares the tensors; the same object if there was nothing to do.  Its class is the model's, or one
+        derived from it with another ``forward``.
     fused
         What each convolution took over, by its name.
     """
@@ -132,13 +133,14 @@ def fuse_epilogues(
     changed = False
     owners = Counter(id(m) for _, m in made.named_modules(remove_duplicate=False))
     for name, owner in list(made.named_modules()):
-        graph = _own_graph(owner) if owners[id(owner)] == 1 and (name or isinstance(owner, fx.GraphModule)) else None
+        graph = _own_graph(owner) if owners[id(owner)] == 1 else None
         if graph is None:
             continue
         prefix = f"{name}." if name else ""
         here = dict(_fuse_graph(graph, owner, once, prefix))
         if then(graph, dict(owner.named_modules(remove_duplicate=False))) or here:
-            made = _put(made, name, _graph_module(owner, graph))
+            keeps_class = not name and not isinstance(owner, fx.GraphModule)
+            made = _put(made, name, with_forward(owner, graph) if keeps_class else _graph_module(owner, graph))
             found.update(here)
             changed = True
     return (made, found) if changed else (model, {})
@@ -167,6 +169,8 @@ def _own_graph(owner: nn.Module) -> fx.Graph | None:
         graph = _Shallow().trace(shadow)
     except Exception:  # whatever the model's own code raises when it meets a proxy: then it stays
         return None
+    for node in graph.nodes:
+        node.type = None  # an annotation that is text could not be pickled
     # A forward that keeps something would not any more; constants would not follow the model to another device.
     kept = _state(shadow) != before or any(node.op == "get_attr" for node in graph.nodes)
     return None if kept else graph

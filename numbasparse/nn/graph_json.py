@@ -14,6 +14,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from numbasparse.nn.concatenation import append, reserve
+from numbasparse.nn.enlarging import interpolate
 from numbasparse.nn.linear import SparseLinear
 from numbasparse.nn.module import SparseConv2d
 from numbasparse.nn.pooling import SeparableMaxPool2d
@@ -56,7 +57,7 @@ ATTRIBUTES = ("shape", "ndim")
 def _functions() -> dict[str, Callable[..., Any]]:
     found: dict[str, Callable[..., Any]] = {f"operator.{name}": getattr(operator, name) for name in _OPERATORS}
     found["getattr"] = getattr
-    found |= {"numbasparse.reserve": reserve, "numbasparse.append": append}
+    found |= {"numbasparse.reserve": reserve, "numbasparse.append": append, "numbasparse.interpolate": interpolate}
     found |= {f"torch.{name}": getattr(torch, name) for name in _TORCH.split()}
     found |= {f"functional.{name}": getattr(F, name) for name in _FUNCTIONAL.split()}
     for name in _ATEN.split():
