@@ -125,6 +125,21 @@ count_shared = _operation("atom.acq_rel.cta.shared.add.u32 $0, [$1], $2;", (_S, 
 load_global_i32 = _operation("ld.global.nc.s32 $0, [$1];", (_G,), types.int32)
 load_global_f32 = _operation("ld.global.nc.f32 $0, [$1];", (_G,), types.float32)
 
+
+def load_element(size: int) -> Any:
+    """Intrinsic ``(global) -> word`` of an element of 2 or 4 bytes, whatever it is."""
+    if size == 4:
+        return load_global_i32
+    return _operation("{ .reg .b16 h; ld.global.nc.b16 h, [$1]; cvt.u32.u16 $0, h; }", (_G,), types.int32)
+
+
+def store_element(size: int) -> Any:
+    """Intrinsic ``(global, word)`` of an element of 2 or 4 bytes."""
+    if size == 4:
+        return _operation("st.global.b32 [$0], $1;", (_G, types.int32))
+    return _operation("{ .reg .b16 h; cvt.u16.u32 h, $1; st.global.b16 [$0], h; }", (_G, types.int32))
+
+
 # Copies to shared memory that the thread does not wait for (section 9.7.9.25.3).  The last argument is how many
 # bytes come from global memory; the rest of the destination is filled with zeros.
 copy_async_4 = _operation("cp.async.ca.shared.global [$0], [$1], 4, $2;", (_S, _G, types.int32))

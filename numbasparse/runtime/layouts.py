@@ -40,7 +40,30 @@ def strides(shape: Sequence[int], layout: Layout) -> tuple[int, ...]:
 
 def to_layout(x: torch.Tensor, layout: Layout) -> torch.Tensor:
     """``x``, (N, C, H, W), in ``layout``: itself where it is so already, else a copy."""
-    return x if has_layout(x, layout) else x.permute(_ORDER[layout]).contiguous().permute(_BACK[layout])
+    if has_layout(x, layout):
+        return x
+    made = _transposed(x, layout) if x.is_cuda else None
+    return x.permute(_ORDER[layout]).contiguous().permute(_BACK[layout]) if made is None else made
+
+
+def _transposed(x: torch.Tensor, layout: Layout) -> torch.Tensor | None:
+    """The copy by a kernel of our own; None where there is none for it, or somebody traces or wants a gradient."""
+    import torch
+
+    from numbasparse.runtime import transpose
+
+    if type(x) not in (torch.Tensor, torch.nn.Parameter) or torch.compiler.is_compiling() or x.numel() == 0:
+        return None
+    if (x.requires_grad and torch.is_grad_enabled()) or x.element_size() not in (2, 4):
+        return None
+    n, c, h, w = x.shape
+    source = layout_of(x)
+    matrices = None if source is None else transpose.Matrices.of(n, c, h, w, source, layout)
+    if matrices is None or matrices.blocks >= 1 << 31 or x.device.index != torch.cuda.current_device():
+        return None
+    made = empty(x.shape, layout, dtype=x.dtype, device=x.device)
+    transpose.transpose(x.detach(), made, matrices)
+    return made
 
 
 def empty(shape: Sequence[int], layout: Layout, *, dtype: torch.dtype, device: Any) -> torch.Tensor:
