@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import sys
 import threading
 import warnings
@@ -368,3 +369,56 @@ def test_exported_programs() -> None:
     again = torch.export.export(converted, (x,)).module()
     with torch.inference_mode():
         close(again(x), model(x))
+
+
+# ---- a model's own forward ------------------------------------------------------------------------------------
+
+
+class Flat(nn.Module):
+    """No part of it is a module of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+        self.note = "kept"
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.first(x))
+        return torch.relu(self.second(y) + y)
+
+    def size(self) -> int:
+        return len(self.state_dict())
+
+
+def test_a_models_own_forward() -> None:
+    torch.manual_seed(3)
+    model = Flat().eval()
+    with torch.no_grad():
+        for conv in (model.first, model.second):
+            conv.weight.mul_(torch.rand_like(conv.weight) < 0.2)
+    x = torch.randn(2, 3, 7, 8)
+    converted = convert(model, None, x)
+    assert isinstance(converted, Flat)
+    assert type(converted).__name__ == "Flat"
+    assert (converted.note, converted.size()) == ("kept", 8)
+    assert [(r.activation, r.residual) for r in conversion_report(converted)] == [("relu", False), ("relu", True)]
+    buffer = io.BytesIO()
+    torch.save(converted, buffer)
+    buffer.seek(0)
+    torch._dynamo.reset()
+    twins = [
+        converted,
+        copy.deepcopy(converted),
+        torch.load(buffer, weights_only=False),
+        torch.compile(converted, backend="aot_eager", fullgraph=True),
+        torch.export.export(converted, (x,)).module(),
+    ]
+    with torch.inference_mode():
+        expected = model(x)
+        for twin in twins:
+            torch.testing.assert_close(twin(x), expected, rtol=1e-4, atol=1e-4)
+        twins[1].first.bias.zero_()  # the copy is one
+        assert not torch.allclose(twins[1](x), expected)
+        torch.testing.assert_close(converted(x), expected, rtol=1e-4, atol=1e-4)
+    assert isinstance(twins[1], Flat)
+    assert isinstance(twins[2], Flat)

@@ -17,7 +17,7 @@ class Rewritten:
     """Imports and the function, as Python text."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _restored, (type(self).__mro__[2], self._forward_text), self.__dict__.copy()
+        return _restored, (type(self).__mro__[2], self._forward_text), self.__getstate__()
 
 
 def with_forward(model: nn.Module, graph: fx.Graph) -> nn.Module:

@@ -57,7 +57,9 @@ class Blocks:
             self._collect()
             place = bisect.bisect_left(self._free, (size,))
             if place < len(self._free) and self._free[place][0] <= _ROOM * size:
-                return self._free.pop(place)[2]
+                # The last one that came back of that size: what of it is in a cache is of use.
+                last = bisect.bisect_right(self._free, (self._free[place][0], self._serial + 1)) - 1
+                return self._free.pop(last)[2]
         return _new_block(size)
 
     def give(self, block: mmap.mmap) -> None:
