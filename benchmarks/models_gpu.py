@@ -89,6 +89,10 @@ def error(y: Tensor, expected: Tensor) -> float:
 def compiled(model: nn.Module, x: Tensor) -> Callable[[], Any]:
     """``torch.compile`` as fast as it gets, which includes a CUDA graph of its own."""
     torch._dynamo.reset()
+    settings: Any = torch._inductor.config  # type: ignore[attr-defined]
+    # Triton's convolutions take minutes to try, and took two to six times as long as cuDNN's wherever they were seen.
+    settings.max_autotune_conv_backends = "ATEN"
+    settings.max_autotune_gemm_backends = "ATEN" if x.dtype == torch.float32 else "ATEN,TRITON"
     function = torch.compile(model, mode="max-autotune")
     for _ in range(3):
         function(x)
@@ -108,8 +112,13 @@ def run(case: str, args: argparse.Namespace) -> dict[str, Any]:
 
     began = time.perf_counter()
     problems = distinct(sparse, x)
-    tuned = autotune.tune_layers(problems, device="cuda", trials=args.trials, timeout=args.tune_seconds, progress=False)
-    tuned.save(RESULTS / f"models_gpu_{name}_{dtype_name}_{batch}{args.suffix}.tuned.json")
+    file = f"models_gpu_{name}_{dtype_name}_{batch}.tuned.json"
+    if args.tuned and (Path(args.tuned) / file).exists():
+        tuned = autotune.load(Path(args.tuned) / file)
+    else:
+        limits = {"trials": args.trials, "timeout": args.tune_seconds}
+        tuned = autotune.tune_layers(problems, device="cuda", progress=False, **limits)
+        tuned.save(RESULTS / file)
     tuning = time.perf_counter() - began
     print(f"{case}: {len(problems)} shapes tuned in {tuning:.0f} s", flush=True)
 
@@ -130,7 +139,9 @@ def run(case: str, args: argparse.Namespace) -> dict[str, Any]:
         layouts = {n: m.out_layout for n, m in ours.named_modules() if isinstance(m, SparseConv2d)}
         records = conversion_report(ours)
         chosen[label] = {r.name: [r.decision, r.reason, layouts.get(r.name)] for r in records}
-    first = {key: median(times) for key, times in in_turns(calls).items() if key.startswith("dense")}
+    first = {key: median(times) for key, times in in_turns(calls).items()}
+    print(case, {key: round(time) for key, time in first.items()}, wrong, flush=True)
+    first = {key: time for key, time in first.items() if key.startswith("dense")}
     if not args.no_compile:
         order = FORMATS[min(first, key=lambda key: first[key]).removeprefix("dense ")]
         image = x.contiguous(memory_format=order)
@@ -167,6 +178,9 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=CASES, metavar="MODEL,DTYPE,BATCH,SPARSITY")
     parser.add_argument("--trials", type=int, default=24, help="configs tried for each shape")
     parser.add_argument("--tune-seconds", type=float, default=120.0, help="for tuning each case")
+    parser.add_argument(
+        "--tuned", metavar="FOLDER", help="take tuned files of an earlier run from there, if it has any"
+    )
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no case after that")
     parser.add_argument("--suffix", default="", help="added to the results file's name")

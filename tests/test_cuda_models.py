@@ -37,7 +37,7 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.act(self.stem(x))
-        x = self.pool(self.act(self.c(self.act(self.norm(self.b(self.a(x)) + x)))))
+        x = self.pool(self.act(self.c(self.act(self.norm(self.b(self.a(x))) + x))))
         return self.fc(torch.flatten(self.act(self.d(x)), 1))
 
 
@@ -56,7 +56,7 @@ class Tuned:
             return dense
         own = KERNELS[self.name]
         config = next(c for c in own.suggest(spec, weight, 1, 500) if own.layouts(spec, c)[0] == "CHWN")  # type: ignore[attr-defined]
-        return [*dense, Measured(Choice(self.name, config), 15, 25)]
+        return [*dense, Measured(Choice(self.name, config), 10, 25)]
 
 
 @pytest.fixture

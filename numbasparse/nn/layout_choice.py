@@ -9,12 +9,15 @@ that the cut is exact (Kolmogorov and Zabih, "What energy functions can be minim
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any, cast
 
 import numpy as np
+import torch
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 from torch import fx, nn
@@ -139,6 +142,7 @@ class _Cut:
         self.kernels: dict[str, int] = {}
         self.outputs: dict[str, int] = {}
         self.readers: dict[str, float] = {}
+        self.adders: dict[str, float] = {}
         self._count = 2
         self._edges: list[tuple[int, int, int]] = []
 
@@ -160,15 +164,15 @@ class _Cut:
         """A layer's kernel and its output."""
         own, output = self.place(), self.place()
         self.kernels[name], self.outputs[name] = own, output
-        self.readers[name] = rate * layer.in_bytes
+        self.readers[name], self.adders[name] = rate * layer.in_bytes, rate * layer.out_bytes
         self.edge(own, 1, float("inf") if side.chwn is None else side.chwn.native_us)
         self.edge(0, own, side.plain_us)
         self.edge(own, output, rate * layer.out_bytes)
         self.never(output, own)
 
-    def read(self, name: str, tensor: int) -> None:
-        """A layer reads a tensor: it converts a plain one to CHWN, and cannot do the reverse."""
-        self.edge(self.kernels[name], tensor, self.readers[name])
+    def read(self, name: str, tensor: int, residual: bool = False) -> None:
+        """A layer reads a tensor, as input or to add it: it converts a plain one to CHWN, and cannot do the reverse."""
+        self.edge(self.kernels[name], tensor, (self.adders if residual else self.readers)[name])
         self.never(tensor, self.kernels[name])
 
     def solve(self) -> set[str]:
@@ -189,12 +193,16 @@ def _join(graph: fx.Graph, modules: Mapping[str, nn.Module], cut: _Cut) -> None:
     tensors: dict[fx.Node, int] = {}
     for node in graph.nodes:
         name = str(node.target)
-        known = node.op == "call_module" and name in cut.kernels
         inputs = [tensors[source] for source in node.all_input_nodes]
-        if known:
+        adder = _adder(node, modules, cut)
+        if node.op == "call_module" and name in cut.kernels:
             for tensor in inputs:
                 cut.read(name, tensor)
             tensors[node] = cut.outputs[name]
+        elif adder is not None:
+            layer, other = adder
+            cut.read(layer, tensors[other], residual=True)
+            tensors[node] = cut.outputs[layer]
         elif inputs and keeps_order(node, modules):
             tensors[node], *others = inputs
             for tensor in others:
@@ -204,3 +212,21 @@ def _join(graph: fx.Graph, modules: Mapping[str, nn.Module], cut: _Cut) -> None:
             for tensor in inputs:
                 cut.never(tensor, 1)
             tensors[node] = 1
+
+
+def _adder(node: fx.Node, modules: Mapping[str, nn.Module], cut: _Cut) -> tuple[str, fx.Node] | None:
+    """The layer that can add what a node adds to its result, as `epilogue` has it do, and what it adds."""
+    if node.target not in (operator.add, operator.iadd, torch.add, "add", "add_") or len(node.args) != 2 or node.kwargs:
+        return None
+    if not all(isinstance(argument, fx.Node) for argument in node.args):
+        return None
+    for own, other in (node.args, node.args[::-1]):
+        maker: Any = own
+        while len(maker.users) == 1 and maker.op == "call_module":
+            name = str(maker.target)
+            if name in cut.kernels:
+                return name, cast(fx.Node, other)
+            if type(modules[name]) is not nn.Identity:
+                break
+            maker = maker.args[0]
+    return None
