@@ -88,6 +88,8 @@ class SparseWeight:
         Groups of the convolution; divides K.
     levels : Levels, optional
         What the codes of a quantized weight stand for.
+    copy : bool
+        False to share the arrays' memory, which then must not change while the weight lives.
 
     Raises
     ------
@@ -117,12 +119,14 @@ class SparseWeight:
         kernel_shape: Sequence[int],
         groups: int = 1,
         levels: Levels | None = None,
+        *,
+        copy: bool = True,
     ) -> None:
         if levels is not None and not isinstance(levels, Levels):
             raise TypeError(f"levels must be LinearLevels, CodebookLevels or None, got {type(levels).__name__}")
-        stored = _frozen_copy(data, np.float32 if levels is None else np.uint8, "data")
-        columns = _frozen_copy(indices, np.int32, "indices")
-        self._indptr = _frozen_copy(indptr, np.int32, "indptr")
+        stored = _read_only(data, np.float32 if levels is None else np.uint8, "data", copy)
+        columns = _read_only(indices, np.int32, "indices", copy)
+        self._indptr = _read_only(indptr, np.int32, "indptr", copy)
         self._kernel_shape = as_kernel_shape(kernel_shape)
         self._groups = as_int(groups, "groups", least=1)
         self._fingerprint = None
@@ -323,8 +327,10 @@ class SparseWeight:
         indptr: NDArray[np.int32],
         kernel_shape: Sequence[int],
         groups: int = 1,
+        *,
+        copy: bool = True,
     ) -> SparseWeight:
-        """Make a weight of what `encoded` returned and of its indices.
+        """Make a weight of what `encoded` returned and of its indices; ``copy`` is the constructor's.
 
         Raises
         ------
@@ -332,9 +338,9 @@ class SparseWeight:
             As the constructor; ValueError for bytes that are not those of a quantized weight.
         """
         if not isinstance(values, np.ndarray) or values.dtype != np.uint8:
-            return cls(values, indices, indptr, kernel_shape, groups)
+            return cls(values, indices, indptr, kernel_shape, groups, copy=copy)
         levels, codes = _parse_encoded(values.tobytes(), len(indices))
-        return cls(codes, indices, indptr, kernel_shape, groups, levels)
+        return cls(codes, indices, indptr, kernel_shape, groups, levels, copy=copy)
 
     def _unpacked(self) -> Codes:
         assert self._levels is not None
@@ -517,13 +523,14 @@ def _checked_values(codes: Codes, levels: Levels, indptr: NDArray[np.int32]) -> 
     return levels.decode(codes, _rows(indptr))
 
 
-def _frozen_copy(array: Any, dtype: type[np.generic], what: str) -> NDArray[Any]:
+def _read_only(array: Any, dtype: type[np.generic], what: str, copy: bool) -> NDArray[Any]:
+    """A copy, or a view of the same memory, that cannot be written to."""
     if not isinstance(array, np.ndarray) or array.dtype != dtype:
         came = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
         raise TypeError(f"{what} must be an ndarray of {np.dtype(dtype)}, got {came}")
     if array.ndim != 1:
         raise ValueError(f"{what} must have one dimension, got shape {array.shape}")
-    return _frozen(np.array(array, dtype))
+    return _frozen(np.array(array, dtype) if copy else np.ascontiguousarray(array)[:])
 
 
 def _frozen(array: NDArray[Any]) -> NDArray[Any]:

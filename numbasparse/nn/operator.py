@@ -210,7 +210,8 @@ def _make_plan(
     config: str,
 ) -> Plan:
     values, indices, indptr = (t.detach().cpu().numpy() for t in tensors)
-    weight = SparseWeight.from_encoded(values, indices, indptr, kernel_shape, groups)
+    # Not copied: the weight lives only until it is packed.
+    weight = SparseWeight.from_encoded(values, indices, indptr, kernel_shape, groups, copy=False)
     _check_padding(padding)
     top, bottom, left, right = padding
     device, dtype = ("cpu", "float32") if x.is_cpu else device_and_dtype(x)
