@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, cast
@@ -124,11 +124,11 @@ def _layouts(choice: Choice, spec: ConvSpec) -> tuple[Layout, Layout]:
     return chosen.layouts(spec, choice.config)
 
 
-def _conversion_rate(layers: object) -> float | None:
+def _conversion_rate(layers: Iterable[Layer]) -> float | None:
     """Microseconds for each byte of a tensor that is converted, by what kernels cost more alone than natively."""
     rates = [
         (found.alone_us - found.native_us) / (layer.in_bytes + layer.out_bytes)
-        for layer in layers  # type: ignore[attr-defined]
+        for layer in layers
         for found in layer.measured
         if _layouts(found.choice, layer.spec) == ("CHWN", "CHWN")
     ]
