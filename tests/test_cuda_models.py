@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -69,14 +68,7 @@ def net() -> nn.Module:
     return model
 
 
-@pytest.fixture(autouse=True)
-def strict() -> Iterator[None]:
-    """No TF32 in torch's own convolutions."""
-    conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    before = conv.fp32_precision
-    conv.fp32_precision = "ieee"
-    yield
-    conv.fp32_precision = before
+pytestmark = pytest.mark.usefixtures("strict")
 
 
 @needs_gpu

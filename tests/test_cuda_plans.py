@@ -698,16 +698,6 @@ def test_opcheck(name: str, layout: Layout) -> None:
     torch.library.opcheck(operator, arguments_of(layer, x.clone().requires_grad_()))
 
 
-@pytest.fixture
-def strict() -> Iterator[None]:
-    """No TF32 in torch's own convolutions."""
-    conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    before = conv.fp32_precision
-    conv.fp32_precision = "ieee"
-    yield
-    conv.fp32_precision = before
-
-
 @needs_gpu
 @pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("activation", ["none", "relu", "relu6", "silu", "leaky_relu(0.2)"])

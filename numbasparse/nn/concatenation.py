@@ -16,6 +16,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from numbasparse.nn.epilogue import changes_nothing
 from numbasparse.nn.module import SparseConv2d
+from numbasparse.nn.plain import is_plain
 from numbasparse.runtime import memory
 
 
@@ -54,15 +55,8 @@ def append(x: Tensor, part: Tensor, capacity: int) -> Tensor:
 
 
 def _usable(x: Tensor) -> bool:
-    """Whether it is an image on the CPU of which no gradient is asked, and nobody traces this."""
-    return (
-        not torch.compiler.is_compiling()
-        and type(x) in (Tensor, nn.Parameter)
-        and x.dim() == 4
-        and x.shape[0] == 1
-        and x.is_cpu
-        and not (torch.is_grad_enabled() and x.requires_grad)
-    )
+    """Whether it is one image that `is_plain`."""
+    return is_plain(x) and x.shape[0] == 1
 
 
 # ---- graphs -------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
+from numbasparse.nn.plain import is_plain
 from numbasparse.runtime import memory
 
 
@@ -29,7 +30,7 @@ def interpolate(
         return traced
     whole = isinstance(scale_factor, (int, float)) and float(scale_factor).is_integer() and scale_factor >= 1
     plain = size is None and whole and mode == "nearest" and not recompute_scale_factor and not antialias
-    if not plain or align_corners is not None or not _usable(input):
+    if not plain or align_corners is not None or not (is_plain(input) and _usable(input)):
         return F.interpolate(input, *options)
     n, c, h, w = input.shape
     scale = int(scale_factor)
@@ -39,16 +40,7 @@ def interpolate(
 
 
 def _usable(x: Tensor) -> bool:
-    return (
-        not torch.compiler.is_compiling()
-        and type(x) in (Tensor, nn.Parameter)
-        and x.dim() == 4
-        and x.numel() > 0
-        and x.is_cpu
-        and x.dtype is torch.float32
-        and x.is_contiguous()
-        and not (torch.is_grad_enabled() and x.requires_grad)
-    )
+    return x.numel() > 0 and x.dtype is torch.float32 and x.is_contiguous()
 
 
 def enlarge_in_kept_memory(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> bool:
