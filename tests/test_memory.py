@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
+import warnings
 from collections.abc import Iterator
 
 import numpy as np
@@ -106,6 +108,27 @@ def test_threads_never_share() -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_forked_process_has_its_own(fresh: Blocks) -> None:
+    kept = empty((1 << 18,))
+    kept[:] = 1.0
+    free = empty((1 << 18,))
+    place = address(free)
+    del free
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of threads that the child will not have
+        child = os.fork()
+    if child == 0:
+        again = empty((1 << 18,))
+        again[:] = kept[:] = 2.0
+        os._exit(0 if address(again) == place else 1)
+    again = empty((1 << 18,))
+    again[:] = 3.0
+    assert os.waitpid(child, 0)[1] == 0
+    assert (again == 3.0).all()
+    assert (kept == 1.0).all()
 
 
 def test_too_much() -> None:

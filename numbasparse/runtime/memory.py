@@ -84,8 +84,10 @@ class Blocks:
 
 
 def _new_block(size: int) -> mmap.mmap:
+    # Private: a forked process must not write into what its parent has.  (Windows has no flags and no forks.)
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
     try:
-        block = mmap.mmap(-1, size)
+        block = mmap.mmap(-1, size, **private)
     except OSError as error:
         raise MemoryError(f"no memory for an array of {size} bytes: {error}") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
