@@ -1,8 +1,9 @@
-"""cuda_wgmma on a device, from the first instruction to the profile.
+"""cuda_wgmma and cuda_mma on a device, from the first instruction to the profile.
 
     python benchmarks/tensor_cores.py checks   # tests and sanitizers, one process each, with a log of each in --out
     python benchmarks/tensor_cores.py layers   # the ten layers against cuDNN's float16, N = 32, 128 and 8, and what the
                                                # kernel's own estimate says of each config measured
+    python benchmarks/tensor_cores.py gathered # cuda_mma the same way: unstructured masks, and masks of 16 x 1 vectors
     python benchmarks/tensor_cores.py grid     # a small grid against float64, as compute-sanitizer gets it
     python benchmarks/tensor_cores.py pack     # milliseconds of packing 512x512x3x3; needs no GPU
     python benchmarks/tensor_cores.py once     # three launches of the best known config, for a profiler
@@ -15,6 +16,7 @@ GPU, and nothing after it means anything.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import shutil
@@ -35,14 +37,29 @@ from autotune.gpu import GpuBench
 from autotune.measure import measure
 from autotune.space import Candidate, LayerProblem
 from numbasparse import ConvSpec, SparseWeight
-from numbasparse.kernels import Config, cuda_wgmma, kernel
+from numbasparse.kernels import Config, cuda_mma, cuda_wgmma, kernel
+from numbasparse.quantization import CodebookQuantization
 from numbasparse.runtime import cuda
 
-NAME = "cuda_wgmma"
+NAME, GATHERING = "cuda_wgmma", "cuda_mma"
 TARGET = Case((3, 256, 56, 256), 32, "float16")
 """The layer of the profile."""
 RACED, SUGGESTED, BEST_FEW = 5, 1, 2
 """Configs measured at 90 % zeros; what the kernel suggests for another sparsity; how many of the best stay for it."""
+GATHERED = 5
+"""Configs of cuda_mma measured for each mask."""
+CODED = ("98%", "16x1 90%")
+"""Masks whose weights are measured as codes too."""
+
+
+def gathering_configs(problem: LayerProblem, count: int) -> list[Candidate]:
+    """What cuda_mma thinks best, one config for each shape of a block."""
+    best: dict[tuple[Any, ...], Candidate] = {}
+    for config in kernel(GATHERING).suggest(problem.spec, problem.weight, 1, 2000):
+        if config["entries"] == "wide":
+            shape = tuple(config[f] for f in ("batch", "tile", "warps", "parts", "split"))
+            best.setdefault(shape, Candidate(GATHERING, config))
+    return list(best.values())[:count]
 
 
 def configs(problem: LayerProblem, count: int, clusters: int) -> list[Candidate]:
@@ -113,11 +130,11 @@ def race(
     """Measure candidates, the best of which becomes a column; what came of each, the fastest first."""
     problem, device, found = bench.problem, cuda.current(), []
     # What suits one sparsity may have no room for the weight of another.
-    fitting = [c for c in candidates if kernel(NAME).check(problem.spec, problem.weight, dict(c.config)) is None]
+    fitting = [c for c in candidates if kernel(c.kernel).check(problem.spec, problem.weight, dict(c.config)) is None]
     for candidate in fitting:
         compilers.wait(problem, candidate)
         result = measure(bench, candidate, min((f["us"] for f in found if f["us"]), default=float("inf")))
-        clocks = cuda_wgmma.estimate(problem.spec, problem.weight, dict(candidate.config), device)
+        clocks = estimate(problem, candidate, device)
         native = result.native_us if result.us else None
         found.append(
             {"config": candidate.config, "us": native, "estimated_us": round(clocks / device.clock_mhz, 1)}
@@ -125,10 +142,18 @@ def race(
         )
     found.sort(key=lambda f: f["us"] or float("inf"))
     if found[0]["us"]:
-        winner = Candidate(NAME, found[0]["config"])
+        winner = Candidate(fitting[0].kernel, found[0]["config"])
         ready = bench.prepare(winner)
         row.add(f"ours native {label}", bench.call(ready, ready.takes, ready.gives), bench.wrong(winner, ready))
     return found
+
+
+def estimate(problem: LayerProblem, candidate: Candidate, device: cuda.Device) -> float:
+    """Clocks that the kernel itself expects."""
+    config = dict(candidate.config)
+    if candidate.kernel == NAME:
+        return cuda_wgmma.estimate(problem.spec, problem.weight, config, device)
+    return cuda_mma.estimate(problem.spec, problem.weight, config, device, cuda_mma.kept_share(problem.weight))
 
 
 def layers(args: argparse.Namespace) -> None:
@@ -165,16 +190,78 @@ def layers(args: argparse.Namespace) -> None:
     print(means(rows))
 
 
-def means(rows: list[dict[str, Any]]) -> dict[str, float]:
+MASKS = {
+    "98%": (0.98, 1),
+    "95%": (0.95, 1),
+    "90%": (0.90, 1),
+    "16x1 75%": (0.75, 16),
+    "16x1 90%": (0.90, 16),
+}
+"""Masks of `gathered`: sparsity, and output channels that share the fate of a column."""
+
+
+def vector_problem(case: Case, sparsity: float, vector: int) -> LayerProblem:
+    """The layer with a random mask of vectors of output channels, the same in every run."""
+    if vector == 1:
+        return case.problem(sparsity)
+    spec, rng = case.spec, np.random.default_rng([*case.layer, round(sparsity * 1000), vector])
+    k, *rest = spec.weight_shape
+    mask = np.repeat(rng.random((-(-k // vector), *rest)) >= sparsity, vector, axis=0)[:k]
+    dense = rng.standard_normal(spec.weight_shape) * mask
+    return LayerProblem(f"{case.name} {vector}x1", spec, SparseWeight.from_dense(dense.astype(np.float32)))
+
+
+def gathered(args: argparse.Namespace) -> None:
+    """The best of some configs of cuda_mma for each layer, batch and mask, coded weights, and cuDNN's two layouts."""
+    rows: list[dict[str, Any]] = []
+    began, longest = time.perf_counter(), 0.0
+    wanted = [Case(layer, n, "float16") for n in args.batch for layer in SQUARE]
+    wanted += [Case(layer, n, "float16") for n in args.batch for layer in POINTWISE]
+    with session(args) as (gpu, compilers):
+        problems = {(case, mask): vector_problem(case, *MASKS[mask]) for case in wanted for mask in MASKS}
+        for problem in problems.values():
+            compilers.submit(problem, gathering_configs(problem, GATHERED))
+        for case in wanted:
+            start = time.perf_counter()
+            if start - began + longest > args.seconds:
+                print(f"{len(rows)} of {len(wanted)} rows fitted into {args.seconds:.0f} s", flush=True)
+                break
+            row, raced = Row(gpu), {}
+            add_dense(row, case, "cudnn")
+            for mask in MASKS:
+                bench = GpuBench(problems[case, mask], gpu, compilers)
+                raced[mask] = race(bench, compilers, gathering_configs(bench.problem, GATHERED), row, mask)
+                if raced[mask][0]["us"] and mask in CODED:
+                    add_coded(row, bench.problem, raced[mask][0]["config"], gpu, mask)
+            times = row.times()
+            rows.append({"layer": case.name, "times": times, "ratios": ratios(times), "raced": raced})
+            print(case.name, rows[-1]["ratios"], raced["98%"][0]["config"], row.wrong, flush=True)
+            save(args, "tensor_gathered", {"geometric_means": means(rows, tuple(MASKS)), "rows": rows})
+            longest = max(longest, time.perf_counter() - start)
+            torch.cuda.empty_cache()
+    print(means(rows, tuple(MASKS)))
+
+
+def add_coded(row: Row, problem: LayerProblem, config: Config, gpu: Any, label: str) -> None:
+    """The same config with weights that are bytes of a codebook."""
+    weight = problem.weight.quantized(CodebookQuantization(8))
+    candidate = Candidate(GATHERING, {**config, "entries": "coded"})
+    if kernel(GATHERING).check(problem.spec, weight, dict(candidate.config)) is None:
+        bench = GpuBench(dataclasses.replace(problem, weight=weight), gpu)
+        ready = bench.prepare(candidate)
+        row.add(f"ours coded {label}", bench.call(ready, ready.takes, ready.gives), bench.wrong(candidate, ready))
+
+
+def means(rows: list[dict[str, Any]], labels: tuple[str, ...] = ()) -> dict[str, float]:
     """Geometric means of the ratios over the 3x3 layers that are there, with input and output as the kernel likes."""
     found = {}
     for n in (32, 128, 8):
-        for sparsity in SPARSITIES:
-            name = f"ours native {sparsity:.0%}"
+        for sparsity in labels or tuple(f"{sparsity:.0%}" for sparsity in SPARSITIES):
+            name = f"ours native {sparsity}"
             own = [r["ratios"][name] for r in rows if f"N={n} " in r["layer"] and r["layer"].startswith("3x3")
                    and name in r["ratios"]]  # fmt: skip
             if own:
-                found[f"N={n} {sparsity:.0%} ({len(own)} layers)"] = round(geometric_mean(own), 3)
+                found[f"N={n} {sparsity} ({len(own)} layers)"] = round(geometric_mean(own), 3)
     return found
 
 
@@ -323,13 +410,14 @@ def tests(name: str, path: str, seconds: float, out: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    steps = {f.__name__: f for f in (checks, layers, grid, pack, once, dry)}
+    steps = {f.__name__: f for f in (checks, layers, gathered, grid, pack, once, dry)}
     parser.add_argument("what", choices=steps)
     parser.add_argument(
         "--seconds", type=float, default=100.0, help="layers: end before this time is over; checks: of a sanitizer"
     )
     parser.add_argument("--clusters", type=int, default=4, help="blocks of a cluster, at most")
     parser.add_argument("--config", help='once: as "batch=32,tile=4x4,channels=32,stages=3,split=1,cluster=1,groups=2"')
+    parser.add_argument("--batch", type=int, nargs="+", default=[32, 128, 8], help="gathered: batch sizes")
     parser.add_argument("--out", default="benchmarks/results/tensor", help="checks: folder of the logs")
     parser.add_argument("--workers", type=int, help="compiling processes; all cores but one if not given")
     parser.add_argument("--suffix", default="", help="added to the results file's name")

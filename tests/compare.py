@@ -1,10 +1,14 @@
-"""The one comparison of a kernel's float32 result with the reference."""
+"""The comparisons of a kernel's result with the reference: of float32, and of tensor cores' 16-bit operands."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
+from numbasparse import SparseWeight
 from numbasparse.kernels.reference import conv2d_reference
+from numbasparse.kernels.two_four import narrow
 from numbasparse.spec import ConvSpec
 
 
@@ -52,3 +56,27 @@ def _assert_none(wrong: np.ndarray, words: str, actual: np.ndarray, expected: np
             f"{np.count_nonzero(wrong)} of {wrong.size} outputs {words}, the first at (n, k, oh, ow) = {first}: "
             f"got {actual[first]!r}, expected {expected[first]!r} for {spec.key}"
         )
+
+
+def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
+    """The nearest 16-bit floats, as float32."""
+    halves = narrow(np.ascontiguousarray(values, np.float32), dtype)
+    return halves.view(np.float16).astype(np.float32) if dtype == "float16" else widened_half(halves)
+
+
+def widened_half(halves: np.ndarray) -> np.ndarray:
+    return (halves.astype(np.uint32) << 16).view(np.float32)
+
+
+def assert_as_tensor_cores(
+    y: np.ndarray, spec: ConvSpec, weight: SparseWeight, x: np.ndarray, bias: np.ndarray | None = None, **rest: Any
+) -> None:
+    """Compare with the convolution of the rounded operands; products of theirs are exact in float32."""
+    dense, images = rounded(weight.to_dense(), spec.dtype), rounded(x, spec.dtype)
+    residual = rest.get("residual")
+    expected = conv2d_reference(images, dense, bias, spec, rest.get("activation"), residual)
+    sizes = (np.abs(images), np.abs(dense), None if bias is None else np.abs(bias))
+    magnitude = conv2d_reference(*sizes, spec, residual=None if residual is None else np.abs(residual))
+    rounding = rest.get("rounding", 0.0)
+    assert np.isfinite(y).all()
+    np.testing.assert_array_less(np.abs(y - expected), 1e-5 * (magnitude + 1) + rounding * np.abs(expected) + 1e-7)

@@ -38,6 +38,18 @@ def opened_dense(fragment: np.ndarray, dtype: str) -> np.ndarray:
     return dense
 
 
+def opened_deep(fragment: np.ndarray, dtype: str) -> np.ndarray:
+    """Matrix A of one warp's ``mma.m16n8k16``, float32 (16, 16), from registers (32, 4), lane by lane."""
+    dense = np.zeros((16, 16), np.float32)
+    values = widened(fragment, dtype)
+    for lane in range(32):
+        g, t = divmod(lane, 4)
+        for register in range(4):
+            column = 2 * t + 8 * (register // 2)
+            dense[g + 8 * (register % 2), column : column + 2] = values[lane, register]
+    return dense
+
+
 def widened(words: np.ndarray, dtype: str) -> np.ndarray:
     """The two 16-bit values of each 32-bit register, (..., 2), as float32."""
     halves = np.ascontiguousarray(words, np.uint32)[..., None].view(np.uint16)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from compare import assert_as_tensor_cores, rounded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import random_weight
@@ -15,7 +16,6 @@ from tensor_emulation import box, opened, opened_dense, operand, swizzled, widen
 from numbasparse import SparseWeight
 from numbasparse.kernels import KERNELS, Config, ConfigError
 from numbasparse.kernels import cuda_wgmma as room
-from numbasparse.kernels.reference import conv2d_reference
 from numbasparse.kernels.two_four import narrow
 from numbasparse.runtime import cuda
 from numbasparse.spec import ConvSpec
@@ -202,31 +202,7 @@ def test_emulated(problem: tuple[ConvSpec, Config], density: float, seed: int) -
     if KERNEL.check(spec, weight, config) is not None:
         return
     x = rng.standard_normal(spec.x_shape).astype(np.float32)
-    assert_as_reference(Emulator(spec, weight, config).run(x), spec, weight, x)
-
-
-def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
-    """The nearest 16-bit floats, as float32."""
-    halves = narrow(np.ascontiguousarray(values, np.float32), dtype)
-    return halves.view(np.float16).astype(np.float32) if dtype == "float16" else widened_half(halves)
-
-
-def widened_half(halves: np.ndarray) -> np.ndarray:
-    return (halves.astype(np.uint32) << 16).view(np.float32)
-
-
-def assert_as_reference(
-    y: np.ndarray, spec: ConvSpec, weight: SparseWeight, x: np.ndarray, bias: np.ndarray | None = None, **rest: Any
-) -> None:
-    """Compare with the convolution of the rounded operands; products of theirs are exact in float32."""
-    dense, images = rounded(weight.to_dense(), spec.dtype), rounded(x, spec.dtype)
-    residual = rest.get("residual")
-    expected = conv2d_reference(images, dense, bias, spec, rest.get("activation"), residual)
-    sizes = (np.abs(images), np.abs(dense), None if bias is None else np.abs(bias))
-    magnitude = conv2d_reference(*sizes, spec, residual=None if residual is None else np.abs(residual))
-    rounding = rest.get("rounding", 0.0)
-    assert np.isfinite(y).all()
-    np.testing.assert_array_less(np.abs(y - expected), 1e-5 * (magnitude + 1) + rounding * np.abs(expected) + 1e-7)
+    assert_as_tensor_cores(Emulator(spec, weight, config).run(x), spec, weight, x)
 
 
 def test_a_tile_whose_weight_does_not_fit_is_copied_again() -> None:
@@ -239,7 +215,7 @@ def test_a_tile_whose_weight_does_not_fit_is_copied_again() -> None:
     x = rng.standard_normal(spec.x_shape).astype(np.float32)
     emulator = Emulator(spec, weight, config_of(batch=8, channels=8))
     assert emulator.packed.ranges[0, 0, 1] > 4
-    assert_as_reference(emulator.run(x), spec, weight, x)
+    assert_as_tensor_cores(emulator.run(x), spec, weight, x)
 
 
 def starts(emulator: Emulator) -> list[int]:
@@ -259,7 +235,7 @@ def test_a_rest_and_doubled_steps_are_emulated() -> None:
             assert (held > 0) == rest
             steps = max(int(emulator.packed.blobs[16 * start :][:4].view(np.int32)[0]) for start in starts(emulator))
             assert (steps > 9) == doubled
-            assert_as_reference(emulator.run(x), spec, weight, x)
+            assert_as_tensor_cores(emulator.run(x), spec, weight, x)
 
 
 # --- configs and code ----------------------------------------------------------------------------------------
@@ -408,4 +384,4 @@ def test_variants(number: int, with_residual: bool) -> None:
         y = runner.apply(torch.from_numpy(x).to("cuda", dtype), torch.from_numpy(bias).cuda(), added)
         rounding = {"float16": 2.0**-10, "bfloat16": 2.0**-7}[spec.dtype]
         result = y.float().cpu().numpy()
-        assert_as_reference(result, spec, weight, x, bias, activation="relu", residual=residual, rounding=rounding)
+        assert_as_tensor_cores(result, spec, weight, x, bias, activation="relu", residual=residual, rounding=rounding)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tensor_emulation import box, opened, opened_dense, operand, swizzled, widened
+from tensor_emulation import box, opened, opened_deep, opened_dense, operand, swizzled, widened
 
 from numbasparse.kernels import two_four
 from numbasparse.runtime import cuda
@@ -153,6 +153,38 @@ def gathering(row_bytes: int, n: int, dtype: str) -> cuda.Ptx:
 
 
 @functools.cache
+def gathering_deep(row_bytes: int, n: int, dtype: str) -> cuda.Ptx:
+    """Kernel ``(out, codes, table, offsets, rows)``: 16 gathered rows, and weights that are bytes of a table."""
+    cuda.numba_cuda()
+    from numba import types
+
+    from numbasparse.codegen import ptx
+
+    arrive, spare = arrival(row_bytes)
+    pixel = 32 * row_bytes
+    displacements = [2 * j // row_bytes * pixel + 2 * j % row_bytes for j in range(0, n, 16)]
+    next_eight = 16 if row_bytes > 16 else pixel
+    mma, decode = ptx.gathered_mma_deep(displacements, ptx.SWIZZLES[row_bytes].mask, dtype), ptx.decode_bytes(2)
+    zeros, write = ptx.zeros(n // 2), writing(n)
+    load_two = ptx.load_words("global", 2)
+    i32, u32, i64 = types.int32, types.uint32, types.int64
+
+    def gathering_deep(out, codes, table, offsets, rows):  # type: ignore[no-untyped-def]
+        thread = ptx.thread_index()
+        tile = arrive(0, 0, 0, 0)
+        lane = thread & 31
+        # Behind the tile is room for the table.
+        own_table = tile + spare
+        ptx.store_shared_i32(u32(own_table + thread * 4), i32(ptx.load_global_i32(i64(table + thread * 4))))
+        ptx.barrier()
+        a = decode(load_two(i64(codes + thread * 8)), u32(own_table))
+        offset = ptx.load_global_i32(i64(offsets + ((thread >> 5) * 16 + (lane & 15)) * 4))
+        write(mma(zeros(), a, u32(tile + (lane >> 4) * next_eight + offset)), out, rows)
+
+    return compiled(gathering_deep, 5, (row_bytes, n, dtype))
+
+
+@functools.cache
 def finishing(dtype: str) -> cuda.Ptx:
     """Kernel ``(out, values, offsets, rows, residual, bias)``: gathered rows of 64 columns, finished and narrowed."""
     cuda.numba_cuda()
@@ -181,7 +213,7 @@ def finishing(dtype: str) -> cuda.Ptx:
             ptx.load_global_f32(i64(bias + 4 * max(first, 0))),
             ptx.load_global_f32(i64(bias + 4 * max(second, 0))),
         )
-        store(sums, i64(out + 2 * n), i64(residual + 2 * n), (first, second), shifts, i32(0), i32(0), i32(n))
+        store(sums, i64(out + 2 * n), i64(residual + 2 * n), (first, second), shifts, shifts, i32(0), i32(0), i32(n))
 
     return compiled(finishing, 6, dtype)
 
@@ -220,6 +252,7 @@ def test_assembled(row_bytes: int) -> None:
         (multiplying(row_bytes, n, "bfloat16"), "k32.f32.bf16.bf16"),
         (finishing("float16"), "shfl.sync.bfly.b32"),
         (gathering(row_bytes, n, "bfloat16"), "ldmatrix.sync.aligned.m8n8.x4.trans"),
+        (gathering_deep(row_bytes, n, "bfloat16"), "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"),
     ):
         assert word in ptx.text
         cubin = cuda.assemble(ptx)
@@ -262,7 +295,7 @@ class Run:
 
         out = torch.full((size,), torch.nan, device="cuda")
         values = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in (out, *arguments)]
-        shared = 1024 + HEAD + PIXELS * 32 * self.row_bytes
+        shared = 1024 + HEAD + PIXELS * 32 * self.row_bytes + 512
         cuda.load(ptx).launch((1, 1, 1), 128, shared, cuda.current_stream(), values, tensor_map=self.map)
         torch.cuda.synchronize()
         return out.cpu().numpy()
@@ -336,6 +369,30 @@ def test_gathered_mma(row_bytes: int, n: int, dtype: str) -> None:
     b = run.memory().view(np.uint16)[swizzled(linear, row_bytes) // 2]
     b_values = widened(np.ascontiguousarray(b).view(np.uint32), dtype).reshape(b.shape)
     expected = opened_dense(values, dtype).reshape(4, 16, 8) @ b_values
+    np.testing.assert_array_equal(found.reshape(64, n), expected.reshape(64, n))
+
+
+@on_hopper
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("row_bytes", "n"), SHAPES)
+def test_gathered_mma_deep(row_bytes: int, n: int, dtype: str) -> None:
+    rng = np.random.default_rng(n)
+    run = Run(row_bytes, dtype)
+    table = rng.integers(-4, 5, 256).astype(np.float32)
+    codes = rng.integers(0, 256, (1, 64, 16)).astype(np.uint8)
+    offsets = (row_bytes * rng.integers(0, 64, (4, 16))).astype(np.int32)
+    rows = np.arange(64, dtype=np.int32)
+    lanes, halves = two_four.lanes(codes)[0], two_four.narrow(table, dtype)
+    arguments = (to_gpu(lanes.view(np.uint32)), to_gpu(halves.view(np.uint32)), to_gpu(offsets), to_gpu(rows))
+    found = run.launch(gathering_deep(row_bytes, n, dtype), 64 * n, *arguments)
+    column = 2 * np.arange(n)
+    linear = offsets[..., None] + column // row_bytes * 32 * row_bytes + column % row_bytes
+    b = run.memory().view(np.uint16)[swizzled(linear, row_bytes) // 2]
+    b_values = widened(np.ascontiguousarray(b).view(np.uint32), dtype).reshape(b.shape)
+    fragments = two_four.fragments(table[codes], dtype)[0].reshape(4, 32, 4)
+    for warp in range(4):
+        np.testing.assert_array_equal(opened_deep(fragments[warp], dtype), table[codes[0, 16 * warp : 16 * warp + 16]])
+    expected = table[codes].reshape(4, 16, 16) @ b_values
     np.testing.assert_array_equal(found.reshape(64, n), expected.reshape(64, n))
 
 

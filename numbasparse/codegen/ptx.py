@@ -95,7 +95,11 @@ def _intrinsic_of_arity(arity: int, signature: Any, generate: Any) -> Any:
     def op8(typingctx, a, b, c, d, e, f, g, h):  # type: ignore[no-untyped-def]
         return signature, generate
 
-    return (op0, op1, op2, op3, op4, op5, op6, op7, op8)[arity]
+    @intrinsic
+    def op9(typingctx, a, b, c, d, e, f, g, h, i):  # type: ignore[no-untyped-def]
+        return signature, generate
+
+    return (op0, op1, op2, op3, op4, op5, op6, op7, op8, op9)[arity]
 
 
 _S, _G = types.uint32, types.int64
@@ -786,9 +790,7 @@ def gathered_mma(displacements: Sequence[int], mask: int, dtype: str) -> Any:
         sums = [builder.extract_value(packed, i) for i in range(total)]
         a = [(_I32, builder.extract_value(values, i)) for i in range(2)]
         for number, displacement in enumerate(displacements):
-            linear = builder.add(base, ir.Constant(_I32, displacement))
-            moved = builder.and_(builder.lshr(linear, ir.Constant(_I32, 3)), ir.Constant(_I32, mask))
-            place = builder.xor(linear, moved)
+            place = _swizzled(builder, builder.add(base, ir.Constant(_I32, displacement)), mask)
             loaded = _asm(builder, ir.LiteralStructType([_I32] * 4), load, "=r,=r,=r,=r,r,~{memory}", [(_I32, place)])
             for eight in range(4):
                 at = number * 16 + eight * 4
@@ -799,6 +801,85 @@ def gathered_mma(displacements: Sequence[int], mask: int, dtype: str) -> Any:
         return context.make_tuple(builder, kind, sums)
 
     return _intrinsic_of_arity(3, signature, generate)
+
+
+def gathered_mma_deep(displacements: Sequence[int], mask: int, dtype: str) -> Any:
+    """Intrinsic ``(sums, values, address) -> sums``: as `gathered_mma`, but of a 16 x 16 matrix and 16 gathered rows.
+
+    For each displacement two ``mma.sync.m16n8k16``, whose operands B are 16 columns of 16 rows in shared memory.  Lane
+    l gives the address of row ``l % 16`` at column ``8 * (l // 16)``.
+
+    Parameters
+    ----------
+    displacements
+        Bytes; displacement i belongs to sums ``8 * i`` and on.
+    mask, dtype
+        As there.
+
+    Notes
+    -----
+    PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type": A has the lanes' order of
+    `two_four.fragments` with all 16 columns kept; B is two registers, rows 0 to 7 and 8 to 15.
+    """
+    total = 8 * len(displacements)
+    kind = types.UniTuple(types.float32, total)
+    signature = kind(kind, types.UniTuple(types.uint32, 4), types.uint32)
+    short = _SHORT[dtype]
+    load = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3}, [$4];"
+    multiply = (
+        f"mma.sync.aligned.m16n8k16.row.col.f32.{short}.{short}.f32 "
+        "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+    )
+    constraint = ",".join(["=f"] * 4 + ["r"] * 6 + ["f"] * 4)
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        packed, values, base = arguments
+        sums = [builder.extract_value(packed, i) for i in range(total)]
+        a = [(_I32, builder.extract_value(values, i)) for i in range(4)]
+        for number, displacement in enumerate(displacements):
+            place = _swizzled(builder, builder.add(base, ir.Constant(_I32, displacement)), mask)
+            loaded = _asm(builder, ir.LiteralStructType([_I32] * 4), load, "=r,=r,=r,=r,r,~{memory}", [(_I32, place)])
+            for eight in range(2):
+                at = number * 8 + eight * 4
+                b = [(_I32, builder.extract_value(loaded, 2 * eight + half)) for half in range(2)]
+                c = [(_F32, sums[at + i]) for i in range(4)]
+                made = _asm(builder, ir.LiteralStructType([_F32] * 4), multiply, constraint, [*a, *b, *c])
+                sums[at : at + 4] = [builder.extract_value(made, i) for i in range(4)]
+        return context.make_tuple(builder, kind, sums)
+
+    return _intrinsic_of_arity(3, signature, generate)
+
+
+def decode_bytes(words: int) -> Any:
+    """Intrinsic ``(codes, table) -> values``: the 16-bit value of every byte, the lowest of a word first.
+
+    ``codes`` are so many words; ``values`` twice as many, with two values each.  ``table`` is the shared address of the
+    16-bit values that bytes stand for.
+    """
+    kind, made = types.UniTuple(types.uint32, words), types.UniTuple(types.uint32, 2 * words)
+    text = (
+        "{ .reg .b32 a, b; .reg .b16 x, y; bfe.u32 a, $1, $3, 8; bfe.u32 b, $1, $4, 8; mad.lo.u32 a, a, 2, $2; "
+        "mad.lo.u32 b, b, 2, $2; ld.shared.b16 x, [a]; ld.shared.b16 y, [b]; mov.b32 $0, {x, y}; }"
+    )
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        codes, table = arguments
+        values = []
+        for i in range(2 * words):
+            word, low = builder.extract_value(codes, i // 2), 16 * (i % 2)
+            shifts = [(_I32, ir.Constant(_I32, low + s)) for s in (0, 8)]
+            values.append(_asm(builder, _I32, text, "=r,r,r,n,n", [(_I32, word), (_I32, table), *shifts]))
+        return context.make_tuple(builder, made, values)
+
+    return _intrinsic_of_arity(2, made(kind, types.uint32), generate)
+
+
+def _swizzled(builder: ir.IRBuilder, address: ir.Value, mask: int) -> ir.Value:
+    """Where shared memory holds what has a linear address: see `Swizzle`."""
+    if not mask:
+        return address
+    moved = builder.and_(builder.lshr(address, ir.Constant(_I32, 3)), ir.Constant(_I32, mask))
+    return builder.xor(address, moved)
 
 
 def store_fragments(
@@ -838,12 +919,12 @@ def store_finished_fragments(
     strides: tuple[int, int, int, int],
     limits: tuple[int, int, int],
 ) -> Any:
-    """Intrinsic ``(sums, y, residual, rows, bias, oy, ox, n) -> void``: finish the sums of tensor cores and store.
+    """Intrinsic ``(sums, y, residual, rows, bias, scale, oy, ox, n) -> void``: finish sums of tensor cores and store.
 
     As `store_fragments`, but 16 bytes at once: four lanes trade their pairs of n of four eights, so that each has
     one eight.  There is a place for each four eights, that of this lane's eight (``oy``, ``ox`` and ``n`` may depend
     on the lane), at a multiple of 16 bytes.  An eight is written or not as a whole.  What is written is as in
-    `store_rows`, without a factor; ``bias`` are the float32 of the two rows.
+    `store_rows`; ``bias`` and ``scale`` are the float32 of the two rows.
 
     Parameters
     ----------
@@ -852,12 +933,13 @@ def store_finished_fragments(
     """
     kind = types.UniTuple(types.float32, 16 * len(places))
     two, both = types.UniTuple(types.int32, 2), types.UniTuple(types.float32, 2)
-    signature = types.void(kind, _G, _G, two, both, types.int32, types.int32, types.int32)
+    signature = types.void(kind, _G, _G, two, both, both, types.int32, types.int32, types.int32)
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-        packed, y, extra, numbers, bias, *origin = arguments
+        packed, y, extra, numbers, bias, scale, *origin = arguments
         rows = _two_rows(builder, numbers, strides[0])
         shifts = [builder.extract_value(bias, half) if finish.bias else None for half in range(2)]
+        factors = [builder.extract_value(scale, half) if finish.scaled else None for half in range(2)]
         lane = _asm(builder, _I32, "mov.u32 $0, %laneid;", "=r", [])
         for i, place in enumerate(places):
             inside = _all_under(builder, origin, place, limits)
@@ -872,7 +954,7 @@ def store_finished_fragments(
                 for j in range(4):
                     sums = [builder.extract_value(packed, 16 * i + 4 * j + 2 * half + v) for v in range(2)]
                     ready = [
-                        finish.apply(builder, value, None, shifts[half], added[2 * j + v])
+                        finish.apply(builder, value, factors[half], shifts[half], added[2 * j + v])
                         for v, value in enumerate(sums)
                     ]
                     words.append(_narrow_pair(builder, ready, dtype))
@@ -882,7 +964,7 @@ def store_finished_fragments(
                     _asm(builder, _VOID, "st.global.v4.b32 [$0], {$1, $2, $3, $4};", "l,r,r,r,r,~{memory}", operands)
         return context.get_dummy_value()
 
-    return _intrinsic_of_arity(8, signature, generate)
+    return _intrinsic_of_arity(9, signature, generate)
 
 
 def _two_rows(builder: ir.IRBuilder, numbers: ir.Value, stride: int) -> list[tuple[Any, Any]]:

@@ -15,6 +15,7 @@ from numbasparse.kernels.cpu_direct import CpuDirect
 from numbasparse.kernels.cpu_pointwise import CpuPointwise
 from numbasparse.kernels.cuda_dense import CudaDense
 from numbasparse.kernels.cuda_direct import CudaDirect
+from numbasparse.kernels.cuda_mma import CudaMma
 from numbasparse.kernels.cuda_simple import CudaSimple
 from numbasparse.kernels.cuda_wgmma import CudaWgmma
 from numbasparse.kernels.dense import Dense
@@ -40,6 +41,7 @@ _TABLE: tuple[Kernel, ...] = (
     CudaDirect(),
     CudaSimple(),
     CudaWgmma(),
+    CudaMma(),
     CudaDense(),
 )
 KERNELS: dict[str, Kernel] = {k.name: k for k in _TABLE}

@@ -49,7 +49,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import gcd
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -57,12 +57,11 @@ from numbasparse.activations import Activation
 from numbasparse.kernels import cuda_reduce
 from numbasparse.kernels.base import Config, ConfigError, CudaKernel, CudaRunner, Space, check_fields
 from numbasparse.kernels.cpu_rows import coordinates
+from numbasparse.kernels.cuda_fragments import device_function
+from numbasparse.kernels.cuda_packed import Finish, PackedRunner, Size
 from numbasparse.runtime import cuda, layouts
 from numbasparse.spec import ConvSpec
 from numbasparse.weight import SparseWeight
-
-if TYPE_CHECKING:
-    import torch
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _LAST, _EMPTY = 1 << 31, 1 << 30
@@ -453,7 +452,7 @@ def _ring_code(shape: _Shape) -> Callable[..., None]:
             else:
                 ptx.copy_box(to, origin, i32(left), i32(top), c, i32(image), full)
 
-    order = _device_function(order)
+    order = device_function(order)
 
     def cuda_direct(y, residual, bias, scale, table, codebook, streams, step_table, steps):  # type: ignore[no-untyped-def]
         base = i64(shared_base())
@@ -541,7 +540,7 @@ def _threads_code(shape: _Shape) -> Callable[..., None]:
                     where = x + i64(c) * plane + (i64(place) if place >= 0 else i64(0))
                     copy(u32(stage + j * channel_bytes + piece_bytes * v), i64(where), inside)
 
-    fill = _device_function(fill)
+    fill = device_function(fill)
 
     def cuda_direct(x, y, residual, bias, scale, table, codebook, streams, step_table, steps):  # type: ignore[no-untyped-def]
         base = i64(shared_base())
@@ -580,10 +579,6 @@ def _threads_code(shape: _Shape) -> Callable[..., None]:
     return cuda_direct
 
 
-def _device_function(function: Callable[..., Any]) -> Any:
-    return cuda.numba_cuda().jit(device=True, inline=True)(function)
-
-
 def _gather(shape: _Shape) -> Any:
     from numbasparse.codegen import ptx
 
@@ -611,7 +606,7 @@ def _locate(shape: _Shape) -> Any:
         count = max(0, min(each, steps - first))
         return block, image, tile // across * step_y - pad_y, tile % across * step_x - pad_x, first, count
 
-    return _device_function(locate)
+    return device_function(locate)
 
 
 def _own_place(shape: _Shape) -> Any:
@@ -627,7 +622,7 @@ def _own_place(shape: _Shape) -> Any:
         y = part * part_h + p // pixels_x
         return (y * sh * patch_w + p % pixels_x * sw) * pixel + lead_bytes + n * vector_bytes
 
-    return _device_function(own_place)
+    return device_function(own_place)
 
 
 def _plane_bytes(shape: _Shape) -> int:
@@ -653,7 +648,7 @@ def _source(shape: _Shape) -> Any:
             return (y * w + x) * n * size + within
         return image * c * h * w * size + (y * w + x) * size
 
-    return _device_function(source)
+    return device_function(source)
 
 
 def _finish(shape: _Shape) -> Any:
@@ -693,7 +688,7 @@ def _finish(shape: _Shape) -> Any:
         own = table + (block * warps + warp % warps) * i64(4 * rows)
         store(sums, y + at, residual + at, bias, scale, own, i32(oy), i32(ox))
 
-    return _device_function(finish)
+    return device_function(finish)
 
 
 @functools.cache
@@ -790,96 +785,31 @@ def _packed_shape(
     return packed, make
 
 
-class _Runner(CudaRunner):
+class _Runner(PackedRunner):
     def __init__(self, spec: ConvSpec, weight: SparseWeight, config: Config, activation: Activation) -> None:
-        import torch
-
-        packed, self._make = _packed_shape(spec, weight, config, activation)
-        device = cuda.current()
-        self._spec, self._steps, self._capability = spec, packed.steps, device.capability
-        self._dtype = getattr(torch, spec.dtype)
-        self.takes = self.gives = "CHWN" if int(config["batch"]) > 1 else "NCHW"
-        out = spec.n * spec.k * spec.out_h * spec.out_w
-        self.workspace = 4 * int(config["split"]) * out if int(config["split"]) > 1 else 0
-        where = torch.device("cuda", device.index)
-        scale = np.ones(1) if weight.levels is None else np.broadcast_to(weight.levels.scale, spec.k)
-        arrays = (packed.streams, packed.steps_table, packed.rows, _table(weight), scale.astype(np.float32))
-        self._arrays = [torch.from_numpy(np.ascontiguousarray(a)).to(where) for a in arrays]
-        self._zero_bias = torch.zeros(spec.k, dtype=torch.float32, device=where)
-        self.nbytes = sum(a.nbytes for a in (*self._arrays, self._zero_bias))
-        self._functions: dict[bool, tuple[_Shape, cuda.Function, cuda.Function | None]] = {}
-        self._maps: dict[int, cuda.TensorMap] = {}
-        self._x_strides = layouts.strides(spec.x_shape, self.takes)
-        self._y_strides = layouts.strides(spec.out_shape, self.gives)
-        self._pointers = tuple(a.data_ptr() for a in self._arrays)
-        self._zero_address = self._zero_bias.data_ptr()
-        self._device = where
-        shape = self._make()
-        self._grid, self._shared = shape.grid, shape.shared_bytes
-        self._reduce_grid = cuda_reduce.grid(spec)
-        self.functions = tuple(f for f in self._load(False)[1:] if f is not None)
-
-    def _load(self, residual: bool) -> tuple[_Shape, cuda.Function, cuda.Function | None]:
-        found = self._functions.get(residual)
-        if found is None:
-            shape = self._make(residual=residual)
-            main, reduce = _compile(shape, self._capability)
-            found = shape, cuda.load(main), None if reduce is None else cuda.load(reduce)
-            self._functions[residual] = found
-        return found
-
-    def apply(
-        self,
-        x: torch.Tensor,
-        bias: torch.Tensor | None,
-        residual: torch.Tensor | None = None,
-        out_layout: layouts.Layout | None = None,
-    ) -> torch.Tensor:
-        import torch
-
-        shape, main, reduce = self._load(residual is not None)
-        spec = self._spec
-        # What torch is not asked for costs nothing: its calls take longer than a launch.
-        if x.stride() != self._x_strides:
-            x = layouts.to_layout(x, self.takes)
-        x_address = x.data_ptr()
-        if x_address % 16:
-            x = x.clone(memory_format=torch.preserve_format)
-            x_address = x.data_ptr()
-        added = None if residual is None else layouts.to_layout(residual, self.gives)
-        y = torch.empty_strided(spec.out_shape, self._y_strides, dtype=self._dtype, device=self._device)
-        y_address = target = y.data_ptr()
-        if reduce is not None:
-            parts = torch.empty(self.workspace // 4, dtype=torch.float32, device=self._device)
-            target = parts.data_ptr()
-        streams, steps_table, rows, table, scale = self._pointers
-        finish = (
-            0 if added is None else added.data_ptr(),
-            self._zero_address if bias is None else bias.data_ptr(),
-            scale,
+        packed, make = _packed_shape(spec, weight, config, activation)
+        self._steps = packed.steps
+        scale = np.ones(1) if weight.levels is None else weight.levels.scale
+        super().__init__(
+            spec,
+            (packed.streams, packed.steps_table, packed.rows, _table(weight)),
+            "CHWN" if int(config["batch"]) > 1 else "NCHW",
+            int(config["split"]),
+            make,
+            _compile,
+            np.broadcast_to(scale, spec.k),
         )
-        stream = cuda.current_stream()
-        arguments = (target, *finish, rows, table, streams, steps_table, self._steps)
+
+    def _size(self, shape: _Shape) -> Size:
+        return shape.grid, shape.threads, shape.shared_bytes
+
+    def _start(self, main: cuda.Function, shape: _Shape, size: Size, x: int, finish: Finish, stream: int) -> None:
+        streams, steps_table, rows, table = self._pointers
+        arguments = (*finish, rows, table, streams, steps_table, self._steps)
         if shape.copy == "box":
-            tensor_map = self._map(shape, x_address)
-            main.launch(self._grid, shape.threads, self._shared, stream, arguments, tensor_map=tensor_map)
+            main.launch(*size, stream, arguments, tensor_map=self._map(x, functools.partial(_tensor_map, shape)))
         else:
-            main.launch(self._grid, shape.threads, self._shared, stream, (x_address, *arguments))
-        if reduce is not None:
-            reduce.launch(self._reduce_grid, cuda_reduce.THREADS, 0, stream, (y_address, *finish, target))
-        return y if out_layout is None or out_layout == self.gives else layouts.to_layout(y, out_layout)
-
-    def _map(self, shape: _Shape, address: int) -> cuda.TensorMap:
-        """The map of an input: kept, since torch's allocator gives the same few addresses again and again."""
-        found = self._maps.get(address)
-        if found is None:
-            if len(self._maps) >= _MAPS:
-                self._maps.clear()
-            found = self._maps[address] = _tensor_map(shape, address)
-        return found
-
-
-_MAPS = 256
+            main.launch(*size, stream, (x, *arguments))
 
 
 def _tensor_map(shape: _Shape, address: int) -> cuda.TensorMap:

@@ -50,21 +50,19 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil, exp
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from numbasparse.activations import Activation
-from numbasparse.kernels import cuda_reduce, two_four
+from numbasparse.kernels import cuda_fragments, cuda_reduce, two_four
 from numbasparse.kernels.base import Config, CudaKernel, CudaRunner, Space, check_fields
+from numbasparse.kernels.cuda_fragments import device_function, reason_values
+from numbasparse.kernels.cuda_packed import Finish, PackedRunner, Size
 from numbasparse.runtime import cuda, layouts
 from numbasparse.spec import ConvSpec
 from numbasparse.weight import SparseWeight
 
-if TYPE_CHECKING:
-    import torch
-
-_DTYPES = ("float16", "bfloat16")
 _REGISTERS = 255
 """Of a thread, of which a multiprocessor has enough for 256."""
 _WINDOW = 0x3FFFF
@@ -456,7 +454,7 @@ def _code(shape: _Shape) -> Callable[..., None]:
         while work < works:
             sums = zeros()
             block, part, first_image, oy, ox, _, _ = locate(work)
-            numbers = numbers_of(rows, block, warp, lane)
+            numbers = numbers_of(rows, block * i64(two_four.ROWS) + warp * 16, lane)
             for _ in range(jobs_of(ranges, work)[1]):
                 following = load_job(job)
                 ptx.mbarrier_wait(u32(base + 8 * slot), phase)
@@ -475,7 +473,7 @@ def _code(shape: _Shape) -> Callable[..., None]:
                 if slot == i32(stages):
                     slot = i32(0)
                     phase ^= i32(1)
-            finish(sums, y, residual, bias, numbers, part, first_image, oy + group * own_lines, ox, lane)
+            finish(sums, y, residual, bias, bias, numbers, part, first_image, oy + group * own_lines, ox, lane)
             work += step
         # A block ends when all of its cluster have got their last tile.
         if cluster > 1:
@@ -499,7 +497,7 @@ def _cursor(shape: _Shape) -> tuple[Any, Any]:
         own = ranges + (work % blocks * split + work // blocks % split) * i64(8)
         return ptx.load_global_i32(i64(own)), ptx.load_global_i32(i64(own + 4))
 
-    jobs_of = _device_function(jobs_of)
+    jobs_of = device_function(jobs_of)
 
     def advance(jobs, ranges, job, left, work, step, origin):  # type: ignore[no-untyped-def]
         """The next job, how many follow it for its output tile, the tile, and image, row and column of its input.
@@ -523,7 +521,7 @@ def _cursor(shape: _Shape) -> tuple[Any, Any]:
             origin = (image, top, start)
         return job, left, work, origin
 
-    return jobs_of, _device_function(advance)
+    return jobs_of, device_function(advance)
 
 
 def _copies(shape: _Shape) -> tuple[Any, Any]:
@@ -554,7 +552,7 @@ def _copies(shape: _Shape) -> tuple[Any, Any]:
         else:
             ptx.copy_box(stage, tensor_map, image, channel, left, top, full)
 
-    copy_weight, copy_tile = _device_function(copy_weight), _device_function(copy_tile)
+    copy_weight, copy_tile = device_function(copy_weight), device_function(copy_tile)
 
     def copy_first(base, slot, blobs, job, origin):  # type: ignore[no-untyped-def]
         copy_weight(base, slot, blobs, job)
@@ -576,7 +574,7 @@ def _copies(shape: _Shape) -> tuple[Any, Any]:
             copy_tile(base, slot, channel, origin)
         copy_weight(base, slot, blobs, job)
 
-    return _device_function(copy_first), _device_function(copy_next)
+    return device_function(copy_first), device_function(copy_next)
 
 
 def _compute(shape: _Shape) -> Any:
@@ -596,7 +594,7 @@ def _compute(shape: _Shape) -> Any:
         """The weight of a step for one thread, and its word."""
         return load_four(u32(unit + values)), load_one(u32(unit + metadata)), i32(load_one(u32(unit + _WORD)))
 
-    load = _device_function(load)
+    load = device_function(load)
 
     def step(sums, weight, operand, following, values, metadata):  # type: ignore[no-untyped-def]
         """Order a step, and read the weight of one that follows."""
@@ -605,7 +603,7 @@ def _compute(shape: _Shape) -> Any:
         wait_two()
         return sums, loaded
 
-    step = _device_function(step)
+    step = device_function(step)
 
     def compute(sums, stage, group, within, warp, lane):  # type: ignore[no-untyped-def]
         values, metadata = within * 16, _METADATA + ((warp * 8 + (lane >> 2)) * 2 + (lane & 1)) * 4
@@ -639,11 +637,7 @@ def _compute(shape: _Shape) -> Any:
         sums = settle(sums)
         return leftover(sums, i32(chunks), own, fetched, rest, within, warp, lane)
 
-    return _device_function(compute)
-
-
-def _device_function(function: Callable[..., Any]) -> Any:
-    return cuda.numba_cuda().jit(device=True, inline=True)(function)
+    return device_function(compute)
 
 
 def _locate(shape: _Shape) -> Any:
@@ -662,7 +656,7 @@ def _locate(shape: _Shape) -> Any:
         image = pixels // (across * down) * batch
         return work % blocks, work // blocks % split, image, oy, ox, oy * sh - pad_y, ox * sw - pad_x
 
-    return _device_function(locate)
+    return device_function(locate)
 
 
 def _multiply(shape: _Shape) -> Any:
@@ -685,7 +679,7 @@ def _multiply(shape: _Shape) -> Any:
             return wgmma(sums, values, metadata, u32(low), u32(high + distance))
         return wgmma(sums, values, metadata, u32(low + (distance << 16)), u32(high))
 
-    return _device_function(multiply)
+    return device_function(multiply)
 
 
 def _leftover(shape: _Shape) -> tuple[Any, Any]:
@@ -711,7 +705,7 @@ def _leftover(shape: _Shape) -> tuple[Any, Any]:
         offset = load_one(u32(chunk + _OFFSETS + (warp * 8 + (lane & 7)) * 4))
         return load_two(u32(chunk + within * 8)), offset
 
-    fetch = _device_function(fetch)
+    fetch = device_function(fetch)
 
     def leftover(sums, count, own, fetched, chunk, within, warp, lane):  # type: ignore[no-untyped-def]
         eight = lane >> 3
@@ -723,51 +717,13 @@ def _leftover(shape: _Shape) -> tuple[Any, Any]:
             fetched = following
         return sums
 
-    return _device_function(leftover), fetch
+    return device_function(leftover), fetch
 
 
 def _finish(shape: _Shape) -> tuple[Any, Any]:
-    """Device functions: the output channels of a thread's two rows; and what finishes and stores the sums of a
-    warpgroup, or stores them for `cuda_reduce`.
-    """
-    from numba import types
-
-    from numbasparse.codegen import ptx
-
-    g, spec, split = shape.geometry, shape.spec, shape.split
-    i32, i64 = types.int32, types.int64
-    size = 4 if split > 1 else 2
-    plane = spec.out_h * spec.out_w * spec.n * size
-    strides = (plane, spec.out_w * spec.n * size, spec.n * size, size)
-    limits = (spec.out_h, spec.out_w, spec.n)
-    # For parts of a split a lane stores pairs of n, else every fourth eight of them.
-    each = 8 if split > 1 else 32
-    places = [(i, n // g.batch, n % g.batch) for i in range(g.rows) for n in range(0, g.n, each)]
-    store_parts = ptx.store_fragments(places, strides, limits) if split > 1 else None
-    last = ptx.Finish(bias=True, scaled=False, residual=shape.residual, activation=shape.activation)
-    store = ptx.store_finished_fragments(places, spec.dtype, last, strides, limits) if split == 1 else None
-    total, row_bytes, pixel_bytes, eights = plane * spec.k, strides[1], strides[2], g.batch // 8
-
-    load_one = ptx.load_words("global", 1)
-
-    def numbers_of(rows, block, warp, lane):  # type: ignore[no-untyped-def]
-        own = rows + (block * i64(two_four.ROWS) + warp * 16 + (lane >> 2)) * 4
-        return i32(load_one(i64(own))), i32(load_one(i64(own + 32)))
-
-    def finish(sums, y, residual, bias, numbers, part, image, oy, ox, lane):  # type: ignore[no-untyped-def]
-        quarter = lane & 3
-        if split > 1:
-            n = image + 2 * quarter
-            at = i64(oy) * row_bytes + i64(ox) * pixel_bytes + n * i64(size) + part * i64(total)
-            store_parts(sums, i64(y + at), numbers, i32(oy), i32(ox), i32(n))
-        else:
-            x, n = ox + quarter // eights, image + quarter % eights * 8
-            at = i64(oy) * row_bytes + i64(x) * pixel_bytes + n * i64(size)
-            first = ptx.load_global_f32(i64(bias + max(numbers[0], 0) * i64(4)))
-            second = ptx.load_global_f32(i64(bias + max(numbers[1], 0) * i64(4)))
-            store(sums, i64(y + at), i64(residual + at), numbers, (first, second), i32(oy), i32(x), i32(n))
-
-    return _device_function(numbers_of), _device_function(finish)
+    """Device functions for the sums of a warpgroup: see `cuda_fragments.finish`."""
+    g = shape.geometry
+    return cuda_fragments.finish(shape.spec, g.rows, g.tile_w, g.batch, shape.split, shape.residual, shape.activation)
 
 
 @functools.cache
@@ -801,93 +757,20 @@ def _shape(spec: ConvSpec, config: Config, density: float, activation: str = "no
 # ---- the kernel ---------------------------------------------------------------------------------------------
 
 
-class _Runner(CudaRunner):
-    takes = gives = "CHWN"
-
+class _Runner(PackedRunner):
     def __init__(self, spec: ConvSpec, weight: SparseWeight, config: Config, activation: Activation) -> None:
-        import torch
-
         packed = pack(spec, weight, config)
-        device = cuda.current()
-        self._make = functools.partial(_shape, spec, config, weight.density, activation)
-        self._spec, self._capability, self._facts = spec, device.capability, device
-        self._device = torch.device("cuda", device.index)
-        self._dtype = getattr(torch, spec.dtype)
-        out = spec.n * spec.k * spec.out_h * spec.out_w
-        self.workspace = 4 * int(config["split"]) * out if int(config["split"]) > 1 else 0
+        make = functools.partial(_shape, spec, config, weight.density, activation)
         arrays = (packed.rows, packed.blobs, packed.jobs, packed.ranges)
-        self._arrays = [torch.from_numpy(np.ascontiguousarray(a)).to(self._device) for a in arrays]
-        self._zero_bias = torch.zeros(spec.k, dtype=torch.float32, device=self._device)
-        self.nbytes = sum(a.nbytes for a in (*self._arrays, self._zero_bias))
-        self._functions: dict[bool, tuple[_Shape, cuda.Function, cuda.Function | None]] = {}
-        self._maps: dict[int, cuda.TensorMap] = {}
-        self._x_strides = layouts.strides(spec.x_shape, "CHWN")
-        self._y_strides = layouts.strides(spec.out_shape, "CHWN")
-        self._pointers = tuple(a.data_ptr() for a in self._arrays)
-        self.functions = tuple(f for f in self._load(False)[1:] if f is not None)
+        super().__init__(spec, arrays, "CHWN", int(config["split"]), make, _compile)
 
-    def _load(self, residual: bool) -> tuple[_Shape, cuda.Function, cuda.Function | None]:
-        found = self._functions.get(residual)
-        if found is None:
-            shape = self._make(residual=residual)
-            main, reduce = _compile(shape, self._capability)
-            found = shape, cuda.load(main), None if reduce is None else cuda.load(reduce)
-            self._functions[residual] = found
-        return found
+    def _size(self, shape: _Shape) -> Size:
+        return shape.grid(self._facts), shape.threads, shape.shared_bytes
 
-    def apply(
-        self,
-        x: torch.Tensor,
-        bias: torch.Tensor | None,
-        residual: torch.Tensor | None = None,
-        out_layout: layouts.Layout | None = None,
-    ) -> torch.Tensor:
-        import torch
-
-        shape, main, reduce = self._load(residual is not None)
-        spec = self._spec
-        if x.stride() != self._x_strides:
-            x = layouts.to_layout(x, "CHWN")
-        x_address = x.data_ptr()
-        if x_address % 16:
-            x = x.clone(memory_format=torch.preserve_format)
-            x_address = x.data_ptr()
-        added = None if residual is None else layouts.to_layout(residual, "CHWN")
-        if added is not None and added.data_ptr() % 16:
-            added = added.clone(memory_format=torch.preserve_format)
-        y = torch.empty_strided(spec.out_shape, self._y_strides, dtype=self._dtype, device=self._device)
-        y_address = target = y.data_ptr()
-        if reduce is not None:
-            parts = torch.empty(self.workspace // 4, dtype=torch.float32, device=self._device)
-            target = parts.data_ptr()
-        bias_address = (self._zero_bias if bias is None else bias).data_ptr()
-        finish = (0 if added is None else added.data_ptr(), bias_address)
-        stream = cuda.current_stream()
-        main.launch(
-            shape.grid(self._facts),
-            shape.threads,
-            shape.shared_bytes,
-            stream,
-            (target, *finish, *self._pointers),
-            cluster=shape.cluster,
-            tensor_map=self._map(shape, x_address),
-        )
-        if reduce is not None:
-            arguments = (y_address, *finish, 0, target)
-            reduce.launch(cuda_reduce.grid(spec), cuda_reduce.THREADS, 0, stream, arguments)
-        return y if out_layout is None or out_layout == "CHWN" else layouts.to_layout(y, out_layout)
-
-    def _map(self, shape: _Shape, address: int) -> cuda.TensorMap:
-        """The map of an input: kept, since torch's allocator gives the same few addresses again and again."""
-        found = self._maps.get(address)
-        if found is None:
-            if len(self._maps) >= _MAPS:
-                self._maps.clear()
-            found = self._maps[address] = _tensor_map(shape, address)
-        return found
-
-
-_MAPS = 256
+    def _start(self, main: cuda.Function, shape: _Shape, size: Size, x: int, finish: Finish, stream: int) -> None:
+        tensor_map = self._map(x, functools.partial(_tensor_map, shape))
+        arguments = (*finish[:3], *self._pointers)
+        main.launch(*size, stream, arguments, cluster=shape.cluster, tensor_map=tensor_map)
 
 
 def _tensor_map(shape: _Shape, address: int) -> cuda.TensorMap:
@@ -905,16 +788,12 @@ class CudaWgmma(CudaKernel):
     version = 2
 
     def supports(self, spec: ConvSpec, weight: SparseWeight) -> str | None:
-        if spec.dtype not in _DTYPES:
-            return f"activations must be of {' or '.join(_DTYPES)}, got {spec.dtype}"
         capability = cuda.current().capability
         if capability != (9, 0):
             return f"its instructions exist on compute capability 9.0 only, this GPU is {capability[0]}.{capability[1]}"
         if spec.n % 8:
             return f"the copy engine needs a batch of a multiple of 8, got {spec.n}"
-        if spec.dtype == "float16" and weight.nnz and float(np.abs(weight.data).max()) >= _FLOAT16_LIMIT:
-            return f"a weight of {float(np.abs(weight.data).max()):g} is too large for float16"
-        return None
+        return reason_values(spec, weight)
 
     def space(self, spec: ConvSpec, weight: SparseWeight, threads: int) -> Space:
         return {
@@ -962,8 +841,6 @@ class CudaWgmma(CudaKernel):
         return _Runner(spec, weight, config, activation)
 
 
-_FLOAT16_LIMIT = 65520.0
-"""The least value that float16 rounds to infinity."""
 _FIELDS: dict[str, Any] = {
     "batch": (8, 64),
     "tile": (),

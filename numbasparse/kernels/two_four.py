@@ -73,11 +73,15 @@ def fragments(values: NDArray[np.float32], dtype: str) -> NDArray[np.uint32]:
         (registers 0 and 1) the kept columns 2 (l % 4) and the next, in registers 2 and 3 those plus 8; the lower half
         of a register has the lower column.  Without the last two, that is matrix A of ``mma.m16n8k8``.
     """
-    halves = narrow(values, dtype)
+    return lanes(narrow(values, dtype)).view(np.uint32)
+
+
+def lanes(values: NDArray[Any]) -> NDArray[Any]:
+    """What each of 128 threads holds of values (steps, 64, 16) or (chunks, 64, 8), in the order of `fragments`."""
     eights = values.shape[2] // 8
     # (warp, row half, row, column half, column pair, two) -> (warp, row, column pair, column half, row half, two)
-    parts = halves.reshape(-1, 4, 2, 8, eights, 4, 2).transpose(0, 1, 3, 5, 4, 2, 6)
-    return np.ascontiguousarray(parts).view(np.uint32).reshape(-1, 128, 2 * eights)
+    parts = values.reshape(-1, 4, 2, 8, eights, 4, 2).transpose(0, 1, 3, 5, 4, 2, 6)
+    return np.ascontiguousarray(parts).reshape(-1, 128, 4 * eights)
 
 
 def narrow(values: NDArray[np.float32], dtype: str) -> NDArray[np.uint16]:
@@ -105,19 +109,21 @@ def places(metadata: NDArray[np.uint32]) -> NDArray[np.int64]:
 # ---- rows ---------------------------------------------------------------------------------------------------
 
 
-def order_rows(indptr: NDArray[np.int32], indices: NDArray[np.int32], width: int) -> NDArray[np.int32]:
-    """Rows of a CSR matrix in blocks of 64 that have many empty columns: (blocks, 64), -1 where there is no row.
+def order_rows(
+    indptr: NDArray[np.int32], indices: NDArray[np.int32], width: int, rows: int = ROWS
+) -> NDArray[np.int32]:
+    """Rows of a CSR matrix in blocks that have many empty columns: (blocks, rows), -1 where there is no row.
 
     Rows without non-zeros come last.  A block starts with the fullest row left, and takes the row that adds the
     fewest columns to it, the lower number first.
     """
-    order = _compiled(_order_rows)(indptr, indices, width)
-    blocks = np.full(-(-len(order) // ROWS) * ROWS, -1, np.int32)
+    order = compiled(_order_rows)(indptr, indices, width, rows)
+    blocks = np.full(-(-len(order) // rows) * rows, -1, np.int32)
     blocks[: len(order)] = order
-    return blocks.reshape(-1, ROWS)
+    return blocks.reshape(-1, rows)
 
 
-def _order_rows(indptr: Any, indices: Any, width: int) -> Any:
+def _order_rows(indptr: Any, indices: Any, width: int, rows: int) -> Any:
     count = len(indptr) - 1
     words = (width + 63) // 64
     bits = np.zeros((count, words), np.uint64)
@@ -129,7 +135,7 @@ def _order_rows(indptr: Any, indices: Any, width: int) -> Any:
     union = np.zeros(words, np.uint64)
     for place in range(count):
         best, best_score = -1, -1
-        if place % ROWS == 0:
+        if place % rows == 0:
             union[:] = 0
             for row in range(count):
                 size = indptr[row + 1] - indptr[row]
@@ -185,13 +191,13 @@ def gather_steps(
         Quads need no more places than columns where few rows meet: on random masks, 0-1 % extra at 90 % zeros.  Two
         columns always fit, so at most twice the places are needed, and then dense tensor cores are as fast.
     """
-    first, columns, needed, made = _compiled(_gather)(indptr, indices, width, blocks, most_extra)
+    first, columns, needed, made = compiled(_gather)(indptr, indices, width, blocks, most_extra)
     if made < 0:
         return (
             f"no order of the columns puts the mask into 2:4 form with at most {100 * most_extra:.0f} % extra columns "
             f"({needed} columns of 64-row blocks are needed): it has too few zeros, use a dense kernel"
         )
-    values, metadata = _compiled(_fill_gathered)(indptr, indices, data, width, blocks, first, columns)
+    values, metadata = compiled(_fill_gathered)(indptr, indices, data, width, blocks, first, columns)
     return Steps(first, columns.reshape(-1, STEP), values, metadata)
 
 
@@ -339,11 +345,11 @@ def cover_steps(
         rest, or the octet is taken twice, whichever is less work for a part: a chunk of the rest takes about as long
         as a step.  Four values are two and two, so there are at most twice as many steps as without zeros.
     """
-    order, starts = _compiled(_sort)(part * octets + octet, parts * octets)
+    order, starts = compiled(_sort)(part * octets + octet, parts * octets)
     row, place, data = (np.ascontiguousarray(a[order]) for a in (row, place, data))
-    first, columns, rest_first, rest_columns, column_of = _compiled(_cover)(starts, row, place, parts, octets)
+    first, columns, rest_first, rest_columns, column_of = compiled(_cover)(starts, row, place, parts, octets)
     arrays = (starts, row, place, data, octets, first, columns, column_of)
-    values, metadata, rest_values = _compiled(_fill_covered)(*arrays, rest_first)
+    values, metadata, rest_values = compiled(_fill_covered)(*arrays, rest_first)
     return Steps(first, columns, values, metadata), Rest(rest_first, rest_columns, rest_values)
 
 
@@ -623,7 +629,7 @@ _HELPERS = ("_empty", "_keep", "_finish", "_pick", "_run", "_leave", "_deal", "_
 
 
 @functools.cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function compiled by numba, which is loaded when it is first needed."""
     import numba
 
