@@ -38,7 +38,7 @@ from autotune.measure import measure
 from autotune.space import Candidate, LayerProblem
 from numbasparse import ConvSpec, SparseWeight
 from numbasparse.kernels import Config, cuda_mma, cuda_wgmma, kernel
-from numbasparse.quantization import CodebookQuantization
+from numbasparse.quantization import LinearQuantization
 from numbasparse.runtime import cuda
 
 NAME, GATHERING = "cuda_wgmma", "cuda_mma"
@@ -46,7 +46,7 @@ TARGET = Case((3, 256, 56, 256), 32, "float16")
 """The layer of the profile."""
 RACED, SUGGESTED, BEST_FEW = 5, 1, 2
 """Configs measured at 90 % zeros; what the kernel suggests for another sparsity; how many of the best stay for it."""
-GATHERED = 5
+GATHERED = 8
 """Configs of cuda_mma measured for each mask."""
 CODED = ("98%", "16x1 90%")
 """Masks whose weights are measured as codes too."""
@@ -243,8 +243,8 @@ def gathered(args: argparse.Namespace) -> None:
 
 
 def add_coded(row: Row, problem: LayerProblem, config: Config, gpu: Any, label: str) -> None:
-    """The same config with weights that are bytes of a codebook."""
-    weight = problem.weight.quantized(CodebookQuantization(8))
+    """The same config with weights that are bytes."""
+    weight = problem.weight.quantized(LinearQuantization(8, granularity="channel"))
     candidate = Candidate(GATHERING, {**config, "entries": "coded"})
     if kernel(GATHERING).check(problem.spec, weight, dict(candidate.config)) is None:
         bench = GpuBench(dataclasses.replace(problem, weight=weight), gpu)

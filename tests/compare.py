@@ -71,8 +71,12 @@ def widened_half(halves: np.ndarray) -> np.ndarray:
 def assert_as_tensor_cores(
     y: np.ndarray, spec: ConvSpec, weight: SparseWeight, x: np.ndarray, bias: np.ndarray | None = None, **rest: Any
 ) -> None:
-    """Compare with the convolution of the rounded operands; products of theirs are exact in float32."""
-    dense, images = rounded(weight.to_dense(), spec.dtype), rounded(x, spec.dtype)
+    """Compare with the convolution of the rounded operands; products of theirs are exact in float32.
+
+    ``exact_weight=True``: the weight's values are not rounded, since their scale comes last, in float32.
+    """
+    images = rounded(x, spec.dtype)
+    dense = weight.to_dense() if rest.get("exact_weight") else rounded(weight.to_dense(), spec.dtype)
     residual = rest.get("residual")
     expected = conv2d_reference(images, dense, bias, spec, rest.get("activation"), residual)
     sizes = (np.abs(images), np.abs(dense), None if bias is None else np.abs(bias))

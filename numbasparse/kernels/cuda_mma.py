@@ -446,54 +446,63 @@ def _code(shape: _Shape) -> Callable[..., None]:
     own_rows = g.part_h * shape.spec.stride[0] * g.patch_w * g.pixel_bytes
     # Lanes from 16 on give the rows of the next eight columns: of the same pixel, or of the next one.
     next_eight = 16 if g.batch > 8 else shape.spec.stride[1] * g.pixel_bytes
-    part_h, table_words = g.part_h, _CODES // 2 if shape.coded else 0
+    part_h, table_words, lane_bytes = g.part_h, _CODES // 2 if shape.coded else 0, 8 if shape.coded else 16
 
     def cuda_mma(x, y, residual, bias, scale, rows, steps, counts, firsts, channels, table):  # type: ignore[no-untyped-def]
-        base = i64(shared_base())
+        # Everything that is not an address in global memory has 32 bits: sums leave few registers.
+        base = i32(shared_base())
         thread = ptx.thread_index()
         warp, lane = thread >> 5, thread & 31
-        group, part = warp % groups, warp // groups
-        block, image, oy, ox, top, left = locate()
-        first = ptx.block_y() * own_jobs
-        count = max(0, min(own_jobs, jobs - first))
-        for v in range(thread, pieces, threads):
+        group, part = i32(warp % groups), i32(warp // groups)
+        block, image, _, _, top, left = locate()
+        first = i32(ptx.block_y() * own_jobs)
+        count = i32(max(0, min(own_jobs, jobs - first)))
+        for v in range(thread, i32(pieces), i32(threads)):
             ptx.store_shared_i32(u32(base + 4 * v), i32(source(v, image, top, left)))
         own_channels = channels + (block * jobs + first) * i64(4 * per_job)
-        for v in range(thread, count * per_job, threads):
+        for v in range(thread, i32(count * per_job), i32(threads)):
             ptx.store_shared_i32(u32(base + channels_at + 4 * v), ptx.load_global_i32(i64(own_channels + 4 * v)))
-        for v in range(thread, table_words, threads):
+        for v in range(thread, i32(table_words), i32(threads)):
             ptx.store_shared_i32(u32(base + table_at + 4 * v), ptx.load_global_i32(i64(table + 4 * v)))
-        numbers = numbers_of(rows, (block * groups + group) * i64(16), lane)
         own_counts = counts + ((block * groups + group) * jobs + first) * i64(4)
         begin = ptx.load_global_i32(i64(firsts + ((block * groups + group) * split + ptx.block_y()) * i64(4)))
-        step = steps + begin * i64(step_bytes)
+        # Of this lane; offsets of rows lie behind the values.
+        step = steps + begin * i64(step_bytes) + lane * i64(lane_bytes)
         w0 = load(step, lane)
         w1 = load(step + step_bytes, lane)
         following = ptx.load_global_i32(i64(own_counts)) if count > 0 else i32(0)
         ptx.barrier()
-        for i in range(stages - 1):
+        for i in range(i32(stages - 1)):
             if i < count:
-                fill(x, base, i, base + stages_at + i * stage_bytes, thread)
+                fill(x, base, i, i32(base + stages_at + i * stage_bytes))
             ptx.copy_commit()
         sums = zeros()
-        own = part * own_rows + (lane >> 4) * next_eight
-        slot = i32(0)
+        own = i32(base + stages_at + part * own_rows + (lane >> 4) * next_eight)
+        stage, filled = i32(0), i32((stages - 1) * stage_bytes)
         for i in range(count):
             # An empty group too: the number of groups tells which stage is there.  When all have come here, nobody
             # reads the stage before any more.
             wait()
             ptx.barrier()
-            ahead = i + stages - 1
-            if ahead < count:
-                before = slot - i32(1) if slot > 0 else i32(stages - 1)
-                fill(x, base, ahead, base + stages_at + before * stage_bytes, thread)
+            if i32(i + stages - 1) < count:
+                fill(x, base, i32(i + stages - 1), i32(base + stages_at + filled))
             ptx.copy_commit()
             remaining = following
-            if i + 1 < count:
-                following = ptx.load_global_i32(i64(own_counts + 4 * (i + 1)))
-            sums, w0, w1, step = compute(sums, w0, w1, step, remaining, base, slot, own, lane)
-            slot = slot + i32(1) if slot < i32(stages - 1) else i32(0)
-        finish(sums, y, residual, bias, scale, numbers, ptx.block_y(), image, oy + part * part_h, ox, lane)
+            own_counts += i64(4)
+            if i32(i + 1) < count:
+                following = ptx.load_global_i32(i64(own_counts))
+            sums, w0, w1, step = compute(sums, w0, w1, step, remaining, base, i32(own + stage))
+            filled = stage
+            stage = i32(stage + stage_bytes)
+            if stage == i32(stages * stage_bytes):
+                stage = i32(0)
+        # Computed again, so that nothing of it takes a register until here.
+        thread = ptx.thread_index()
+        warp, lane = thread >> 5, thread & 31
+        block, image, oy, ox, _, _ = locate()
+        numbers = numbers_of(rows, (block * groups + warp % groups) * i64(16), lane)
+        oy += warp // groups * part_h
+        finish(sums, y, residual, bias, scale, numbers, ptx.block_y(), image, oy, ox, lane)
 
     return cuda_mma
 
@@ -509,8 +518,8 @@ def _load(shape: _Shape) -> Any:
     load_values, load_offset = ptx.load_words("global", words), ptx.load_words("global", 1)
 
     def load(step, lane):  # type: ignore[no-untyped-def]
-        offset = load_offset(i64(step + 32 * 4 * words + (lane & 15) * 4))
-        return load_values(i64(step + lane * (4 * words))), offset
+        offset = load_offset(i64(step + (32 * 4 * words + (lane & 15) * 4 - lane * (4 * words))))
+        return load_values(i64(step)), offset
 
     return device_function(load)
 
@@ -529,17 +538,12 @@ def _compute(shape: _Shape) -> Any:
     ]
     mma = ptx.gathered_mma_deep(displacements, ptx.SWIZZLES[g.pixel_bytes].mask, spec.dtype)
     load, decode = _load(shape), ptx.decode_bytes(2)
-    step_bytes, stages_at, stage_bytes, table_at = (
-        shape.step_bytes,
-        shape.stages_at,
-        shape.stage_bytes,
-        shape.table_at,
-    )
+    step_bytes, table_at = shape.step_bytes, shape.table_at
 
-    def compute(sums, w0, w1, step, remaining, base, slot, own, lane):  # type: ignore[no-untyped-def]
-        start = base + stages_at + slot * stage_bytes + own
+    def compute(sums, w0, w1, step, remaining, base, start):  # type: ignore[no-untyped-def]
+        lane = ptx.thread_index() & 31
         for _ in range(remaining):
-            w2 = load(step + i64(2 * step_bytes), lane)
+            w2 = load(i64(step + 2 * step_bytes), lane)
             values = decode(w0[0], u32(base + table_at)) if coded else w0[0]
             sums = mma(sums, values, u32(start + i32(w0[1])))
             w0, w1 = w1, w2
@@ -561,17 +565,18 @@ def _fill(shape: _Shape) -> Any:
     others, channel_bytes, mask = shape.threads // side, g.channel_bytes, ptx.SWIZZLES[g.pixel_bytes].mask
     plane = spec.h * spec.w * spec.n * 2
 
-    def fill(x, base, number, stage, thread):  # type: ignore[no-untyped-def]
-        numbers = base + channels_at + number * (4 * per_job)
-        for j in range(thread // side, per_job, others):
+    def fill(x, base, number, stage):  # type: ignore[no-untyped-def]
+        thread = ptx.thread_index()
+        numbers = i32(base + channels_at + number * (4 * per_job))
+        for j in range(i32(thread // side), i32(per_job), i32(others)):
             source = x + ptx.load_shared_i32(u32(numbers + 4 * j)) * i64(plane)
-            to = stage + j * channel_bytes
-            for v in range(thread % side, pieces, side):
+            to = i32(stage + j * channel_bytes)
+            for v in range(i32(thread % side), i32(pieces), i32(side)):
                 # -1: the piece lies outside of the image, and is filled with zeros.
                 place = ptx.load_shared_i32(u32(base + 4 * v))
-                linear = to + 16 * v
+                linear = i32(to + 16 * v)
                 target = linear ^ (linear >> 3 & mask)
-                ptx.copy_async_16(u32(target), i64(source + max(place, 0)), i32(16) if place >= 0 else i32(0))
+                ptx.copy_async_16(u32(target), i64(source + max(place, i32(0))), i32(16) if place >= 0 else i32(0))
 
     return device_function(fill)
 
