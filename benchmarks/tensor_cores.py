@@ -46,7 +46,7 @@ TARGET = Case((3, 256, 56, 256), 32, "float16")
 """The layer of the profile."""
 RACED, SUGGESTED, BEST_FEW = 5, 1, 2
 """Configs measured at 90 % zeros; what the kernel suggests for another sparsity; how many of the best stay for it."""
-GATHERED = 8
+GATHERED = 5
 """Configs of cuda_mma measured for each mask."""
 CODED = ("98%", "16x1 90%")
 """Masks whose weights are measured as codes too."""

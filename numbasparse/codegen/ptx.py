@@ -423,6 +423,10 @@ class Finish:
         return _activated(builder, value, self.activation)
 
 
+_AT_ONCE, _ROWS_AT_ONCE = 16, 4
+"""Residuals of a thread that are loaded one behind another, and rows whose bias is."""
+
+
 def store_rows(
     rows: int,
     displacements: Sequence[tuple[int, int]],
@@ -459,53 +463,81 @@ def store_rows(
             )
             for dy, dx in displacements
         ]
+        at_once = max(1, _AT_ONCE // vector)
         for row in range(rows):
-            place = builder.add(table, ir.Constant(_I64, 4 * row))
-            number = _asm(builder, _I32, "ld.global.nc.s32 $0, [$1];", "=r,l", [(_I64, place)])
-            with builder.if_then(builder.icmp_signed(">=", number, ir.Constant(_I32, 0))):
-                k = builder.zext(number, _I64)
-                shift, factor = finish.load(builder, bias, scale, k)
-                start = builder.mul(k, ir.Constant(_I64, strides[0]))
-                for d, (dy, dx) in enumerate(displacements):
-                    with builder.if_then(inside[d]):
-                        at = builder.add(start, ir.Constant(_I64, dy * strides[1] + dx * strides[2]))
-                        added = [None] * vector
-                        if finish.residual:
-                            added = _load_global(builder, builder.add(extra, at), vector, dtype)
+            # Loads of some rows, and of a row's residuals, come one behind another: what waits, waits for all of them.
+            if row % _ROWS_AT_ONCE == 0:
+                some = [
+                    builder.add(table, ir.Constant(_I64, 4 * r)) for r in range(row, min(rows, row + _ROWS_AT_ONCE))
+                ]
+                text = "ld.global.nc.s32 $0, [$1];"
+                numbers = [_asm(builder, _I32, text, "=r,l", [(_I64, place)]) for place in some]
+                known = [builder.icmp_signed(">=", number, ir.Constant(_I32, 0)) for number in numbers]
+                ks = [
+                    builder.select(there, builder.sext(number, _I64), ir.Constant(_I64, 0))
+                    for there, number in zip(known, numbers, strict=True)
+                ]
+                ready = [finish.load(builder, bias, scale, k) for k in ks]
+            there, k, (shift, factor) = (found[row % _ROWS_AT_ONCE] for found in (known, ks, ready))
+            start = builder.mul(k, ir.Constant(_I64, strides[0]))
+            for first in range(0, len(displacements), at_once):
+                some_d = range(first, min(len(displacements), first + at_once))
+                written = {d: builder.and_(there, inside[d]) for d in some_d}
+                at = {
+                    d: builder.add(start, ir.Constant(_I64, dy * strides[1] + dx * strides[2]))
+                    for d in some_d
+                    for dy, dx in [displacements[d]]
+                }
+                added: dict[int, list[Any]] = {d: [None] * vector for d in some_d}
+                if finish.residual:
+                    for d in some_d:
+                        added[d] = _load_global(builder, builder.add(extra, at[d]), vector, dtype, written[d])
+                for d in some_d:
+                    with builder.if_then(written[d]):
                         values = [
                             finish.apply(
                                 builder, builder.extract_value(packed, row * width + d * vector + v), factor, shift, add
                             )
-                            for v, add in enumerate(added)
+                            for v, add in enumerate(added[d])
                         ]
-                        _store_global(builder, builder.add(y, at), values, dtype)
+                        _store_global(builder, builder.add(y, at[d]), values, dtype)
         return context.get_dummy_value()
 
     return _intrinsic_of_arity(8, signature, generate)
 
 
-def _load_global(builder: ir.IRBuilder, address: ir.Value, vector: int, dtype: str) -> list[Any]:
-    """``vector`` values in global memory as float32."""
+def _load_global(
+    builder: ir.IRBuilder, address: ir.Value, vector: int, dtype: str, wanted: ir.Value | None = None
+) -> list[Any]:
+    """``vector`` values in global memory as float32, or zeros where a flag says that they are not wanted."""
+    single = dtype != "float32" and vector == 1
     if dtype == "float32":
         words, kind, letter, llvm = vector, "f32", "f", _F32
-    elif vector == 1:
-        convert = "cvt.f32.f16 $0, h;" if dtype == "float16" else "mov.b32 $0, {z, h};"
-        text = f"{{ .reg .b16 h, z; mov.b16 z, 0; ld.global.b16 h, [$1]; {convert} }}"
-        return [_asm(builder, _F32, text, "=f,l", [(_I64, address)])]
+    elif single:
+        words, kind, letter, llvm = 1, "b16", "h", ir.IntType(16)
     else:
         words, kind, letter, llvm = vector // 2, "b32", "r", _I32
     places = ", ".join(f"${i}" for i in range(words))
     wide, targets = ("", places) if words == 1 else (f".v{words}", f"{{{places}}}")
+    text = f"ld.global{wide}.{kind} {targets}, [${words}];"
+    operands: list[tuple[Any, ir.Value]] = [(_I64, address)]
+    constraints = [f"={letter}"] * words + ["l"]
+    if wanted is not None:
+        zero = "0f00000000" if kind == "f32" else "0"
+        cleared = " ".join(f"mov.{kind} ${i}, {zero};" for i in range(words))
+        text = f"{{ .reg .pred p; setp.ne.s32 p, ${words + 1}, 0; {cleared} @p {text} }}"
+        operands.append((_I32, builder.zext(wanted, _I32)))
+        # Written before the address is read: the results must have registers of their own.
+        constraints = [f"=&{letter}"] * words + ["l", "r"]
     result = llvm if words == 1 else ir.LiteralStructType([llvm] * words)
-    loaded = _asm(
-        builder,
-        result,
-        f"ld.global{wide}.{kind} {targets}, [${words}];",
-        ",".join([f"={letter}"] * words + ["l"]),
-        [(_I64, address)],
-    )
+    loaded = _asm(builder, result, text, ",".join(constraints), operands)
     parts = [loaded] if words == 1 else [builder.extract_value(loaded, i) for i in range(words)]
-    return parts if dtype == "float32" else [x for part in parts for x in _widen_pair(builder, part, dtype)]
+    if dtype == "float32":
+        return parts
+    if single:
+        convert = "cvt.f32.f16 $0, $1;" if dtype == "float16" else "{ .reg .b16 z; mov.b16 z, 0; mov.b32 $0, {z, $1}; }"
+        return [_asm(builder, _F32, convert, "=f,h", [(llvm, loaded)])]
+    return [x for part in parts for x in _widen_pair(builder, part, dtype)]
 
 
 def _store_global(builder: ir.IRBuilder, address: ir.Value, values: Sequence[Any], dtype: str) -> None:
@@ -912,6 +944,10 @@ def store_fragments(
     return _intrinsic_of_arity(6, signature, generate)
 
 
+_PLACES_AT_ONCE = 4
+"""Places whose residuals are loaded one behind another, 8 registers each and half."""
+
+
 def store_finished_fragments(
     places: Sequence[tuple[int, int, int]],
     dtype: str,
@@ -941,14 +977,20 @@ def store_finished_fragments(
         shifts = [builder.extract_value(bias, half) if finish.bias else None for half in range(2)]
         factors = [builder.extract_value(scale, half) if finish.scaled else None for half in range(2)]
         lane = _asm(builder, _I32, "mov.u32 $0, %laneid;", "=r", [])
-        for i, place in enumerate(places):
-            inside = _all_under(builder, origin, place, limits)
-            at = ir.Constant(_I64, sum(p * s for p, s in zip(place, strides[1:], strict=True)))
-            for half, (there, start) in enumerate(rows):
-                where, written = builder.add(start, at), builder.and_(inside, there)
+        for first in range(0, len(places), _PLACES_AT_ONCE):
+            some = []
+            for i in range(first, min(len(places), first + _PLACES_AT_ONCE)):
+                inside = _all_under(builder, origin, places[i], limits)
+                at = ir.Constant(_I64, sum(p * s for p, s in zip(places[i], strides[1:], strict=True)))
+                for half, (there, start) in enumerate(rows):
+                    where, written = builder.add(start, at), builder.and_(inside, there)
+                    loaded = []
+                    if finish.residual:
+                        loaded = _load_words_if(builder, written, builder.add(extra, where))
+                    some.append((i, half, where, written, loaded))
+            for i, half, where, written, loaded in some:
                 added: list[Any] = [None] * 8
                 if finish.residual:
-                    loaded = _load_words_if(builder, written, builder.add(extra, where))
                     added = [x for word in _trade(builder, lane, loaded) for x in _widen_pair(builder, word, dtype)]
                 words = []
                 for j in range(4):

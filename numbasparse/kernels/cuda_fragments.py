@@ -100,6 +100,16 @@ def finish(
     return device_function(numbers_of), device_function(finish)
 
 
+def tensor_map(spec: ConvSpec, address: int, box: tuple[int, int, int, int]) -> cuda.TensorMap:
+    """Boxes [row][column][channel][image] of an input in CHWN: channels come after pixels, whatever memory does.
+
+    ``box`` is images, channels, columns and rows; what lies outside of the input is zero.
+    """
+    pixel, row = 2 * spec.n, 2 * spec.n * spec.w
+    sizes, strides = (spec.n, spec.c, spec.w, spec.h), (row * spec.h, pixel, row)
+    return cuda.TensorMap(address, spec.dtype, sizes, strides, box, 2 * box[0])
+
+
 def device_function(function: Any) -> Any:
     """A function that kernels are put together of."""
     return cuda.numba_cuda().jit(device=True, inline=True)(function)

@@ -1,12 +1,12 @@
 """Sparse convolution on any tensor cores: 16 output channels share the columns that any of them needs.
 
 A block computes a tile of output pixels, of some images, for some groups of 16 output channels, which were chosen to
-need few columns (channel and tap) together.  It walks over the input channels that it needs, a few at a time: their
-input tile, with its halo, goes to shared memory as [channel][row][column][image] by asynchronous copies, in a ring of
-stages.  A warp has one group, and all or some rows of the tile.  A step of its work are 16 of its columns:
-``ldmatrix`` gathers their rows of shared memory from any 16 addresses, and ``mma.sync.m16n8k16`` multiplies them with
-a dense 16 x 16 piece of the weight, eight pixels or images at a time.  The pieces come from the second cache straight
-into registers, two steps ahead, each used for all columns of the tile.
+need few columns (channel and tap) together.  It walks over the input channels, a few at a time: their input tile, with
+its halo, goes to shared memory as [row][column][channel][image], in a ring of stages.  A warp has one group, and all or
+some rows of the tile.  A step of its work are 16 of its columns: ``ldmatrix`` gathers their rows of shared memory from
+any 16 addresses, and ``mma.sync.m16n8k16`` multiplies them with a dense 16 x 16 piece of the weight, eight pixels or
+images at a time.  The pieces come from the second cache straight into registers, two steps ahead, each used for all
+columns of the tile.
 
 Bound: a row that is gathered serves 16 output channels, so that shared memory feeds 1024 multiply-adds a clock and
 multiprocessor, whatever is zero in the columns kept: of unstructured masks at 98 % zeros a group keeps about a quarter
@@ -28,6 +28,10 @@ Search space
     Warps that share a group, each with its own rows of the tile.
 ``channels``, ``stages``
     Input channels of a stage, and stages of the ring.
+``copy``
+    ``"box"``: the copy engine brings a tile at one thread's order; blocks stay and take one output tile after another,
+    and the warp that is the last to leave a stage orders the next copy into it (capability 9.0).  ``"async"``: every
+    thread copies pieces that it does not wait for.  These go through the pipeline that gathers, and hold it up.
 ``split``
     Blocks that share the input channels of one tile; a second kernel adds up their sums.
 ``entries``
@@ -66,6 +70,8 @@ _AHEAD = 2
 """Steps whose weight is read before they are done."""
 _CODES = 256
 """Places of a table: a code is a byte."""
+_ALIGNED = 1024
+"""Starts of stages: multiples of the swizzle's pattern."""
 
 
 # ---- geometry -----------------------------------------------------------------------------------------------
@@ -77,34 +83,45 @@ class Geometry:
 
     Attributes
     ----------
-    batch
-        Images.
+    batch, channels
+        Images and input channels of a stage.
     tile_h, tile_w
         Output pixels of a block.
     part_h
         Rows of the tile of a warp.
     patch_h, patch_w
         Pixels of an input tile.
-    pixel_bytes
-        The images of a pixel: a row of shared memory.
+    row_bytes
+        The images of one channel of one pixel.
     """
 
     batch: int
+    channels: int
     tile_h: int
     tile_w: int
     part_h: int
     patch_h: int
     patch_w: int
-    pixel_bytes: int
+    row_bytes: int
 
     @property
-    def pitch(self) -> int:
-        """Rows of shared memory from a channel to the next: an odd number, so that channels are in all banks."""
-        return self.patch_h * self.patch_w | 1
+    def pixel_bytes(self) -> int:
+        """The channels of one pixel."""
+        return self.channels * self.row_bytes
 
     @property
-    def channel_bytes(self) -> int:
-        return self.pitch * self.pixel_bytes
+    def tile_bytes(self) -> int:
+        """Bytes that are copied into a stage."""
+        return self.patch_h * self.patch_w * self.pixel_bytes
+
+    def line(self, channel: Any, r: Any, s: Any, spec: ConvSpec) -> Any:
+        """Row of shared memory of a stage's channel at tap (r, s)."""
+        return (r * spec.dilation[0] * self.patch_w + s * spec.dilation[1]) * self.channels + channel
+
+    @property
+    def lines(self) -> int:
+        """Rows of shared memory of a stage."""
+        return self.patch_h * self.patch_w * self.channels
 
     @property
     def columns(self) -> int:
@@ -124,12 +141,13 @@ def geometry_of(spec: ConvSpec, config: Config) -> Geometry:
     (sh, sw), (dh, dw) = spec.stride, spec.dilation
     return Geometry(
         batch=batch,
+        channels=int(config["channels"]),
         tile_h=tile_h,
         tile_w=tile_w,
         part_h=tile_h // int(config["parts"]),
         patch_h=(tile_h - 1) * sh + (spec.r - 1) * dh + 1,
         patch_w=(tile_w - 1) * sw + (spec.s - 1) * dw + 1,
-        pixel_bytes=2 * batch,
+        row_bytes=2 * batch,
     )
 
 
@@ -157,8 +175,8 @@ class Packed:
         Steps of a warp for each stage's tile.
     firsts : int32, (blocks, groups, splits)
         First step of a warp.
-    channels : int32, (blocks, jobs, channels)
-        Input channels of a stage's tile; where there are fewer, one of them again.
+    channels : int32, (blocks, jobs)
+        First input channel of a stage's tile.
     rows : int32, (blocks, groups * 16)
         Output channel of every row, -1 where there is none.
     """
@@ -171,13 +189,13 @@ class Packed:
 
     @property
     def jobs(self) -> int:
+        """Stages of a block, of all parts of a split."""
         return self.channels.shape[1]
 
 
 def pack(spec: ConvSpec, weight: SparseWeight, config: Config) -> Packed:
     """Cut a weight into blocks of groups of output channels and tiles of input channels, and write its steps."""
-    g, groups = geometry_of(spec, config), int(config["warps"])
-    per_job, split = int(config["channels"]), int(config["split"])
+    g, groups, split = geometry_of(spec, config), int(config["warps"]), int(config["split"])
     order = groups_of(weight)
     blocks = -(-len(order) // groups)
     rows = np.full((blocks * groups, ROWS), -1, np.int32)
@@ -187,17 +205,19 @@ def pack(spec: ConvSpec, weight: SparseWeight, config: Config) -> Packed:
 
     k, c, r, s = coordinates(weight)
     group, row = np.divmod(place[k], ROWS)
-    used, index = np.unique(group // groups * spec.c + c, return_inverse=True)
-    used_block, used_channel = np.divmod(used, spec.c)
-    slot = np.arange(len(used)) - np.searchsorted(used_block, used_block)
-    jobs = max(1, -(-int(slot.max(initial=0) + 1) // per_job))
-    channels = np.zeros((blocks, jobs, per_job), np.int32)
-    channels[used_block, slot // per_job, slot % per_job] = used_channel
+    # Tiles of channels that a block needs are its jobs, as many in every part of a split.
+    tiles = -(-spec.c // g.channels)
+    used, index = np.unique(group // groups * tiles + c // g.channels, return_inverse=True)
+    used_block, used_tile = np.divmod(used, tiles)
+    number = np.arange(len(used)) - np.searchsorted(used_block, used_block)
+    each = max(1, -(-int(number.max(initial=0) + 1) // split))
+    jobs = each * split
+    channels = np.zeros((blocks, jobs), np.int32)
+    channels[used_block, number] = used_tile * g.channels
 
-    job, within = np.divmod(slot[index], per_job)
-    line = within * g.pitch + r * spec.dilation[0] * g.patch_w + s * spec.dilation[1]
-    columns, column = np.unique((group * jobs + job) * (per_job * g.pitch) + line, return_inverse=True)
-    which, line = np.divmod(columns, per_job * g.pitch)
+    job, line = number[index], g.line(c % g.channels, r, s, spec)
+    columns, column = np.unique((group * jobs + job) * g.lines + line, return_inverse=True)
+    which, line = np.divmod(columns, g.lines)
     starts = np.searchsorted(which, np.arange(blocks * groups * jobs + 1))
     counts = -(-np.diff(starts) // STEP)
     first = np.concatenate([[0], np.cumsum(counts)])
@@ -209,15 +229,12 @@ def pack(spec: ConvSpec, weight: SparseWeight, config: Config) -> Packed:
     values[at[column] // STEP, row, at[column] % STEP] = entries
     # A step's places without a column read the row of its first one, and multiply it with zeros.
     offsets = np.full((total, STEP), -1, np.int32)
-    offsets.ravel()[at] = line * g.pixel_bytes
+    offsets.ravel()[at] = line * g.row_bytes
     offsets = np.where(offsets < 0, offsets[:, :1], offsets)
-    each = -(-jobs // split)
-    firsts = first[:-1].reshape(blocks, groups, jobs)[:, :, : each * split : each]
-    firsts = np.concatenate([firsts, np.zeros((blocks, groups, split - firsts.shape[2]), np.int64)], axis=2)
     return Packed(
         steps=_written(values, offsets, spec.dtype),
         counts=counts.reshape(blocks, groups, jobs).astype(np.int32),
-        firsts=firsts.astype(np.int32),
+        firsts=first[:-1].reshape(blocks, groups, split, each)[..., 0].astype(np.int32),
         channels=channels,
         rows=rows.reshape(blocks, groups * ROWS),
     )
@@ -350,19 +367,23 @@ class _Shape:
     geometry: Geometry
     groups: int
     parts: int
-    channels: int
     stages: int
     split: int
     blocks: int
     jobs: int
+    box: bool
     coded: bool
     scaled: bool
     activation: str
     residual: bool
 
     @property
+    def warps(self) -> int:
+        return self.groups * self.parts
+
+    @property
     def threads(self) -> int:
-        return 32 * self.groups * self.parts
+        return 32 * self.warps
 
     @property
     def registers(self) -> int:
@@ -371,9 +392,14 @@ class _Shape:
         return min(by_threads, 128 if self.geometry.sums <= 64 else 255)
 
     @property
+    def own_jobs(self) -> int:
+        """Jobs of an output tile and part of a split."""
+        return self.jobs // self.split
+
+    @property
     def pieces(self) -> int:
         """Pieces of 16 bytes of a channel of the input tile."""
-        return self.geometry.patch_h * self.geometry.patch_w * self.geometry.pixel_bytes // 16
+        return self.geometry.patch_h * self.geometry.patch_w * self.geometry.row_bytes // 16
 
     @property
     def side(self) -> int:
@@ -381,130 +407,333 @@ class _Shape:
         choices = [side for side in (4, 8, 16, 32, 64, 128, 256) if self.threads % side == 0]
 
         def rounds(side: int) -> int:
-            return -(-self.pieces // side) * -(-self.channels // (self.threads // side))
+            return -(-self.pieces // side) * -(-self.geometry.channels // (self.threads // side))
 
         return min(choices, key=lambda side: (rounds(side), -side))
 
     @property
-    def own_jobs(self) -> int:
-        """Jobs of a block of a split at most."""
-        return -(-self.jobs // self.split)
-
-    @property
     def channels_at(self) -> int:
-        """Where the numbers of input channels are, behind the places of pieces."""
+        """Where the first channels of jobs are, behind the places of pieces, if threads copy."""
         return 4 * self.pieces
 
     @property
     def table_at(self) -> int:
-        return self.channels_at + 4 * self.own_jobs * self.channels
+        """Where values of codes are, behind barriers (8 bytes of each stage) and counts of warps (4), or those."""
+        return -(-12 * self.stages // 16) * 16 if self.box else self.channels_at + 4 * self.own_jobs
 
     @property
     def stages_at(self) -> int:
         table = 2 * _CODES if self.coded else 0
-        return -(-(self.table_at + table) // 128) * 128
+        return -(-(self.table_at + table) // _ALIGNED) * _ALIGNED
 
     @property
     def stage_bytes(self) -> int:
-        return -(-self.channels * self.geometry.channel_bytes // 128) * 128
+        return -(-self.geometry.tile_bytes // _ALIGNED) * _ALIGNED
 
     @property
     def shared_bytes(self) -> int:
-        return 128 + self.stages_at + self.stages * self.stage_bytes
+        return _ALIGNED + self.stages_at + self.stages * self.stage_bytes
 
     @property
     def tiles(self) -> tuple[int, int]:
         return -(-self.spec.out_h // self.geometry.tile_h), -(-self.spec.out_w // self.geometry.tile_w)
 
     @property
-    def grid(self) -> tuple[int, int, int]:
-        """Blocks of the same pixels are neighbours in time: the second cache serves their tiles."""
+    def works(self) -> int:
+        """Output tiles of all output channels, images and splits: `_locate` has their order."""
         down, across = self.tiles
-        return self.blocks * down * across * -(-self.spec.n // self.geometry.batch), self.split, 1
+        return self.blocks * self.split * down * across * -(-self.spec.n // self.geometry.batch)
+
+    def resident(self, device: cuda.Device) -> int:
+        """Blocks that are on a multiprocessor at once."""
+        by_shared = device.shared_per_multiprocessor // (self.shared_bytes + 1024)
+        by_registers = device.registers_per_multiprocessor // (self.registers * self.threads)
+        return max(1, min(by_shared, by_registers, device.threads_per_multiprocessor // self.threads))
+
+    def grid(self, device: cuda.Device) -> tuple[int, int, int]:
+        """A block for each output tile, or as many as are on the device at once, if they stay."""
+        most = device.multiprocessors * self.resident(device)
+        return min(most, self.works) if self.box else self.works, 1, 1
 
     @property
     def step_bytes(self) -> int:
         return (32 * 8 if self.coded else 32 * 16) + 4 * STEP
 
 
-def _code(shape: _Shape) -> Callable[..., None]:
+def _ring_code(shape: _Shape) -> Callable[..., None]:
+    """The kernel for ``copy="box"``: blocks stay, and copies run ahead into their next output tile."""
+    from numba import types
+
+    from numbasparse.codegen import ptx
+
+    i32, u32, i64 = types.int32, types.uint32, types.int64
+    g, groups, stages, works, own_jobs = shape.geometry, shape.groups, shape.stages, shape.works, shape.own_jobs
+    warps, stages_at, stage_bytes = shape.warps, shape.stages_at, shape.stage_bytes
+    compute, order, finish = _compute(shape), _order(shape), _finish(shape)
+    shared_base, zeros, fill_table, steps_of = (
+        ptx.shared_base(_ALIGNED),
+        ptx.zeros(g.sums),
+        _fill_table(shape),
+        _steps_of(shape),
+    )
+    own = _own_place(shape)
+
+    def cuda_mma(y, residual, bias, scale, rows, steps, counts, firsts, channels, table):  # type: ignore[no-untyped-def]
+        # Everything that is not an address in global memory has 32 bits: sums leave few registers.
+        base = i32(shared_base())
+        thread = ptx.thread_index()
+        # For each stage 8 bytes of barrier, and behind them 4 bytes that count the warps that have left it.
+        if thread < stages:
+            ptx.mbarrier_init(u32(base + 8 * thread), i32(1))
+            ptx.store_shared_i32(u32(base + 8 * stages + 4 * thread), i32(0))
+            ptx.mbarrier_init_fence()
+        fill_table(table, base)
+        ptx.barrier()
+        work, stride = ptx.block_x(), ptx.grid_x()
+        # The output tile and job that is copied next.
+        ahead, job = work, i32(0)
+        for slot in range(i32(stages)):
+            if ahead < works:
+                if thread == 0:
+                    order(base, slot, ahead, job, channels)
+                job += i32(1)
+                if job == i32(own_jobs):
+                    ahead, job = i32(ahead + stride), i32(0)
+        group, place = i32((thread >> 5) % groups), i32(base + stages_at + own(thread))
+        slot, phase = i32(0), i32(0)
+        while work < works:
+            sums = zeros()
+            step, own_counts, w0, w1, following = steps_of(work, group, thread & 31, steps, counts, firsts)
+            for _ in range(i32(own_jobs)):
+                remaining = following
+                own_counts += i64(4)
+                # One more is read behind the last, and not used.
+                following = ptx.load_global_i32(i64(own_counts))
+                ptx.mbarrier_wait(u32(base + 8 * slot), phase)
+                sums, w0, w1, step = compute(sums, w0, w1, step, remaining, base, i32(place + slot * stage_bytes))
+                # Every lane has read the stage when the first one counts.
+                ptx.warp_barrier()
+                # Where nothing follows nobody counts.
+                if ahead < works:
+                    if ptx.thread_index() & 31 == 0:
+                        before = ptx.count_shared(u32(base + 8 * stages + 4 * slot), i32(1))
+                        if before % warps == warps - 1:
+                            order(base, slot, ahead, job, channels)
+                    job += i32(1)
+                    if job == i32(own_jobs):
+                        ahead, job = i32(ahead + stride), i32(0)
+                # The next instructions want all lanes together.
+                ptx.warp_barrier()
+                slot += i32(1)
+                if slot == i32(stages):
+                    slot = i32(0)
+                    phase ^= i32(1)
+            finish(sums, y, residual, bias, scale, rows, work)
+            work = i32(work + stride)
+
+    return cuda_mma
+
+
+def _threads_code(shape: _Shape) -> Callable[..., None]:
+    """The kernel for ``copy="async"``: a block for each output tile, whose threads copy."""
     from numba import types
 
     from numbasparse.codegen import ptx
 
     i32, u32, i64 = types.int32, types.uint32, types.int64
     g, groups, threads, stages = shape.geometry, shape.groups, shape.threads, shape.stages
-    locate, fill, compute = _locate(shape), _fill(shape), _compute(shape)
-    numbers_of, finish = cuda_fragments.finish(
-        shape.spec, g.part_h, g.tile_w, g.batch, shape.split, shape.residual, shape.activation, shape.scaled
+    locate, fill, compute, finish = _locate(shape), _fill(shape), _compute(shape), _finish(shape)
+    shared_base, zeros, source, steps_of = (
+        ptx.shared_base(_ALIGNED),
+        ptx.zeros(g.sums),
+        _source(shape),
+        _steps_of(shape),
     )
-    shared_base, zeros, source, load = ptx.shared_base(128), ptx.zeros(g.sums), _source(shape), _load(shape)
-    wait = ptx.copy_wait(stages - 2)
-    pieces, jobs, split, own_jobs = shape.pieces, shape.jobs, shape.split, shape.own_jobs
-    per_job, channels_at, table_at = shape.channels, shape.channels_at, shape.table_at
-    stages_at, stage_bytes, step_bytes = shape.stages_at, shape.stage_bytes, shape.step_bytes
-    own_rows = g.part_h * shape.spec.stride[0] * g.patch_w * g.pixel_bytes
-    # Lanes from 16 on give the rows of the next eight columns: of the same pixel, or of the next one.
-    next_eight = 16 if g.batch > 8 else shape.spec.stride[1] * g.pixel_bytes
-    part_h, table_words, lane_bytes = g.part_h, _CODES // 2 if shape.coded else 0, 8 if shape.coded else 16
+    wait, fill_table, own = ptx.copy_wait(stages - 2), _fill_table(shape), _own_place(shape)
+    pieces, jobs, own_jobs, channels_at = shape.pieces, shape.jobs, shape.own_jobs, shape.channels_at
+    stages_at, stage_bytes = shape.stages_at, shape.stage_bytes
 
     def cuda_mma(x, y, residual, bias, scale, rows, steps, counts, firsts, channels, table):  # type: ignore[no-untyped-def]
         # Everything that is not an address in global memory has 32 bits: sums leave few registers.
         base = i32(shared_base())
         thread = ptx.thread_index()
-        warp, lane = thread >> 5, thread & 31
-        group, part = i32(warp % groups), i32(warp // groups)
-        block, image, _, _, top, left = locate()
-        first = i32(ptx.block_y() * own_jobs)
-        count = i32(max(0, min(own_jobs, jobs - first)))
+        block, part, image, _, _, top, left = locate(ptx.block_x())
         for v in range(thread, i32(pieces), i32(threads)):
             ptx.store_shared_i32(u32(base + 4 * v), i32(source(v, image, top, left)))
-        own_channels = channels + (block * jobs + first) * i64(4 * per_job)
-        for v in range(thread, i32(count * per_job), i32(threads)):
+        own_channels = channels + (block * jobs + part * own_jobs) * i64(4)
+        for v in range(thread, i32(own_jobs), i32(threads)):
             ptx.store_shared_i32(u32(base + channels_at + 4 * v), ptx.load_global_i32(i64(own_channels + 4 * v)))
-        for v in range(thread, i32(table_words), i32(threads)):
-            ptx.store_shared_i32(u32(base + table_at + 4 * v), ptx.load_global_i32(i64(table + 4 * v)))
-        own_counts = counts + ((block * groups + group) * jobs + first) * i64(4)
-        begin = ptx.load_global_i32(i64(firsts + ((block * groups + group) * split + ptx.block_y()) * i64(4)))
-        # Of this lane; offsets of rows lie behind the values.
-        step = steps + begin * i64(step_bytes) + lane * i64(lane_bytes)
-        w0 = load(step, lane)
-        w1 = load(step + step_bytes, lane)
-        following = ptx.load_global_i32(i64(own_counts)) if count > 0 else i32(0)
+        fill_table(table, base)
+        group = i32((thread >> 5) % groups)
+        step, own_counts, w0, w1, following = steps_of(ptx.block_x(), group, thread & 31, steps, counts, firsts)
         ptx.barrier()
         for i in range(i32(stages - 1)):
-            if i < count:
+            if i < own_jobs:
                 fill(x, base, i, i32(base + stages_at + i * stage_bytes))
             ptx.copy_commit()
         sums = zeros()
-        own = i32(base + stages_at + part * own_rows + (lane >> 4) * next_eight)
+        place = i32(base + stages_at + own(thread))
         stage, filled = i32(0), i32((stages - 1) * stage_bytes)
-        for i in range(count):
+        for i in range(i32(own_jobs)):
             # An empty group too: the number of groups tells which stage is there.  When all have come here, nobody
             # reads the stage before any more.
             wait()
             ptx.barrier()
-            if i32(i + stages - 1) < count:
+            if i32(i + stages - 1) < own_jobs:
                 fill(x, base, i32(i + stages - 1), i32(base + stages_at + filled))
             ptx.copy_commit()
             remaining = following
             own_counts += i64(4)
-            if i32(i + 1) < count:
-                following = ptx.load_global_i32(i64(own_counts))
-            sums, w0, w1, step = compute(sums, w0, w1, step, remaining, base, i32(own + stage))
+            # One more is read behind the last, and not used.
+            following = ptx.load_global_i32(i64(own_counts))
+            sums, w0, w1, step = compute(sums, w0, w1, step, remaining, base, i32(place + stage))
             filled = stage
             stage = i32(stage + stage_bytes)
             if stage == i32(stages * stage_bytes):
                 stage = i32(0)
-        # Computed again, so that nothing of it takes a register until here.
-        thread = ptx.thread_index()
-        warp, lane = thread >> 5, thread & 31
-        block, image, oy, ox, _, _ = locate()
-        numbers = numbers_of(rows, (block * groups + warp % groups) * i64(16), lane)
-        oy += warp // groups * part_h
-        finish(sums, y, residual, bias, scale, numbers, ptx.block_y(), image, oy, ox, lane)
+        finish(sums, y, residual, bias, scale, rows, ptx.block_x())
 
     return cuda_mma
+
+
+def _locate(shape: _Shape) -> Any:
+    """Device function: of an output tile the block of output channels, split, first image, first output row and column,
+    and first input ones.  Tiles of the same pixels are neighbours: the second cache serves them.
+    """
+    g, spec = shape.geometry, shape.spec
+    down, across = shape.tiles
+    blocks, split, batch, tile_h, tile_w = shape.blocks, shape.split, g.batch, g.tile_h, g.tile_w
+    (sh, sw), pad_y, pad_x = spec.stride, spec.padding[0][0], spec.padding[1][0]
+
+    def locate(work):  # type: ignore[no-untyped-def]
+        pixels = work // (blocks * split)
+        tile = pixels % (across * down)
+        oy, ox = tile // across * tile_h, tile % across * tile_w
+        image = pixels // (across * down) * batch
+        return work % blocks, work // blocks % split, image, oy, ox, oy * sh - pad_y, ox * sw - pad_x
+
+    return device_function(locate)
+
+
+def _own_place(shape: _Shape) -> Any:
+    """Device function: where in a stage a thread's rows of the input begin."""
+    g, spec, groups = shape.geometry, shape.spec, shape.groups
+    own_rows = g.part_h * spec.stride[0] * g.patch_w * g.pixel_bytes
+    # Lanes from 16 on give the rows of the next eight columns: of the same pixel, or of the next one.
+    next_eight = 16 if g.batch > 8 else spec.stride[1] * g.pixel_bytes
+
+    def own(thread):  # type: ignore[no-untyped-def]
+        return (thread >> 5) // groups * own_rows + ((thread & 31) >> 4) * next_eight
+
+    return device_function(own)
+
+
+def _fill_table(shape: _Shape) -> Any:
+    """Device function: bring the values of codes to shared memory."""
+    from numba import types
+
+    from numbasparse.codegen import ptx
+
+    i32, u32, i64 = types.int32, types.uint32, types.int64
+    words, table_at, threads = _CODES // 2 if shape.coded else 0, shape.table_at, shape.threads
+
+    def fill_table(table, base):  # type: ignore[no-untyped-def]
+        for v in range(ptx.thread_index(), i32(words), i32(threads)):
+            ptx.store_shared_i32(u32(base + table_at + 4 * v), ptx.load_global_i32(i64(table + 4 * v)))
+
+    return device_function(fill_table)
+
+
+def _steps_of(shape: _Shape) -> Any:
+    """Device function: of a group and output tile the address of a lane's first step, that of the numbers of steps,
+    what the lane holds of the first two steps, and the first number.
+    """
+    from numba import types
+
+    from numbasparse.codegen import ptx
+
+    i64 = types.int64
+    groups, blocks, split, jobs, own_jobs = shape.groups, shape.blocks, shape.split, shape.jobs, shape.own_jobs
+    step_bytes, lane_bytes, load = shape.step_bytes, 8 if shape.coded else 16, _load(shape)
+
+    def steps_of(work, group, lane, steps, counts, firsts):  # type: ignore[no-untyped-def]
+        own, part = work % blocks * groups + group, work // blocks % split
+        own_counts = counts + (own * jobs + part * own_jobs) * i64(4)
+        begin = ptx.load_global_i32(i64(firsts + (own * split + part) * i64(4)))
+        following = ptx.load_global_i32(i64(own_counts))
+        step = steps + begin * i64(step_bytes) + lane * i64(lane_bytes)
+        return step, own_counts, load(step, lane), load(i64(step + step_bytes), lane), following
+
+    return device_function(steps_of)
+
+
+def _order(shape: _Shape) -> Any:
+    """Device function: one thread's order to copy a job's input tile into a stage."""
+    from numba import types
+
+    from numbasparse.codegen import ptx
+
+    i32, u32, i64 = types.int32, types.uint32, types.int64
+    locate, jobs, own_jobs, tile_bytes = _locate(shape), shape.jobs, shape.own_jobs, shape.geometry.tile_bytes
+    stages_at, stage_bytes = shape.stages_at, shape.stage_bytes
+
+    def order(base, slot, work, job, channels):  # type: ignore[no-untyped-def]
+        block, part, image, _, _, top, left = locate(work)
+        channel = ptx.load_global_i32(i64(channels + (block * jobs + part * own_jobs + job) * i64(4)))
+        full = u32(base + 8 * slot)
+        ptx.mbarrier_expect(full, i32(tile_bytes))
+        to, tensor_map = u32(base + stages_at + slot * stage_bytes), ptx.tensor_map_address()
+        ptx.copy_box(to, tensor_map, i32(image), channel, i32(left), i32(top), full)
+
+    return device_function(order)
+
+
+def _fill(shape: _Shape) -> Any:
+    """Device function: start the copies of a job's input tile into a stage, by all threads."""
+    from numba import types
+
+    from numbasparse.codegen import ptx
+
+    i32, u32, i64 = types.int32, types.uint32, types.int64
+    g, spec = shape.geometry, shape.spec
+    side, pieces, channels, channels_at = shape.side, shape.pieces, g.channels, shape.channels_at
+    others, row_bytes, pixel_bytes, mask = (
+        shape.threads // side,
+        g.row_bytes,
+        g.pixel_bytes,
+        ptx.SWIZZLES[g.row_bytes].mask,
+    )
+    plane, every, eights = spec.h * spec.w * spec.n * 2, spec.c, g.batch // 8
+
+    def fill(x, base, number, stage):  # type: ignore[no-untyped-def]
+        thread = ptx.thread_index()
+        first = ptx.load_shared_i32(u32(base + channels_at + 4 * number))
+        for j in range(i32(thread // side), i32(min(channels, every - first)), i32(others)):
+            source = x + i32(first + j) * i64(plane)
+            to = i32(stage + j * row_bytes)
+            for v in range(i32(thread % side), i32(pieces), i32(side)):
+                # -1: the piece lies outside of the image, and is filled with zeros.
+                place = ptx.load_shared_i32(u32(base + 4 * v))
+                linear = i32(to + v // eights * pixel_bytes + v % eights * 16)
+                target = linear ^ (linear >> 3 & mask)
+                ptx.copy_async_16(u32(target), i64(source + max(place, i32(0))), i32(16) if place >= 0 else i32(0))
+
+    return device_function(fill)
+
+
+def _source(shape: _Shape) -> Any:
+    """Device function: where piece v of an input tile lies in its channel, in bytes, or -1 if outside."""
+    g, spec = shape.geometry, shape.spec
+    eights, patch_w, n, h, w = g.batch // 8, g.patch_w, spec.n, spec.h, spec.w
+
+    def source(v, image, top, left):  # type: ignore[no-untyped-def]
+        pixel, first = v // eights, image + v % eights * 8
+        y, x = top + pixel // patch_w, left + pixel % patch_w
+        if y < 0 or y >= h or x < 0 or x >= w or first >= n:
+            return -1
+        return ((y * w + x) * n + first) * 2
+
+    return device_function(source)
 
 
 def _load(shape: _Shape) -> Any:
@@ -518,6 +747,7 @@ def _load(shape: _Shape) -> Any:
     load_values, load_offset = ptx.load_words("global", words), ptx.load_words("global", 1)
 
     def load(step, lane):  # type: ignore[no-untyped-def]
+        # Offsets lie behind the values of all lanes.
         offset = load_offset(i64(step + (32 * 4 * words + (lane & 15) * 4 - lane * (4 * words))))
         return load_values(i64(step)), offset
 
@@ -536,7 +766,7 @@ def _compute(shape: _Shape) -> Any:
     displacements = [
         i * row + n // g.batch * column + n % g.batch * 2 for i in range(g.part_h) for n in range(0, g.columns, 16)
     ]
-    mma = ptx.gathered_mma_deep(displacements, ptx.SWIZZLES[g.pixel_bytes].mask, spec.dtype)
+    mma = ptx.gathered_mma_deep(displacements, ptx.SWIZZLES[g.row_bytes].mask, spec.dtype)
     load, decode = _load(shape), ptx.decode_bytes(2)
     step_bytes, table_at = shape.step_bytes, shape.table_at
 
@@ -553,66 +783,27 @@ def _compute(shape: _Shape) -> Any:
     return device_function(compute)
 
 
-def _fill(shape: _Shape) -> Any:
-    """Device function: start the copies of a job's input tile into a stage."""
+def _finish(shape: _Shape) -> Any:
+    """Device function: finish and store a warp's sums of an output tile; see `cuda_fragments.finish`."""
     from numba import types
 
     from numbasparse.codegen import ptx
 
-    i32, u32, i64 = types.int32, types.uint32, types.int64
-    g, spec = shape.geometry, shape.spec
-    side, pieces, per_job, channels_at = shape.side, shape.pieces, shape.channels, shape.channels_at
-    others, channel_bytes, mask = shape.threads // side, g.channel_bytes, ptx.SWIZZLES[g.pixel_bytes].mask
-    plane = spec.h * spec.w * spec.n * 2
+    i64 = types.int64
+    g, groups, locate = shape.geometry, shape.groups, _locate(shape)
+    numbers_of, store = cuda_fragments.finish(
+        shape.spec, g.part_h, g.tile_w, g.batch, shape.split, shape.residual, shape.activation, shape.scaled
+    )
+    part_h = g.part_h
 
-    def fill(x, base, number, stage):  # type: ignore[no-untyped-def]
-        thread = ptx.thread_index()
-        numbers = i32(base + channels_at + number * (4 * per_job))
-        for j in range(i32(thread // side), i32(per_job), i32(others)):
-            source = x + ptx.load_shared_i32(u32(numbers + 4 * j)) * i64(plane)
-            to = i32(stage + j * channel_bytes)
-            for v in range(i32(thread % side), i32(pieces), i32(side)):
-                # -1: the piece lies outside of the image, and is filled with zeros.
-                place = ptx.load_shared_i32(u32(base + 4 * v))
-                linear = i32(to + 16 * v)
-                target = linear ^ (linear >> 3 & mask)
-                ptx.copy_async_16(u32(target), i64(source + max(place, i32(0))), i32(16) if place >= 0 else i32(0))
+    def finish(sums, y, residual, bias, scale, rows, work):  # type: ignore[no-untyped-def]
+        # Computed here, so that nothing of it takes a register before.
+        warp, lane = ptx.thread_index() >> 5, ptx.thread_index() & 31
+        block, part, image, oy, ox, _, _ = locate(work)
+        numbers = numbers_of(rows, (block * groups + warp % groups) * i64(16), lane)
+        store(sums, y, residual, bias, scale, numbers, part, image, oy + warp // groups * part_h, ox, lane)
 
-    return device_function(fill)
-
-
-def _locate(shape: _Shape) -> Any:
-    """Device function: block of output channels, first image, first output row and column, and first input ones."""
-    from numbasparse.codegen import ptx
-
-    g, spec = shape.geometry, shape.spec
-    down, across = shape.tiles
-    blocks, batch, tile_h, tile_w = shape.blocks, g.batch, g.tile_h, g.tile_w
-    (sh, sw), pad_y, pad_x = spec.stride, spec.padding[0][0], spec.padding[1][0]
-
-    def locate():  # type: ignore[no-untyped-def]
-        index = ptx.block_x()
-        tile = index // blocks % (across * down)
-        image = index // (blocks * across * down) * batch
-        oy, ox = tile // across * tile_h, tile % across * tile_w
-        return index % blocks, image, oy, ox, oy * sh - pad_y, ox * sw - pad_x
-
-    return device_function(locate)
-
-
-def _source(shape: _Shape) -> Any:
-    """Device function: where piece v of an input tile lies in its channel, in bytes, or -1 if outside."""
-    g, spec = shape.geometry, shape.spec
-    eights, patch_w, n, h, w = g.batch // 8, g.patch_w, spec.n, spec.h, spec.w
-
-    def source(v, image, top, left):  # type: ignore[no-untyped-def]
-        pixel, first = v // eights, image + v % eights * 8
-        y, x = top + pixel // patch_w, left + pixel % patch_w
-        if y < 0 or y >= h or x < 0 or x >= w or first >= n:
-            return -1
-        return ((y * w + x) * n + first) * 2
-
-    return device_function(source)
+    return device_function(finish)
 
 
 @functools.cache
@@ -620,8 +811,8 @@ def _compile(shape: _Shape, capability: tuple[int, int]) -> tuple[cuda.Ptx, cuda
     """PTX of the kernel, and of the second one of a split."""
     cuda.numba_cuda()  # prepares NumPy for it, before codegen.ptx imports it
     main = cuda.compile_ptx(
-        _code(shape),
-        11,
+        (_ring_code if shape.box else _threads_code)(shape),
+        10 if shape.box else 11,
         repr(shape),
         capability=capability,
         threads=shape.threads,
@@ -650,11 +841,11 @@ def _shape(
         geometry=geometry_of(spec, config),
         groups=groups,
         parts=int(config["parts"]),
-        channels=int(config["channels"]),
         stages=int(config["stages"]),
         split=int(config["split"]),
         blocks=-(-spec.k // (groups * ROWS)),
         jobs=jobs,
+        box=config["copy"] == "box",
         coded=coded,
         scaled=coded and weight.levels is not None and bool((weight.levels.scale != 1).any()),
         activation=activation,
@@ -675,7 +866,7 @@ class _Runner(PackedRunner):
         arrays = (
             packed.rows,
             packed.steps,
-            packed.counts,
+            np.append(packed.counts, np.int32(0)),  # one more is read and not used
             packed.firsts,
             packed.channels,
             two_four.narrow(table, spec.dtype),
@@ -684,10 +875,20 @@ class _Runner(PackedRunner):
         super().__init__(spec, arrays, "CHWN", int(config["split"]), make, _compile, np.broadcast_to(scale, spec.k))
 
     def _size(self, shape: _Shape) -> Size:
-        return shape.grid, shape.threads, shape.shared_bytes
+        return shape.grid(self._facts), shape.threads, shape.shared_bytes
 
     def _start(self, main: cuda.Function, shape: _Shape, size: Size, x: int, finish: Finish, stream: int) -> None:
-        main.launch(*size, stream, (x, *finish, *self._pointers))
+        arguments = (*finish, *self._pointers)
+        if shape.box:
+            main.launch(*size, stream, arguments, tensor_map=self._map(x, functools.partial(_tensor_map, shape)))
+        else:
+            main.launch(*size, stream, (x, *arguments))
+
+
+def _tensor_map(shape: _Shape, address: int) -> cuda.TensorMap:
+    """Boxes of an input in CHWN: see `cuda_fragments.tensor_map`."""
+    g = shape.geometry
+    return cuda_fragments.tensor_map(shape.spec, address, (g.batch, g.channels, g.patch_w, g.patch_h))
 
 
 class CudaMma(CudaKernel):
@@ -712,8 +913,9 @@ class CudaMma(CudaKernel):
             "tile": _TILES,
             "warps": tuple(w for w in (4, 8, 16) if w == 4 or w * ROWS < 2 * spec.k),
             "parts": (1, 2, 4),
-            "channels": (8, 16, 32, 64),
-            "stages": (2, 3),
+            "channels": (8, 16, 32, 64, 128),
+            "stages": (2, 3, 4),
+            "copy": ("box",) if cuda.current().capability >= (9, 0) else ("async",),
             "split": (1, 2, 4, 8),
             "entries": ("wide",) if _reason_coded(weight) else ("wide", "coded"),
         }
@@ -762,6 +964,7 @@ _FIELDS: dict[str, Any] = {
     "parts": (1, 8),
     "channels": (1, 256),
     "stages": (2, 8),
+    "copy": ("box", "async"),
     "split": (1, 64),
     "entries": ("wide", "coded"),
 }
@@ -773,6 +976,7 @@ _FALLBACK: Config = {
     "parts": 1,
     "channels": 1,
     "stages": 2,
+    "copy": "async",
     "split": 1,
     "entries": "wide",
 }
@@ -799,58 +1003,69 @@ def _reason_shape(spec: ConvSpec, config: Config) -> str | None:
         return f"{parts} parts cannot share the rows of a tile of {tile_h}"
     if tile_w * batch % 32:
         return f"columns * batch must be a multiple of 32, got {tile_w * batch}"
+    if config["copy"] == "box":
+        if cuda.current().capability < (9, 0):
+            return "copy 'box' needs compute capability 9.0"
+        if max(geometry_of(spec, config).patch_h, geometry_of(spec, config).patch_w) > 256:
+            return "a box has at most 256 values along a dimension"
     return None
 
 
 def _reason_resources(spec: ConvSpec, weight: SparseWeight, config: Config) -> str | None:
     """Reason why a block does not fit a multiprocessor."""
-    jobs = -(-spec.c // int(config["channels"]))
-    shape, device = _shape(spec, weight, config, jobs), cuda.current()
+    shape, device = _shape(spec, weight, config, _jobs(spec, config)), cuda.current()
     if shape.threads > 1024:
         return f"a block has at most 1024 threads, got {shape.threads}"
     if shape.geometry.sums + _SPARE_REGISTERS > shape.registers:
         return f"{shape.geometry.sums} sums of {shape.threads} threads exceed a multiprocessor's registers"
     if shape.shared_bytes > device.shared_per_block:
         return f"{shape.shared_bytes} bytes of shared memory exceed a block's {device.shared_per_block}"
-    if shape.split > -(-spec.c_per_group // shape.channels):
-        return f"{shape.split} splits exceed the jobs of {shape.channels} of {spec.c_per_group} channels"
-    if shape.grid[0] >= 2**31:
-        return "the grid is too large"
+    channels = shape.geometry.channels
+    if shape.split > -(-spec.c_per_group // channels):
+        return f"{shape.split} splits exceed the jobs of {channels} of {spec.c_per_group} channels"
+    if shape.works >= 1 << 30:
+        return "there are too many tiles of outputs"
     return None
+
+
+def _jobs(spec: ConvSpec, config: Config) -> int:
+    """Jobs of a block that needs all channels."""
+    split, tiles = int(config["split"]), -(-spec.c // int(config["channels"]))
+    return -(-tiles // split) * split
 
 
 _SPARE_REGISTERS = 50
 """Registers beside the sums: weights of three steps, gathered rows, addresses."""
-_SHARED_BYTES_PER_CLOCK, _L2_BYTES_PER_CLOCK = 128.0, 26.0
-_JOB_CLOCKS, _START_CLOCKS, _REACHED = 250.0, 4000.0, 0.75
-"""Of a job beside its work, and of a launch; what is reached of shared memory's bound."""
+_GATHER, _STEP = 1.15, 1.65
+"""Clocks of shared memory for each 128 bytes that are gathered (some meet in a bank) or read of a step."""
+_ROW_CLOCKS, _ROW_CLOCKS_PER_BYTE = 2.3, 0.005
+"""Of the copy engine, see `cuda_wgmma`."""
+_ASYNC_BYTES_PER_CLOCK, _L2_BYTES_PER_CLOCK = 17.8, 23.5
+_JOB_CLOCKS, _START_CLOCKS, _BLOCK_CLOCKS = 845.0, 730.0, 3656.0
+"""Of a job beside its work, of a launch, and of a block at its start and end.  All fitted to runs on an H200."""
 
 
 def estimate(spec: ConvSpec, weight: SparseWeight, config: Config, device: cuda.Device, kept: float) -> float:
-    """Clocks that a config may take: the slower of shared memory and the second cache, in whole waves of blocks."""
-    jobs = -(-spec.c // int(config["channels"]))
-    shape = _shape(spec, weight, config, jobs)
+    """Clocks that a config may take: the slower of shared memory, copies and the second cache, in waves of blocks."""
+    shape = _shape(spec, weight, config, _jobs(spec, config))
     g = shape.geometry
     # Channels of all conv groups that a block meets.
     reached = min(spec.c, spec.c_per_group * -(-spec.groups // shape.blocks))
-    own_jobs = -(-reached // shape.channels) / shape.split
-    columns = kept * spec.c_per_group * spec.r * spec.s / shape.split
+    jobs = -(-reached // g.channels) / shape.split
     # Half of a step is empty at the end of a job.
-    steps = columns / STEP + 0.5 * own_jobs
+    steps = kept * spec.c_per_group * spec.r * spec.s / shape.split / STEP + 0.5 * jobs
     groups = min(shape.groups, -(-spec.k // ROWS))
-    gathered = groups * shape.parts * steps * (g.part_h * g.columns * 2 * STEP + shape.step_bytes)
-    tile = reached / shape.split * g.patch_h * g.patch_w * g.pixel_bytes
-    shared = (gathered / _REACHED + tile) / _SHARED_BYTES_PER_CLOCK
-    fetched = (tile + groups * steps * shape.step_bytes) / _L2_BYTES_PER_CLOCK
-    by_shared = device.shared_per_multiprocessor // (shape.shared_bytes + 1024)
-    resident = max(1, min(by_shared, 65536 // (shape.registers * shape.threads), 2048 // shape.threads))
-    blocks = shape.grid[0] * shape.split
-    each = min(resident, -(-blocks // device.multiprocessors))
-    # Few warps hide little of what they wait for.
-    hidden = 1.0 + 0.5 * (4.0 / (each * shape.groups * shape.parts)) ** 1.5
-    # Blocks beside each other hide what a block waits for at its start, its end and between jobs.
-    clocks = max(shared * hidden, fetched) + (own_jobs * _JOB_CLOCKS + 1500.0) / each
-    waves = -(-blocks // (device.multiprocessors * each)) * each
+    each_step = _GATHER * g.part_h * g.columns * 2 * STEP + _STEP * shape.step_bytes
+    gather, tile = groups * shape.parts * steps * each_step / 128, jobs * g.tile_bytes
+    fetch = (tile + groups * steps * shape.step_bytes) / _L2_BYTES_PER_CLOCK
+    if shape.box:
+        copy = jobs * g.lines * (_ROW_CLOCKS + _ROW_CLOCKS_PER_BYTE * g.row_bytes)
+        work = max(gather, copy, fetch)
+    else:
+        work = max(gather + tile / _ASYNC_BYTES_PER_CLOCK, fetch)
+    each, waves = min(shape.resident(device), -(-shape.works // device.multiprocessors)), 1.0
+    waves = -(-shape.works // (device.multiprocessors * each)) * each
+    exposed = jobs * _JOB_CLOCKS + (_BLOCK_CLOCKS if not shape.box else _BLOCK_CLOCKS / 2)
     out = spec.n * spec.k * spec.out_h * spec.out_w
     extra = 0.0 if shape.split == 1 else 3000.0 + shape.split * out * 8 / device.multiprocessors / 20
-    return _START_CLOCKS + waves * clocks + extra
+    return _START_CLOCKS + waves * (work + exposed / each) + extra

@@ -70,7 +70,7 @@ class PackedRunner(CudaRunner):
         kept = [*self._arrays, self._zero_bias]
         self._scale_address = 0
         if scale is not None:
-            kept.append(torch.from_numpy(np.ascontiguousarray(scale, np.float32)).to(self._device))
+            kept.append(torch.from_numpy(np.array(scale, np.float32)).to(self._device))
             self._scale_address = kept[-1].data_ptr()
         self._kept = kept
         self.nbytes = sum(a.nbytes for a in kept)

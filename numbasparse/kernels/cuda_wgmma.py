@@ -774,11 +774,8 @@ class _Runner(PackedRunner):
 
 
 def _tensor_map(shape: _Shape, address: int) -> cuda.TensorMap:
-    """Boxes [row][column][channel][image] of an input in CHWN: channels come after pixels, whatever memory does."""
-    spec, g = shape.spec, shape.geometry
-    pixel, row = 2 * spec.n, 2 * spec.n * spec.w
-    sizes, strides = (spec.n, spec.c, spec.w, spec.h), (row * spec.h, pixel, row)
-    return cuda.TensorMap(address, spec.dtype, sizes, strides, (g.batch, g.channels, g.patch_w, g.patch_h), g.row_bytes)
+    g = shape.geometry
+    return cuda_fragments.tensor_map(shape.spec, address, (g.batch, g.channels, g.patch_w, g.patch_h))
 
 
 class CudaWgmma(CudaKernel):
