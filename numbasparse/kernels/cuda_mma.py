@@ -1036,7 +1036,7 @@ def _jobs(spec: ConvSpec, config: Config) -> int:
 
 _SPARE_REGISTERS = 50
 """Registers beside the sums: weights of three steps, gathered rows, addresses."""
-_GATHER, _STEP = 1.15, 1.65
+_GATHER, _STEP = 1.6, 1.65
 """Clocks of shared memory for each 128 bytes that are gathered (some meet in a bank) or read of a step."""
 _ROW_CLOCKS, _ROW_CLOCKS_PER_BYTE = 2.3, 0.005
 """Of the copy engine, see `cuda_wgmma`."""
