@@ -78,7 +78,7 @@ def _constants(lanes: int, value: float) -> ir.Constant:
 
 
 def _splat(bd: Any, scalar: Any, lanes: int) -> Any:
-    undefined = ir.Constant(_vector(lanes), ir.Undefined)
+    undefined = ir.Constant(ir.VectorType(scalar.type, lanes), ir.Undefined)
     one = bd.insert_element(undefined, scalar, ir.Constant(_I32, 0))
     return bd.shuffle_vector(one, undefined, ir.Constant(ir.VectorType(_I32, lanes), [0] * lanes))
 
@@ -495,6 +495,121 @@ def _store_run(bd: Any, value: Any, first: int, count: int, address: Any) -> Non
             part = _shuffle(bd, value, value, range(first + done, first + done + piece))
             _store(bd, part, _plus(bd, address, 4 * done), 4)
         done += piece
+
+
+# --- products with vectors -----------------------------------------------------------------------------------
+
+
+def gather_dot(lanes: int, displacements: Sequence[int], stride: int, coded: bool) -> Callable[..., None]:
+    """Intrinsic ``(stream, count, x, sums, table)``: the products of a sparse row with a few vectors, by gathers.
+
+    The stream holds chunks of ``lanes`` float32 values and as many uint16 places (6 bytes for each non-zero, read once
+    and in order); with ``coded`` the values are bytes, places in the float32 ``table``.  For each vector p::
+
+        sums[p] += sum(value[i] * memory[x + displacements[p] + 4 * stride * place[i]] for i in range(count))
+
+    Lanes after the last non-zero are neither read nor added, whatever lies there: a masked gather leaves them alone.
+
+    Parameters
+    ----------
+    lanes
+        float32 of a vector register.
+    displacements
+        Bytes from ``x`` to each vector.
+    stride
+        Values from a place to the next.
+    """
+    size = 1 if coded else 4
+
+    @intrinsic
+    def dot(typingctx: Any, stream: Any, count: Any, x: Any, sums: Any, table: Any) -> Any:
+        def codegen(ctx: Any, bd: Any, sig: Any, args: Any) -> Any:
+            stream, count, x, sums, table = args
+            i32s, i16s, i8s = (ir.VectorType(ir.IntType(bits), lanes) for bits in (32, 16, 8))
+            iota = ir.Constant(i32s, list(range(lanes)))
+
+            def chunk(done: Any, accumulators: list[Any]) -> list[Any]:
+                at = bd.add(stream, bd.mul(done, _const(size + 2)))
+                left = bd.trunc(bd.sub(count, done), _I32)
+                mask = bd.icmp_signed("<", iota, _splat(bd, left, lanes))
+                places = bd.zext(_load(bd, i16s, _plus(bd, at, size * lanes), 2), i32s)
+                if stride > 1:
+                    places = bd.mul(places, ir.Constant(i32s, [stride] * lanes))
+                if coded:
+                    values = _gather(bd, lanes, table, bd.zext(_load(bd, i8s, at, 1), i32s), mask)
+                else:
+                    values = _load(bd, _vector(lanes), at, 2)
+                return [
+                    _fma(bd, values, _gather(bd, lanes, _plus(bd, x, d), places, mask), acc)
+                    for d, acc in zip(displacements, accumulators, strict=True)
+                ]
+
+            zeros = [_constants(lanes, 0.0)] * len(displacements)
+            _, totals = _loop(bd, _const(0), count, lanes, zeros, chunk)
+            for p, total in enumerate(totals):
+                width = lanes
+                while width > 1:
+                    width //= 2
+                    low, high = range(width), range(width, 2 * width)
+                    total = bd.fadd(_shuffle(bd, total, total, low), _shuffle(bd, total, total, high))
+                where = _plus(bd, sums, 4 * p)
+                one = bd.extract_element(total, ir.Constant(_I32, 0))
+                _store(bd, bd.fadd(_load(bd, _F32, where, 4), one), where, 4)
+            return ctx.get_dummy_value()
+
+        return types.void(types.intp, types.int64, types.intp, types.intp, types.intp), codegen
+
+    return dot
+
+
+def _gather(bd: Any, lanes: int, base: Any, places: Any, mask: Any) -> Any:
+    """float32 at ``base + 4 * places`` (int32) where the mask is set, zeros elsewhere."""
+    pointers = ir.VectorType(ir.PointerType(), lanes)
+    # One base and a vector of 32-bit indices, which x86 gathers take as they are.  llvmlite thinks that what it makes
+    # is one pointer.
+    where = bd.gep(bd.inttoptr(base, _F32.as_pointer()), [places], source_etype=_F32)
+    where.type = pointers
+    args = [where, ir.Constant(_I32, 4), mask, _constants(lanes, 0.0)]
+    return _call(bd, f"llvm.masked.gather.v{lanes}f32.v{lanes}p0", _vector(lanes), args)
+
+
+def finish_sums(activation: Activation, displacements: Sequence[int], residual: bool) -> Callable[..., None]:
+    """Intrinsic ``(sums, scale, bias, out, added)``: finish the sums of one output channel and store them.
+
+    Sum p goes to ``out + displacements[p]``, multiplied by the float32 at ``scale``, with that at ``bias`` added, with
+    ``residual`` also what lies ``added`` bytes after that place, and the activation applied.
+    """
+
+    @intrinsic
+    def finish(typingctx: Any, sums: Any, scale: Any, bias: Any, out: Any, added: Any) -> Any:
+        def codegen(ctx: Any, bd: Any, sig: Any, args: Any) -> Any:
+            sums, scale, bias, out, added = args
+            factor, shift = _load(bd, _F32, scale, 4), _load(bd, _F32, bias, 4)
+            for p, displacement in enumerate(displacements):
+                value = _load(bd, _F32, _plus(bd, sums, 4 * p), 4)
+                value = _call(bd, "llvm.fma.f32", _F32, [value, factor, shift])
+                where = _plus(bd, out, displacement)
+                if residual:
+                    value = bd.fadd(value, _load(bd, _F32, bd.add(where, added), 4))
+                # Four equal lanes: the activations are written for vectors.
+                value = bd.extract_element(_activate(bd, activation, _splat(bd, value, 4)), ir.Constant(_I32, 0))
+                _store(bd, value, where, 4)
+            return ctx.get_dummy_value()
+
+        return types.void(types.intp, types.intp, types.intp, types.intp, types.int64), codegen
+
+    return finish
+
+
+@intrinsic
+def clear_f32(typingctx: Any, address: Any) -> Any:
+    """Write a float32 zero to ``address``."""
+
+    def codegen(ctx: Any, bd: Any, sig: Any, args: Any) -> Any:
+        _store(bd, ir.Constant(_F32, 0.0), args[0], 4)
+        return ctx.get_dummy_value()
+
+    return types.void(types.intp), codegen
 
 
 # --- activations ---------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from numbasparse.kernels.base import (
 )
 from numbasparse.kernels.cpu_direct import CpuDirect
 from numbasparse.kernels.cpu_pointwise import CpuPointwise
+from numbasparse.kernels.cpu_vector import CpuVector
 from numbasparse.kernels.cuda_dense import CudaDense
 from numbasparse.kernels.cuda_direct import CudaDirect
 from numbasparse.kernels.cuda_mma import CudaMma
@@ -35,6 +36,7 @@ __all__ = [
 
 # For each device in the order of preference for problems that nobody tuned.
 _TABLE: tuple[Kernel, ...] = (
+    CpuVector(),
     CpuPointwise(),
     CpuDirect(),
     Dense(),

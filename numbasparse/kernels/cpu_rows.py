@@ -138,8 +138,8 @@ def reason_unsupported(spec: ConvSpec, weight: SparseWeight) -> str | None:
 
 
 def most_accumulators() -> int:
-    """Vector registers less one for the broadcast value and one to spare."""
-    return cpu.vector_registers() - 2
+    """Vector registers less one for the broadcast value and one to spare; configs know at most 28."""
+    return min(28, cpu.vector_registers() - 2)
 
 
 def prefetch_choices(spec: ConvSpec) -> tuple[str, ...]:
