@@ -607,6 +607,22 @@ def test_every_config_packs(space: str, name: str, threads: int, density: float,
         assert nbytes <= 1.3 * (8 * weight.nnz + 4 * (spec.k + 1)) + 4096
 
 
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("name", SPARSE)
+def test_the_default_is_in_the_space(space: str, name: str, lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On hosts of any vector width: a tuner looks for it there."""
+    monkeypatch.setattr(cpu, "vector_lanes", lambda: lanes)
+    monkeypatch.setattr(cpu, "vector_registers", lambda: 32 if lanes == 16 else 16)
+    for density in (0.02, 0.3):
+        spec, weight = space_problem(space, density)
+        if KERNELS[name].supports(spec, weight) is None:
+            for threads in (1, 2):
+                assert KERNELS[name].default(spec, weight, threads) in list(
+                    KERNELS[name].configs(spec, weight, threads)
+                )
+
+
 @pytest.mark.parametrize(
     ("space", "name"),
     [

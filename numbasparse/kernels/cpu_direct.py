@@ -265,7 +265,8 @@ class CpuDirect(Kernel):
             "lanes": (lanes,),
             "chunk": tuple(chunks),
             "tile": tuple(f"{h}x{w}" for h, w in tiles),
-            "taps": ("copied", "shifted") if spec.s > 1 else ("shifted",),
+            # Lanes of several chunks take copied taps, those of 1x1 kernels too.
+            "taps": ("copied", "shifted"),
             "block_kb": _block_sizes(weight.density),
             "patch_kb": _patch_sizes(spec),
             "split": tuple(p for p in (1, threads) if p <= spec.k) if _few_units(spec, lanes, threads) else (1,),
