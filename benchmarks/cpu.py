@@ -1,6 +1,7 @@
 """CPU benchmark: single convolutions against dense oneDNN through torch, all timed in turns in one process.
 
     python benchmarks/cpu.py layers      # the nine layers at 80 / 90 / 95 / 98 %, N = 1 and 8
+    python benchmarks/cpu.py linear      # linear layers on one vector
     python benchmarks/cpu.py calls       # what a call costs beyond its kernel, and after 50 ms without work
     python benchmarks/cpu.py awkward     # sizes that fit nothing
     python benchmarks/cpu.py exhaustive  # the tuner's choice against every config
@@ -45,6 +46,8 @@ LAYERS = [
     (1, 1024, 14, 256),
 ]
 SPARSITIES = (0.80, 0.90, 0.95, 0.98)
+# Linear layers of VGG-16 and ResNet-50, and a small one: inputs and outputs.
+LINEAR = [(25088, 4096), (4096, 4096), (2048, 1000), (512, 1000)]
 
 # spec arguments of convolutions whose sizes divide nothing: x shape, weight shape, stride, padding, groups
 AWKWARD = {
@@ -159,6 +162,33 @@ def layer_row(
     print(name, f"dense {stock:.0f} us:", {s: v["ratio"] for s, v in ours.items()}, flush=True)
     dense = {key: times[key] for key in ("nchw", "nhwc", "packed_nchw", "packed_nhwc")}
     return {"layer": name, "n": spec.n, "spec": spec.to_dict(), "dense": dense, "ours": ours}
+
+
+def linear(args: argparse.Namespace) -> None:
+    """One vector times a matrix: `F.linear`, each sparse kernel's best known config, all in turns."""
+    rows = []
+    for c, k in LINEAR:
+        spec = ConvSpec.create((1, c, 1, 1), (k, c, 1, 1))
+        x = torch.randn(spec.x_shape)
+        for sparsity in (0.80, 0.90, 0.95):
+            weight = random_weight(np.random.default_rng(0), spec.weight_shape, sparsity, 1)
+            dense, vector = torch.from_numpy(weight.to_dense()).view(k, c), x.view(1, c)
+            image = dense.view(spec.weight_shape)
+            calls: dict[Any, Callable[[], Any]] = {
+                "linear": lambda d=dense, v=vector: F.linear(v, d),
+                "1x1 convolution": lambda d=image: F.conv2d(x, d),
+            }
+            tuned, _ = tuned_for([autotune.LayerProblem("layer", spec, weight)], args)
+            choice = tuned.choice(spec, weight, "layer")
+            for name, config in (("tuned", choice), ("cpu_vector", "cpu_vector"), ("cpu_direct", "cpu_direct")):
+                calls[name] = lambda w=weight, g=config: numbasparse.conv2d(x, w, config=g)
+                check(calls[name](), x, weight, spec)
+            times = {key: summary(t) for key, t in interleaved(calls, args.seconds).items()}
+            ratio = round(times["linear"]["median_us"] / times["tuned"]["median_us"], 3)
+            rows.append({"layer": f"{c} -> {k}", "sparsity": sparsity, "chosen": choice.kernel, "ratio": ratio,
+                         "config": choice.config, "times": times})  # fmt: skip
+            print(f"{c} -> {k} {sparsity:.0%}", {key: round(t["median_us"]) for key, t in times.items()}, ratio)
+    save(args, "cpu_linear", {"rows": rows})
 
 
 def calls(args: argparse.Namespace) -> None:
@@ -287,7 +317,7 @@ def save(args: argparse.Namespace, name: str, content: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("layers", "calls", "awkward", "exhaustive"))
+    parser.add_argument("what", choices=("layers", "linear", "calls", "awkward", "exhaustive"))
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--trials", type=int, default=160, help="configs tried for each layer")
@@ -298,7 +328,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     numbasparse.set_num_threads(args.threads)
     with torch.inference_mode():
-        {"layers": layers, "calls": calls, "awkward": awkward, "exhaustive": exhaustive}[args.what](args)
+        steps = {f.__name__: f for f in (layers, linear, calls, awkward, exhaustive)}
+        steps[args.what](args)
 
 
 if __name__ == "__main__":
