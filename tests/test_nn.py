@@ -182,6 +182,16 @@ def test_operator_sees_changed_inference_tensors() -> None:
         _assert_close(layer(x), conv(x))
 
 
+def test_a_layer_made_in_inference_mode_is_not_compared_at_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.inference_mode():
+        layer = SparseConv2d.from_conv(_conv(4, 6, 3))
+        assert not layer.values.is_inference()
+        x = torch.randn(1, 4, 6, 6)
+        layer(x)
+        monkeypatch.setattr(torch, "equal", None)
+        layer(x)
+
+
 def test_plans_are_kept_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = SparseConv2d.from_conv(_conv(4, 6, 3))
     cache = operator_room._plans

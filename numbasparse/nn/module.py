@@ -105,8 +105,11 @@ class SparseConv2d(nn.Module):
         self.activation: str = check_activation(activation)
         self.choice = choice
         self.out_layout = out_layout
-        for name, array in zip(_ARRAYS, (weight.encoded(), weight.indices, weight.indptr), strict=True):
-            self.register_buffer(name, torch.from_numpy(array.copy()))
+        # Normal tensors, also within inference mode, whose own do not count changes: the operator would have to compare
+        # the whole weight with a copy at every call.
+        with torch.inference_mode(False):
+            for name, array in zip(_ARRAYS, (weight.encoded(), weight.indices, weight.indptr), strict=True):
+                self.register_buffer(name, torch.from_numpy(array.copy()))
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
 
     @classmethod
