@@ -176,12 +176,12 @@ def linear(args: argparse.Namespace) -> None:
             image = dense.view(spec.weight_shape)
             calls: dict[Any, Callable[[], Any]] = {
                 "linear": lambda d=dense, v=vector: F.linear(v, d),
-                "1x1 convolution": lambda d=image: F.conv2d(x, d),
+                "1x1 convolution": lambda d=image, i=x: F.conv2d(i, d),
             }
             tuned, _ = tuned_for([autotune.LayerProblem("layer", spec, weight)], args)
             choice = tuned.choice(spec, weight, "layer")
             for name, config in (("tuned", choice), ("cpu_vector", "cpu_vector"), ("cpu_direct", "cpu_direct")):
-                calls[name] = lambda w=weight, g=config: numbasparse.conv2d(x, w, config=g)
+                calls[name] = lambda w=weight, g=config, i=x: numbasparse.conv2d(i, w, config=g)
                 check(calls[name](), x, weight, spec)
             times = {key: summary(t) for key, t in interleaved(calls, args.seconds).items()}
             ratio = round(times["linear"]["median_us"] / times["tuned"]["median_us"], 3)
