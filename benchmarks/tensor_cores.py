@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,24 +53,27 @@ CODED = ("98%", "16x1 90%")
 """Masks whose weights are measured as codes too."""
 
 
-def gathering_configs(problem: LayerProblem, count: int) -> list[Candidate]:
-    """What cuda_mma thinks best, one config for each shape of a block."""
+def of_each_shape(
+    problem: LayerProblem, name: str, fields: tuple[str, ...], count: int, wanted: Callable[[Config], bool]
+) -> list[Candidate]:
+    """What a kernel thinks best of what is wanted, one config for each shape of a block, which ``fields`` are."""
     best: dict[tuple[Any, ...], Candidate] = {}
-    for config in kernel(GATHERING).suggest(problem.spec, problem.weight, 1, 2000):
-        if config["entries"] == "wide":
-            shape = tuple(config[f] for f in ("batch", "tile", "warps", "parts", "split"))
-            best.setdefault(shape, Candidate(GATHERING, config))
+    for config in kernel(name).suggest(problem.spec, problem.weight, 1, 2000):
+        if wanted(config):
+            best.setdefault(tuple(config[f] for f in fields), Candidate(name, config))
     return list(best.values())[:count]
+
+
+def gathering_configs(problem: LayerProblem, count: int) -> list[Candidate]:
+    """Those of cuda_mma."""
+    fields = ("batch", "tile", "warps", "parts", "split")
+    return of_each_shape(problem, GATHERING, fields, count, lambda config: config["entries"] == "wide")
 
 
 def configs(problem: LayerProblem, count: int, clusters: int) -> list[Candidate]:
-    """What the kernel thinks best, one config for each shape of a block."""
-    best: dict[tuple[Any, ...], Candidate] = {}
-    for config in kernel(NAME).suggest(problem.spec, problem.weight, 1, 2000):
-        shape = tuple(config[f] for f in ("batch", "tile", "split", "cluster", "groups"))
-        if int(config["cluster"]) <= clusters:
-            best.setdefault(shape, Candidate(NAME, config))
-    return list(best.values())[:count]
+    """Those of cuda_wgmma."""
+    fields = ("batch", "tile", "split", "cluster", "groups")
+    return of_each_shape(problem, NAME, fields, count, lambda config: int(config["cluster"]) <= clusters)
 
 
 # ---- right --------------------------------------------------------------------------------------------------
@@ -156,10 +160,37 @@ def estimate(problem: LayerProblem, candidate: Candidate, device: cuda.Device) -
     return cuda_mma.estimate(problem.spec, problem.weight, config, device, cuda_mma.kept_share(problem.weight))
 
 
-def layers(args: argparse.Namespace) -> None:
-    """The best of some configs for each layer, batch and sparsity, and cuDNN's two layouts, in turns."""
+def timed(
+    args: argparse.Namespace,
+    gpu: Any,
+    wanted: list[Case],
+    name: str,
+    labels: tuple[str, ...],
+    race_all: Callable[[Case, Row], dict[str, list[dict[str, Any]]]],
+) -> None:
+    """A row for each case, while there is time: cuDNN's two layouts, and what ``race_all`` adds, by the label raced."""
     rows: list[dict[str, Any]] = []
     began, longest = time.perf_counter(), 0.0
+    for case in wanted:
+        start = time.perf_counter()
+        if start - began + longest > args.seconds:
+            print(f"{len(rows)} of {len(wanted)} rows fitted into {args.seconds:.0f} s", flush=True)
+            break
+        row = Row(gpu)
+        add_dense(row, case, "cudnn")
+        raced = race_all(case, row)
+        times = row.times()
+        rows.append({"layer": case.name, "times": times, "ratios": ratios(times), "raced": raced})
+        first = next(iter(raced.values()))
+        print(case.name, rows[-1]["ratios"], first[0]["config"], row.wrong, flush=True)
+        save(args, name, {"geometric_means": means(rows, labels), "rows": rows})
+        longest = max(longest, time.perf_counter() - start)
+        torch.cuda.empty_cache()
+    print(means(rows, labels))
+
+
+def layers(args: argparse.Namespace) -> None:
+    """The best of some configs for each layer, batch and sparsity, and cuDNN's two layouts, in turns."""
     wanted = [Case(layer, n, "float16") for n in (32, 128) for layer in SQUARE]
     wanted += [Case(layer, n, "float16") for n in (32, 128) for layer in POINTWISE]
     wanted += [Case(layer, 8, "float16") for layer in SQUARE]
@@ -168,26 +199,18 @@ def layers(args: argparse.Namespace) -> None:
             compilers.submit(case.problem(0.9), configs(case.problem(0.9), RACED, args.clusters))
             for sparsity in SPARSITIES:
                 compilers.submit(case.problem(sparsity), configs(case.problem(sparsity), SUGGESTED, args.clusters))
-        for case in wanted:
-            start = time.perf_counter()
-            if start - began + longest > args.seconds:
-                print(f"{len(rows)} of {len(wanted)} rows fitted into {args.seconds:.0f} s", flush=True)
-                break
-            row, raced = Row(gpu), {}
-            add_dense(row, case, "cudnn")
+
+        def race_all(case: Case, row: Row) -> dict[str, list[dict[str, Any]]]:
+            raced: dict[str, list[dict[str, Any]]] = {}
             few = configs(case.problem(0.9), RACED, args.clusters)
             for sparsity in sorted(SPARSITIES, key=lambda s: s != 0.9):
                 bench, label = GpuBench(case.problem(sparsity), gpu, compilers), f"{sparsity:.0%}"
                 own = unique([*few, *configs(bench.problem, SUGGESTED, args.clusters)])
                 raced[label] = race(bench, compilers, own, row, label)
                 few = [Candidate(NAME, f["config"]) for f in raced["90%"][:BEST_FEW]]
-            times = row.times()
-            rows.append({"layer": case.name, "times": times, "ratios": ratios(times), "raced": raced})
-            print(case.name, rows[-1]["ratios"], raced["90%"][0]["config"], row.wrong, flush=True)
-            save(args, "tensor_layers", {"geometric_means": means(rows), "rows": rows})
-            longest = max(longest, time.perf_counter() - start)
-            torch.cuda.empty_cache()
-    print(means(rows))
+            return raced
+
+        timed(args, gpu, wanted, "tensor_layers", tuple(f"{sparsity:.0%}" for sparsity in SPARSITIES), race_all)
 
 
 MASKS = {
@@ -213,33 +236,23 @@ def vector_problem(case: Case, sparsity: float, vector: int) -> LayerProblem:
 
 def gathered(args: argparse.Namespace) -> None:
     """The best of some configs of cuda_mma for each layer, batch and mask, coded weights, and cuDNN's two layouts."""
-    rows: list[dict[str, Any]] = []
-    began, longest = time.perf_counter(), 0.0
     wanted = [Case(layer, n, "float16") for n in args.batch for layer in SQUARE]
     wanted += [Case(layer, n, "float16") for n in args.batch for layer in POINTWISE]
     with session(args) as (gpu, compilers):
         problems = {(case, mask): vector_problem(case, *MASKS[mask]) for case in wanted for mask in MASKS}
         for problem in problems.values():
             compilers.submit(problem, gathering_configs(problem, GATHERED))
-        for case in wanted:
-            start = time.perf_counter()
-            if start - began + longest > args.seconds:
-                print(f"{len(rows)} of {len(wanted)} rows fitted into {args.seconds:.0f} s", flush=True)
-                break
-            row, raced = Row(gpu), {}
-            add_dense(row, case, "cudnn")
+
+        def race_all(case: Case, row: Row) -> dict[str, list[dict[str, Any]]]:
+            raced: dict[str, list[dict[str, Any]]] = {}
             for mask in MASKS:
                 bench = GpuBench(problems[case, mask], gpu, compilers)
                 raced[mask] = race(bench, compilers, gathering_configs(bench.problem, GATHERED), row, mask)
                 if raced[mask][0]["us"] and mask in CODED:
                     add_coded(row, bench.problem, raced[mask][0]["config"], gpu, mask)
-            times = row.times()
-            rows.append({"layer": case.name, "times": times, "ratios": ratios(times), "raced": raced})
-            print(case.name, rows[-1]["ratios"], raced["98%"][0]["config"], row.wrong, flush=True)
-            save(args, "tensor_gathered", {"geometric_means": means(rows, tuple(MASKS)), "rows": rows})
-            longest = max(longest, time.perf_counter() - start)
-            torch.cuda.empty_cache()
-    print(means(rows, tuple(MASKS)))
+            return raced
+
+        timed(args, gpu, wanted, "tensor_gathered", tuple(MASKS), race_all)
 
 
 def add_coded(row: Row, problem: LayerProblem, config: Config, gpu: Any, label: str) -> None:
@@ -252,16 +265,16 @@ def add_coded(row: Row, problem: LayerProblem, config: Config, gpu: Any, label: 
         row.add(f"ours coded {label}", bench.call(ready, ready.takes, ready.gives), bench.wrong(candidate, ready))
 
 
-def means(rows: list[dict[str, Any]], labels: tuple[str, ...] = ()) -> dict[str, float]:
+def means(rows: list[dict[str, Any]], labels: tuple[str, ...]) -> dict[str, float]:
     """Geometric means of the ratios over the 3x3 layers that are there, with input and output as the kernel likes."""
     found = {}
     for n in (32, 128, 8):
-        for sparsity in labels or tuple(f"{sparsity:.0%}" for sparsity in SPARSITIES):
-            name = f"ours native {sparsity}"
+        for label in labels:
+            name = f"ours native {label}"
             own = [r["ratios"][name] for r in rows if f"N={n} " in r["layer"] and r["layer"].startswith("3x3")
                    and name in r["ratios"]]  # fmt: skip
             if own:
-                found[f"N={n} {sparsity} ({len(own)} layers)"] = round(geometric_mean(own), 3)
+                found[f"N={n} {label} ({len(own)} layers)"] = round(geometric_mean(own), 3)
     return found
 
 

@@ -132,16 +132,20 @@ class Levels(ABC):
         channels : ndarray of int, (n,)
             Output channel of each.
         """
-        table, first = self.tables()
-        values = table[_of_channel(first, channels) + codes]
+        values = self.tables()[0][self.places(codes, channels)]
         with np.errstate(over="ignore"):  # a weight refuses infinite values
             return values * _of_channel(self.scale, channels)
+
+    def places(self, codes: Codes | int, channels: NDArray[np.integer]) -> NDArray[np.int64]:
+        """Place of each code in the table of `tables`, int64; parameters as in `decode`, or one code for all."""
+        starts: NDArray[np.int64] = _of_channel(self.tables()[1], channels)
+        return np.asarray(starts + codes, np.int64)
 
     def codebook(self, k: int) -> Floats:
         """Value of every code, float32, (1, 2**bits) or (K, 2**bits) where output channels differ."""
         table, first = self.tables()
         channels = np.arange(1 if len(first) == len(self.scale) == 1 else k)
-        places = _of_channel(first, channels)[:, None] + np.arange(1 << self.bits)
+        places = self.places(0, channels)[:, None] + np.arange(1 << self.bits)
         return table[places] * _of_channel(self.scale, channels)[:, None]
 
     def __eq__(self, other: object) -> bool:

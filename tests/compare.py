@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from numbasparse import SparseWeight
+from numbasparse.kernels import Config
 from numbasparse.kernels.reference import conv2d_reference
 from numbasparse.kernels.two_four import narrow
 from numbasparse.spec import ConvSpec
@@ -84,3 +85,34 @@ def assert_as_tensor_cores(
     rounding = rest.get("rounding", 0.0)
     assert np.isfinite(y).all()
     np.testing.assert_array_less(np.abs(y - expected), 1e-5 * (magnitude + 1) + rounding * np.abs(expected) + 1e-7)
+
+
+def assert_right_on_gpu(
+    kernel: Any,
+    spec: ConvSpec,
+    weight: SparseWeight,
+    config: Config,
+    rng: np.random.Generator,
+    with_residual: bool,
+    exact_weight: bool = False,
+) -> None:
+    """Run a kernel for tensor cores three times, with bias and ReLU, on memory that was NaN; as above."""
+    import torch
+
+    dtype = getattr(torch, spec.dtype)
+    x = rng.standard_normal(spec.x_shape, np.float32)
+    bias = rng.standard_normal(spec.k).astype(np.float32)
+    residual = rounded(rng.standard_normal(spec.out_shape, np.float32), spec.dtype) if with_residual else None
+    runner = kernel.prepare(spec, weight, config, "relu")
+    added = None if residual is None else torch.from_numpy(residual).to("cuda", dtype)
+    poison = torch.full((16 << 20,), torch.nan, device="cuda")
+    del poison  # the output is likely to lie there: what is not written is NaN
+    rest = {
+        "activation": "relu",
+        "residual": residual,
+        "rounding": {"float16": 2.0**-10, "bfloat16": 2.0**-7}[spec.dtype],
+        "exact_weight": exact_weight,
+    }
+    for _ in range(3):
+        y = runner.apply(torch.from_numpy(x).to("cuda", dtype), torch.from_numpy(bias).cuda(), added)
+        assert_as_tensor_cores(y.float().cpu().numpy(), spec, weight, x, bias, **rest)

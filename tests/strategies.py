@@ -64,3 +64,26 @@ def random_weight(spec: ConvSpec, density: float, rng: np.random.Generator, *, e
     if empty_rows:
         weight[::2] = 0.0
     return weight
+
+
+@st.composite
+def tensor_core_specs(draw: st.DrawFn, channels: tuple[int, ...]) -> ConvSpec:
+    """Small problems of 16-bit floats with every option and batches of multiples of 8."""
+    r, s = draw(st.sampled_from([(1, 1), (3, 3), (5, 1), (2, 3)]))
+    groups = draw(st.sampled_from([1, 1, 2]))
+    dilation = (draw(st.integers(1, 2)), draw(st.integers(1, 2)))
+    extent = ((r - 1) * dilation[0] + 1, (s - 1) * dilation[1] + 1)
+    return ConvSpec(
+        n=8 * draw(st.integers(1, 5)),
+        c=groups * draw(st.sampled_from(channels)),
+        h=extent[0] + draw(st.integers(0, 4)),
+        w=extent[1] + draw(st.integers(0, 4)),
+        k=groups * draw(st.sampled_from([1, 20, 70])),
+        r=r,
+        s=s,
+        stride=(draw(st.integers(1, 2)), draw(st.integers(1, 2))),
+        padding=((draw(st.integers(0, 2)), 1), (draw(st.integers(0, 2)), 0)),
+        dilation=dilation,
+        groups=groups,
+        dtype=draw(st.sampled_from(["float16", "bfloat16"])),
+    )

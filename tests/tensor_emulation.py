@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 
 from numbasparse.kernels import two_four
@@ -95,3 +99,43 @@ def box(image: np.ndarray, origin: tuple[int, ...], shape: tuple[int, ...]) -> n
     inside = [(i >= 0) & (i < size) for i, size in zip(index, image.shape, strict=True)]
     made[np.ix_(*inside)] = image[np.ix_(*(i[there] for i, there in zip(index, inside, strict=True)))]
     return made
+
+
+@dataclass(frozen=True)
+class OutputTile:
+    """One unit of work of a block: where its outputs are, and the first row and column of its input."""
+
+    block: int
+    part: int
+    image: int
+    oy: int
+    ox: int
+    corner: tuple[int, int]
+
+
+def output_tiles(shape: Any) -> Iterator[OutputTile]:
+    """All of a kernel's constants' tiles, in their order."""
+    spec, g = shape.spec, shape.geometry
+    down, across = shape.tiles
+    for work in range(shape.works):
+        pixels = work // shape.blocks // shape.split
+        oy, ox = pixels % (across * down) // across * g.tile_h, pixels % across * g.tile_w
+        corner = (oy * spec.stride[0] - spec.padding[0][0], ox * spec.stride[1] - spec.padding[1][0])
+        part = work // shape.blocks % shape.split
+        yield OutputTile(work % shape.blocks, part, pixels // (across * down) * g.batch, oy, ox, corner)
+
+
+def store_tile(y: np.ndarray, sums: np.ndarray, rows: np.ndarray, tile: OutputTile, batch: int) -> None:
+    """Write sums (rows of the tile, output channels, columns) to ``y`` (splits, K, OH, OW, N), each place once.
+
+    ``rows`` are the output channels, -1 for none; what lies outside of ``y`` is not written.
+    """
+    _, _, out_h, out_w, images = y.shape
+    lines, _, columns = sums.shape
+    for row, k in enumerate(rows):
+        for i in range(lines):
+            for n in range(columns):
+                at = (tile.part, k, tile.oy + i, tile.ox + n // batch, tile.image + n % batch)
+                if k >= 0 and at[2] < out_h and at[3] < out_w and at[4] < images:
+                    assert np.isnan(y[at])
+                    y[at] = sums[i, row, n]

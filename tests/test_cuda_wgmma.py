@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from compare import assert_as_tensor_cores, rounded
+from compare import assert_as_tensor_cores, assert_right_on_gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import random_weight
-from tensor_emulation import box, opened, opened_dense, operand, swizzled, widened
+from strategies import random_weight, tensor_core_specs
+from tensor_emulation import box, opened, opened_dense, operand, output_tiles, store_tile, swizzled, widened
 
 from numbasparse import SparseWeight
 from numbasparse.kernels import KERNELS, Config, ConfigError
@@ -60,29 +60,10 @@ class Emulator:
         spec, shape = self.spec, self.shape
         halves = narrow(x, spec.dtype).transpose(2, 3, 1, 0)  # what the tensor map makes of CHWN: H, W, C, N
         y = np.full((shape.split, spec.k, spec.out_h, spec.out_w, spec.n), np.nan, np.float32)
-        for work in range(shape.works):
-            self._work(halves, y, work)
+        for tile in output_tiles(shape):
+            sums = self._sums(halves, tile.image, tile.corner, tile.block, tile.part)
+            store_tile(y, sums, self.packed.rows[tile.block], tile, self.g.batch)
         return y.sum(axis=0).transpose(3, 0, 1, 2)
-
-    def _work(self, x: np.ndarray, y: np.ndarray, work: int) -> None:
-        spec, g, shape = self.spec, self.g, self.shape
-        down, across = shape.tiles
-        block, part, pixels = (
-            work % shape.blocks,
-            work // shape.blocks % shape.split,
-            work // shape.blocks // shape.split,
-        )
-        oy, ox = pixels % (across * down) // across * g.tile_h, pixels % across * g.tile_w
-        image = pixels // (across * down) * g.batch
-        corner = (oy * spec.stride[0] - spec.padding[0][0], ox * spec.stride[1] - spec.padding[1][0])
-        sums = self._sums(x, image, corner, block, part)
-        for row, k in enumerate(self.packed.rows[block]):
-            for i in range(g.tile_h):
-                for n in range(g.n):
-                    at = (part, k, oy + i, ox + n // g.batch, image + n % g.batch)
-                    if k >= 0 and at[2] < spec.out_h and at[3] < spec.out_w and at[4] < spec.n:
-                        assert np.isnan(y[at])
-                        y[at] = sums[i, row, n]
 
     def _sums(self, x: np.ndarray, image: int, corner: tuple[int, int], block: int, part: int) -> np.ndarray:
         """Of one block, (rows of the tile, 64, n)."""
@@ -163,24 +144,7 @@ class Emulator:
 @st.composite
 def problems(draw: st.DrawFn) -> tuple[ConvSpec, Config]:
     """Small problems with every option, and valid configs for them."""
-    r, s = draw(st.sampled_from([(1, 1), (3, 3), (5, 1), (2, 3)]))
-    groups = draw(st.sampled_from([1, 1, 2]))
-    dilation = (draw(st.integers(1, 2)), draw(st.integers(1, 2)))
-    extent = ((r - 1) * dilation[0] + 1, (s - 1) * dilation[1] + 1)
-    spec = ConvSpec(
-        n=8 * draw(st.integers(1, 5)),
-        c=groups * draw(st.sampled_from([1, 5, 24, 40])),
-        h=extent[0] + draw(st.integers(0, 4)),
-        w=extent[1] + draw(st.integers(0, 4)),
-        k=groups * draw(st.sampled_from([1, 20, 70])),
-        r=r,
-        s=s,
-        stride=(draw(st.integers(1, 2)), draw(st.integers(1, 2))),
-        padding=((draw(st.integers(0, 2)), 1), (draw(st.integers(0, 2)), 0)),
-        dilation=dilation,
-        groups=groups,
-        dtype=draw(st.sampled_from(["float16", "bfloat16"])),
-    )
+    spec = draw(tensor_core_specs((1, 5, 24, 40)))
     config: Config = {
         "batch": draw(st.sampled_from([8, 16, 32, 64])),
         "tile": draw(st.sampled_from(["1x4", "2x4", "4x2", "4x3"])),
@@ -367,21 +331,7 @@ GPU_CASES: list[tuple[ConvSpec, Config, float]] = [
 @pytest.mark.parametrize("with_residual", [False, True], ids=["", "residual"])
 @pytest.mark.parametrize("number", range(len(GPU_CASES)))
 def test_variants(number: int, with_residual: bool) -> None:
-    import torch
-
     spec, config, density = GPU_CASES[number]
     rng = np.random.default_rng(number)
     weight = SparseWeight.from_dense(random_weight(spec, density, rng, empty_rows=number % 2 == 1), spec.groups)
-    dtype = getattr(torch, spec.dtype)
-    x = rng.standard_normal(spec.x_shape, np.float32)
-    bias = rng.standard_normal(spec.k).astype(np.float32)
-    residual = rounded(rng.standard_normal(spec.out_shape, np.float32), spec.dtype) if with_residual else None
-    runner: Any = KERNEL.prepare(spec, weight, config, "relu")
-    added = None if residual is None else torch.from_numpy(residual).to("cuda", dtype)
-    poison = torch.full((16 << 20,), torch.nan, device="cuda")
-    del poison  # the output is likely to lie there: what is not written is NaN
-    for _ in range(3):
-        y = runner.apply(torch.from_numpy(x).to("cuda", dtype), torch.from_numpy(bias).cuda(), added)
-        rounding = {"float16": 2.0**-10, "bfloat16": 2.0**-7}[spec.dtype]
-        result = y.float().cpu().numpy()
-        assert_as_tensor_cores(result, spec, weight, x, bias, activation="relu", residual=residual, rounding=rounding)
+    assert_right_on_gpu(KERNEL, spec, weight, config, rng, with_residual)

@@ -164,7 +164,7 @@ def gathering_deep(row_bytes: int, n: int, dtype: str) -> cuda.Ptx:
     pixel = 32 * row_bytes
     displacements = [2 * j // row_bytes * pixel + 2 * j % row_bytes for j in range(0, n, 16)]
     next_eight = 16 if row_bytes > 16 else pixel
-    mma, decode = ptx.gathered_mma_deep(displacements, ptx.SWIZZLES[row_bytes].mask, dtype), ptx.decode_bytes(2)
+    mma, decode = ptx.gathered_mma(displacements, ptx.SWIZZLES[row_bytes].mask, dtype, 16), ptx.decode_bytes(2)
     zeros, write = ptx.zeros(n // 2), writing(n)
     load_two = ptx.load_words("global", 2)
     i32, u32, i64 = types.int32, types.uint32, types.int64

@@ -785,95 +785,53 @@ def wgmma_settle(total: int) -> Any:
     return _intrinsic_of_arity(1, kind(kind), generate)
 
 
-def gathered_mma(displacements: Sequence[int], mask: int, dtype: str) -> Any:
-    """Intrinsic ``(sums, values, address) -> sums``: a 16 x 8 matrix times gathered rows, for each warp its own.
+def gathered_mma(displacements: Sequence[int], mask: int, dtype: str, depth: int = 8) -> Any:
+    """Intrinsic ``(sums, values, address) -> sums``: a 16 x depth matrix times gathered rows, for each warp its own.
 
-    For each displacement four ``mma.sync.m16n8k8``, whose operands B are 32 columns of 8 rows in shared memory.
-    Lane l gives the address of row ``l % 8`` at column ``8 * (l // 8)``; the displacement is added, and then
-    `Swizzle.mask` applied.
+    For each displacement some ``mma.sync.m16n8k8`` or ``k16``, whose operands B are columns of ``depth`` rows in shared
+    memory: 32 columns of 8 rows, or 16 of 16.  Lane l gives the address of row ``l % depth`` at column
+    ``8 * (l // depth)``; the displacement is added, and then `Swizzle.mask` applied.
 
     Parameters
     ----------
     displacements
-        Bytes; displacement i belongs to sums ``16 * i`` and on, in the order of `sparse_wgmma`.
+        Bytes; displacement i belongs to sums ``4 * i * (32 / depth)`` and on, in the order of `sparse_wgmma`.
     mask
         See `Swizzle`.
     dtype
         ``"float16"`` or ``"bfloat16"``; sums are float32.
+    depth
+        8 or 16.
 
     Notes
     -----
-    PTX ISA, "Matrix fragments for mma.m16n8k8" (A as in `two_four.fragments`), and "ldmatrix": four 8 x 8 matrices,
-    lanes 8 m to 8 m + 7 giving the rows of matrix m; transposed, a lane gets what operand B of an mma holds.
+    PTX ISA, "Matrix fragments for mma.m16n8k8" and "for mma.m16n8k16 with floating point type": A is as in
+    `two_four.fragments`, for 16 with all columns kept; B is a register for each eight rows.  "ldmatrix": four 8 x 8
+    matrices, lanes 8 m to 8 m + 7 giving the rows of matrix m; transposed, a lane gets what operand B of an mma holds.
     """
-    total = 16 * len(displacements)
+    eights, halves = 32 // depth, depth // 8
+    total = 4 * eights * len(displacements)
     kind = types.UniTuple(types.float32, total)
-    signature = kind(kind, types.UniTuple(types.uint32, 2), types.uint32)
+    signature = kind(kind, types.UniTuple(types.uint32, 2 * halves), types.uint32)
     short = _SHORT[dtype]
     load = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3}, [$4];"
-    multiply = (
-        f"mma.sync.aligned.m16n8k8.row.col.f32.{short}.{short}.f32 "
-        "{$0, $1, $2, $3}, {$4, $5}, {$6}, {$7, $8, $9, $10};"
+    places = iter(range(4 + 3 * halves + 4))
+    d, a_text, b_text, c_text = (
+        "{" + ", ".join(f"${next(places)}" for _ in range(count)) + "}" for count in (4, 2 * halves, halves, 4)
     )
-    constraint = ",".join(["=f"] * 4 + ["r"] * 3 + ["f"] * 4)
+    multiply = f"mma.sync.aligned.m16n8k{depth}.row.col.f32.{short}.{short}.f32 {d}, {a_text}, {b_text}, {c_text};"
+    constraint = ",".join(["=f"] * 4 + ["r"] * (3 * halves) + ["f"] * 4)
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
         packed, values, base = arguments
         sums = [builder.extract_value(packed, i) for i in range(total)]
-        a = [(_I32, builder.extract_value(values, i)) for i in range(2)]
+        a = [(_I32, builder.extract_value(values, i)) for i in range(2 * halves)]
         for number, displacement in enumerate(displacements):
             place = _swizzled(builder, builder.add(base, ir.Constant(_I32, displacement)), mask)
             loaded = _asm(builder, ir.LiteralStructType([_I32] * 4), load, "=r,=r,=r,=r,r,~{memory}", [(_I32, place)])
-            for eight in range(4):
-                at = number * 16 + eight * 4
-                c = [(_F32, sums[at + i]) for i in range(4)]
-                operands = [*a, (_I32, builder.extract_value(loaded, eight)), *c]
-                made = _asm(builder, ir.LiteralStructType([_F32] * 4), multiply, constraint, operands)
-                sums[at : at + 4] = [builder.extract_value(made, i) for i in range(4)]
-        return context.make_tuple(builder, kind, sums)
-
-    return _intrinsic_of_arity(3, signature, generate)
-
-
-def gathered_mma_deep(displacements: Sequence[int], mask: int, dtype: str) -> Any:
-    """Intrinsic ``(sums, values, address) -> sums``: as `gathered_mma`, but of a 16 x 16 matrix and 16 gathered rows.
-
-    For each displacement two ``mma.sync.m16n8k16``, whose operands B are 16 columns of 16 rows in shared memory.  Lane
-    l gives the address of row ``l % 16`` at column ``8 * (l // 16)``.
-
-    Parameters
-    ----------
-    displacements
-        Bytes; displacement i belongs to sums ``8 * i`` and on.
-    mask, dtype
-        As there.
-
-    Notes
-    -----
-    PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type": A has the lanes' order of
-    `two_four.fragments` with all 16 columns kept; B is two registers, rows 0 to 7 and 8 to 15.
-    """
-    total = 8 * len(displacements)
-    kind = types.UniTuple(types.float32, total)
-    signature = kind(kind, types.UniTuple(types.uint32, 4), types.uint32)
-    short = _SHORT[dtype]
-    load = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3}, [$4];"
-    multiply = (
-        f"mma.sync.aligned.m16n8k16.row.col.f32.{short}.{short}.f32 "
-        "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
-    )
-    constraint = ",".join(["=f"] * 4 + ["r"] * 6 + ["f"] * 4)
-
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-        packed, values, base = arguments
-        sums = [builder.extract_value(packed, i) for i in range(total)]
-        a = [(_I32, builder.extract_value(values, i)) for i in range(4)]
-        for number, displacement in enumerate(displacements):
-            place = _swizzled(builder, builder.add(base, ir.Constant(_I32, displacement)), mask)
-            loaded = _asm(builder, ir.LiteralStructType([_I32] * 4), load, "=r,=r,=r,=r,r,~{memory}", [(_I32, place)])
-            for eight in range(2):
-                at = number * 8 + eight * 4
-                b = [(_I32, builder.extract_value(loaded, 2 * eight + half)) for half in range(2)]
+            for eight in range(eights):
+                at = 4 * (number * eights + eight)
+                b = [(_I32, builder.extract_value(loaded, halves * eight + half)) for half in range(halves)]
                 c = [(_F32, sums[at + i]) for i in range(4)]
                 made = _asm(builder, ir.LiteralStructType([_F32] * 4), multiply, constraint, [*a, *b, *c])
                 sums[at : at + 4] = [builder.extract_value(made, i) for i in range(4)]
@@ -945,7 +903,7 @@ def store_fragments(
 
 
 _PLACES_AT_ONCE = 4
-"""Places whose residuals are loaded one behind another, 8 registers each and half."""
+"""Places whose residuals are loaded one behind another, 8 registers for each."""
 
 
 def store_finished_fragments(

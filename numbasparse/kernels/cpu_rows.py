@@ -351,7 +351,7 @@ def _decoder(weight: SparseWeight) -> tuple[Entries, np.ndarray]:
         return "coded", levels.codebook(weight.k)[0]
     channels = np.arange(weight.k)
     headers = np.empty((weight.k, 2), np.int32)
-    headers[:, 0] = headers.nbytes + 4 * (first if len(first) == 1 else first[channels])
+    headers[:, 0] = headers.nbytes + 4 * levels.places(0, channels)
     headers[:, 1] = levels.scale.view(np.int32)
     return "scaled", np.concatenate((headers.view(np.float32).ravel(), table))
 

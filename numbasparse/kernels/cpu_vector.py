@@ -34,7 +34,7 @@ from numbasparse.codegen.jit import Code, compile_c
 from numbasparse.codegen.simd import clear_f32, finish_sums, gather_dot, load_i32, load_i64
 from numbasparse.kernels.base import Config, Kernel, Runner, Space, check_fields
 from numbasparse.kernels.cpu_rows import entries_of, reason_unsupported, with_entries, with_residual
-from numbasparse.runtime import cpu, memory
+from numbasparse.runtime import cpu
 from numbasparse.spec import ConvSpec
 from numbasparse.weight import SparseWeight
 
@@ -111,21 +111,17 @@ def pack(weight: SparseWeight, lanes: int, rows: int, block: int, coded: bool) -
     total = int(first[-1]) + 1
     within = np.arange(len(k)) - np.repeat(np.cumsum(counts) - counts, counts)
     at, lane = np.repeat(first[:-1], counts) + within // lanes, within % lanes
-    size = 1 if coded else 4
-    width = (size + 2) * lanes
-    # In huge pages where it is large: read from memory, it would wait for the translation of every 4 KiB.
-    stream = memory.empty((-(-total * width // 4),)).view(np.uint8)[: total * width].reshape(total, width)
-    stream[...] = 0
-    values, places = stream[:, : size * lanes].view(np.uint8 if coded else np.float32), stream[:, size * lanes :]
-    values[at, lane] = (weight.codes if coded else weight.data)[order]  # type: ignore[index]
+    value_bytes = 1 if coded else 4
+    stream = np.zeros((total, (value_bytes + 2) * lanes), np.uint8)
+    values, places = stream[:, : value_bytes * lanes], stream[:, value_bytes * lanes :]
+    values.view(np.uint8 if coded else np.float32)[at, lane] = (weight.codes if coded else weight.data)[order]  # type: ignore[index]
     places.view(np.uint16)[at, lane] = place[order]
     starts = first[np.arange(units) * rows * blocks] * stream.shape[1]
     ones, nothing = np.ones(weight.k, np.float32), np.zeros(weight.k, np.int32)
     own: tuple[np.ndarray, ...] = (nothing, ones, np.zeros(1, np.float32))
     if coded and weight.levels is not None:
-        table, begin = weight.levels.tables()
-        begin = begin if len(begin) == 1 else begin[: weight.k]
-        own = (nothing + (4 * begin).astype(np.int32), ones * weight.levels.scale, np.asarray(table, np.float32))
+        begin = (4 * weight.levels.places(0, np.arange(weight.k))).astype(np.int32)
+        own = (nothing + begin, ones * weight.levels.scale, np.asarray(weight.levels.tables()[0], np.float32))
     return (
         stream.ravel(),
         starts.astype(np.int64),

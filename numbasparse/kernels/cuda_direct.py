@@ -45,7 +45,6 @@ The idea is that of Escoin (Chen, arXiv 1802.10280) and of Pietron and Zurek (ar
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import gcd
@@ -57,8 +56,8 @@ from numbasparse.activations import Activation
 from numbasparse.kernels import cuda_reduce
 from numbasparse.kernels.base import Config, ConfigError, CudaKernel, CudaRunner, Space, check_fields
 from numbasparse.kernels.cpu_rows import coordinates
-from numbasparse.kernels.cuda_fragments import device_function
 from numbasparse.kernels.cuda_packed import Finish, PackedRunner, Size
+from numbasparse.kernels.cuda_tiles import OutputTiles, device_function, parse_tile, ranked, register_cap
 from numbasparse.runtime import cuda, layouts
 from numbasparse.spec import ConvSpec
 from numbasparse.weight import SparseWeight
@@ -164,13 +163,6 @@ def _geometry(spec: ConvSpec, batch: int, vector: int, parts: int, tile: int | s
     )
 
 
-def parse_tile(text: int | str) -> tuple[int, int]:
-    """Rows and columns of "4x8"; (0, 0) for any other text."""
-    rows, _, columns = str(text).partition("x")
-    good = rows.isdecimal() and columns.isdecimal() and len(rows) < 4 and len(columns) < 4
-    return (int(rows), int(columns)) if good else (0, 0)
-
-
 # ---- packing ------------------------------------------------------------------------------------------------
 
 
@@ -234,7 +226,10 @@ def pack(spec: ConvSpec, weight: SparseWeight, config: Config, geometry: Geometr
     count = blocks * steps * warps * lists
     entries, values, starts = _merge(which, offset, row % share, weight.data, count, share)
     if config["entries"] == "coded":
-        _, places, _ = _merge(which, offset, row % share, _places(weight, k).astype(np.float32), count, share)
+        assert weight.levels is not None
+        assert weight.codes is not None
+        own = weight.levels.places(weight.codes, k).astype(np.float32)
+        _, places, _ = _merge(which, offset, row % share, own, count, share)
         words = entries.astype(np.uint32)[:, None] | places.astype(np.uint32) << np.uint32(18)
     else:
         words = np.concatenate([entries.astype(np.uint32)[:, None], values.view(np.uint32)], axis=1)
@@ -311,19 +306,11 @@ def _chunks(words: np.ndarray, starts: np.ndarray, count: int, warps: int, lists
     return out.view(np.uint8), np.stack([at[:-1] // 4, size * 4], axis=1).astype(np.int32)
 
 
-def _places(weight: SparseWeight, k: np.ndarray) -> np.ndarray:
-    """Place in the table of each value of a quantized weight, whose output channels are ``k``."""
-    assert weight.levels is not None
-    assert weight.codes is not None
-    _, first = weight.levels.tables()
-    return weight.codes + (first if len(first) == 1 else first[k])
-
-
 # ---- code ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Shape:
+class _Shape(OutputTiles):
     """All constants of the kernel's code: what the compiled code depends on, and nothing else."""
 
     spec: ConvSpec
@@ -395,10 +382,6 @@ class _Shape:
     @property
     def threads(self) -> int:
         return 32 * self.consumers
-
-    @property
-    def tiles(self) -> tuple[int, int]:
-        return -(-self.spec.out_h // self.geometry.tile_h), -(-self.spec.out_w // self.geometry.tile_w)
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -703,7 +686,7 @@ def _compile(shape: _Shape, capability: tuple[int, int]) -> tuple[cuda.Ptx, cuda
         repr(shape),
         capability=capability,
         threads=shape.threads,
-        max_registers=_register_cap(shape.threads),
+        max_registers=register_cap(shape.threads),
         fastmath=False,
     )
     if shape.split == 1:
@@ -754,15 +737,6 @@ def _shape(
         scaled=coded and weight.levels is not None and bool((weight.levels.scale != 1).any()),
         residual=residual,
     )
-
-
-def _register_cap(threads: int) -> int:
-    """Registers of a thread so that one block fits.
-
-    A multiprocessor has four parts of 16,384 registers, which its warps take turns to live in; a warp gets
-    registers in units of 8 per thread.
-    """
-    return min(255, 16384 // (32 * -(-threads // 128)) // 8 * 8)
 
 
 # ---- the kernel ---------------------------------------------------------------------------------------------
@@ -877,18 +851,12 @@ class CudaDirect(CudaKernel):
         return next((config for config in found if config["share"] == 1), dict(_FALLBACK))
 
     def suggest(self, spec: ConvSpec, weight: SparseWeight, threads: int, count: int) -> list[Config]:
-        ranked = self._ranked(spec, weight, self.space(spec, weight, threads))
-        return ranked[:count] or [dict(_FALLBACK)]
+        return self._ranked(spec, weight, self.space(spec, weight, threads))[:count] or [dict(_FALLBACK)]
 
     def _ranked(self, spec: ConvSpec, weight: SparseWeight, space: Space) -> list[Config]:
         """Every valid config of a space, the fastest by the estimate first."""
         device = cuda.current()
-        ranked = []
-        for number, values in enumerate(itertools.product(*space.values())):
-            config = dict(zip(space, values, strict=True))
-            if self.check(spec, weight, config) is None:
-                ranked.append((_estimate(spec, weight, config, device), number, config))
-        return [config for _, _, config in sorted(ranked)]
+        return ranked(self, spec, weight, space, lambda config: _estimate(spec, weight, config, device))
 
     def layouts(self, spec: ConvSpec, config: Config) -> tuple[layouts.Layout, layouts.Layout]:
         layout: layouts.Layout = "CHWN" if int(config["batch"]) > 1 else "NCHW"
@@ -993,7 +961,7 @@ def _reason_resources(spec: ConvSpec, weight: SparseWeight, config: Config) -> s
     needed = shape.sums + min(loaded, 16) + _SPARE_REGISTERS
     if shape.threads > 1024:
         return f"a block has at most 1024 threads, got {shape.threads}"
-    if needed > _register_cap(shape.threads):
+    if needed > register_cap(shape.threads):
         return f"{needed} registers of {shape.threads} threads exceed a multiprocessor's"
     if shape.shared_bytes > device.shared_per_block:
         return f"{shape.shared_bytes} bytes of shared memory exceed a block's {device.shared_per_block}"

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from numbasparse.kernels.cuda_tiles import device_function
 from numbasparse.runtime import cuda
 from numbasparse.spec import ConvSpec
 from numbasparse.weight import SparseWeight
@@ -108,8 +109,3 @@ def tensor_map(spec: ConvSpec, address: int, box: tuple[int, int, int, int]) -> 
     pixel, row = 2 * spec.n, 2 * spec.n * spec.w
     sizes, strides = (spec.n, spec.c, spec.w, spec.h), (row * spec.h, pixel, row)
     return cuda.TensorMap(address, spec.dtype, sizes, strides, box, 2 * box[0])
-
-
-def device_function(function: Any) -> Any:
-    """A function that kernels are put together of."""
-    return cuda.numba_cuda().jit(device=True, inline=True)(function)

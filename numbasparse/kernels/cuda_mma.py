@@ -45,7 +45,6 @@ for structured sparsity", SC 2021); here the vectors are any rows that are alike
 from __future__ import annotations
 
 import functools
-import itertools
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -58,8 +57,18 @@ from numbasparse.activations import Activation
 from numbasparse.kernels import cuda_fragments, cuda_reduce, two_four
 from numbasparse.kernels.base import Config, CudaKernel, CudaRunner, Space, check_fields
 from numbasparse.kernels.cpu_rows import coordinates
-from numbasparse.kernels.cuda_fragments import device_function, reason_values
+from numbasparse.kernels.cuda_fragments import reason_values
 from numbasparse.kernels.cuda_packed import Finish, PackedRunner, Size
+from numbasparse.kernels.cuda_tiles import (
+    OutputTiles,
+    device_function,
+    locate,
+    parse_tile,
+    ranked,
+    register_cap,
+    row_clocks,
+    split_clocks,
+)
 from numbasparse.runtime import cuda, layouts
 from numbasparse.spec import ConvSpec
 from numbasparse.weight import SparseWeight
@@ -149,13 +158,6 @@ def geometry_of(spec: ConvSpec, config: Config) -> Geometry:
         patch_w=(tile_w - 1) * sw + (spec.s - 1) * dw + 1,
         row_bytes=2 * batch,
     )
-
-
-def parse_tile(text: int | str) -> tuple[int, int]:
-    """Rows and columns of "2x4"; (0, 0) for any other text."""
-    rows, _, columns = str(text).partition("x")
-    good = rows.isdecimal() and columns.isdecimal() and len(rows) < 4 and len(columns) < 4
-    return (int(rows), int(columns)) if good else (0, 0)
 
 
 # ---- packing ------------------------------------------------------------------------------------------------
@@ -334,9 +336,9 @@ def coding_of(weight: SparseWeight) -> tuple[NDArray[np.float32], NDArray[np.int
     if found is None:
         assert weight.levels is not None
         assert weight.codes is not None
-        table, first = weight.levels.tables()
-        start = first if len(first) == 1 else np.repeat(first, np.diff(weight.indptr))
-        values, places = np.unique(np.asarray(table, np.float32)[weight.codes + start], return_inverse=True)
+        channels = np.repeat(np.arange(weight.k), np.diff(weight.indptr))
+        table = np.asarray(weight.levels.tables()[0], np.float32)
+        values, places = np.unique(table[weight.levels.places(weight.codes, channels)], return_inverse=True)
         found = _codings[weight] = np.concatenate([np.zeros(1, np.float32), values]), places.reshape(-1) + 1
     return found
 
@@ -360,7 +362,7 @@ def _written(values: np.ndarray, offsets: NDArray[np.int32], dtype: str) -> NDAr
 
 
 @dataclass(frozen=True)
-class _Shape:
+class _Shape(OutputTiles):
     """All constants of the kernel's code: what the compiled code depends on, and nothing else."""
 
     spec: ConvSpec
@@ -388,8 +390,7 @@ class _Shape:
     @property
     def registers(self) -> int:
         """Of a thread at most: so few that blocks of 512 threads fit, or several smaller ones, where sums are few."""
-        by_threads = 65536 // (128 * -(-self.threads // 128)) // 8 * 8
-        return min(by_threads, 128 if self.geometry.sums <= 64 else 255)
+        return min(register_cap(self.threads), 128 if self.geometry.sums <= 64 else 255)
 
     @property
     def own_jobs(self) -> int:
@@ -433,16 +434,6 @@ class _Shape:
     @property
     def shared_bytes(self) -> int:
         return _ALIGNED + self.stages_at + self.stages * self.stage_bytes
-
-    @property
-    def tiles(self) -> tuple[int, int]:
-        return -(-self.spec.out_h // self.geometry.tile_h), -(-self.spec.out_w // self.geometry.tile_w)
-
-    @property
-    def works(self) -> int:
-        """Output tiles of all output channels, images and splits: `_locate` has their order."""
-        down, across = self.tiles
-        return self.blocks * self.split * down * across * -(-self.spec.n // self.geometry.batch)
 
     def resident(self, device: cuda.Device) -> int:
         """Blocks that are on a multiprocessor at once."""
@@ -542,7 +533,7 @@ def _threads_code(shape: _Shape) -> Callable[..., None]:
 
     i32, u32, i64 = types.int32, types.uint32, types.int64
     g, groups, threads, stages = shape.geometry, shape.groups, shape.threads, shape.stages
-    locate, fill, compute, finish = _locate(shape), _fill(shape), _compute(shape), _finish(shape)
+    place_of, fill, compute, finish = locate(shape), _fill(shape), _compute(shape), _finish(shape)
     shared_base, zeros, source, steps_of = (
         ptx.shared_base(_ALIGNED),
         ptx.zeros(g.sums),
@@ -557,7 +548,7 @@ def _threads_code(shape: _Shape) -> Callable[..., None]:
         # Everything that is not an address in global memory has 32 bits: sums leave few registers.
         base = i32(shared_base())
         thread = ptx.thread_index()
-        block, part, image, _, _, top, left = locate(ptx.block_x())
+        block, part, image, _, _, top, left = place_of(ptx.block_x())
         for v in range(thread, i32(pieces), i32(threads)):
             ptx.store_shared_i32(u32(base + 4 * v), i32(source(v, image, top, left)))
         own_channels = channels + (block * jobs + part * own_jobs) * i64(4)
@@ -594,25 +585,6 @@ def _threads_code(shape: _Shape) -> Callable[..., None]:
         finish(sums, y, residual, bias, scale, rows, ptx.block_x())
 
     return cuda_mma
-
-
-def _locate(shape: _Shape) -> Any:
-    """Device function: of an output tile the block of output channels, split, first image, first output row and column,
-    and first input ones.  Tiles of the same pixels are neighbours: the second cache serves them.
-    """
-    g, spec = shape.geometry, shape.spec
-    down, across = shape.tiles
-    blocks, split, batch, tile_h, tile_w = shape.blocks, shape.split, g.batch, g.tile_h, g.tile_w
-    (sh, sw), pad_y, pad_x = spec.stride, spec.padding[0][0], spec.padding[1][0]
-
-    def locate(work):  # type: ignore[no-untyped-def]
-        pixels = work // (blocks * split)
-        tile = pixels % (across * down)
-        oy, ox = tile // across * tile_h, tile % across * tile_w
-        image = pixels // (across * down) * batch
-        return work % blocks, work // blocks % split, image, oy, ox, oy * sh - pad_y, ox * sw - pad_x
-
-    return device_function(locate)
 
 
 def _own_place(shape: _Shape) -> Any:
@@ -674,11 +646,11 @@ def _order(shape: _Shape) -> Any:
     from numbasparse.codegen import ptx
 
     i32, u32, i64 = types.int32, types.uint32, types.int64
-    locate, jobs, own_jobs, tile_bytes = _locate(shape), shape.jobs, shape.own_jobs, shape.geometry.tile_bytes
+    place_of, jobs, own_jobs, tile_bytes = locate(shape), shape.jobs, shape.own_jobs, shape.geometry.tile_bytes
     stages_at, stage_bytes = shape.stages_at, shape.stage_bytes
 
     def order(base, slot, work, job, channels):  # type: ignore[no-untyped-def]
-        block, part, image, _, _, top, left = locate(work)
+        block, part, image, _, _, top, left = place_of(work)
         channel = ptx.load_global_i32(i64(channels + (block * jobs + part * own_jobs + job) * i64(4)))
         full = u32(base + 8 * slot)
         ptx.mbarrier_expect(full, i32(tile_bytes))
@@ -766,7 +738,7 @@ def _compute(shape: _Shape) -> Any:
     displacements = [
         i * row + n // g.batch * column + n % g.batch * 2 for i in range(g.part_h) for n in range(0, g.columns, 16)
     ]
-    mma = ptx.gathered_mma_deep(displacements, ptx.SWIZZLES[g.row_bytes].mask, spec.dtype)
+    mma = ptx.gathered_mma(displacements, ptx.SWIZZLES[g.row_bytes].mask, spec.dtype, STEP)
     load, decode = _load(shape), ptx.decode_bytes(2)
     step_bytes, table_at = shape.step_bytes, shape.table_at
 
@@ -790,7 +762,7 @@ def _finish(shape: _Shape) -> Any:
     from numbasparse.codegen import ptx
 
     i64 = types.int64
-    g, groups, locate = shape.geometry, shape.groups, _locate(shape)
+    g, groups, place_of = shape.geometry, shape.groups, locate(shape)
     numbers_of, store = cuda_fragments.finish(
         shape.spec, g.part_h, g.tile_w, g.batch, shape.split, shape.residual, shape.activation, shape.scaled
     )
@@ -799,7 +771,7 @@ def _finish(shape: _Shape) -> Any:
     def finish(sums, y, residual, bias, scale, rows, work):  # type: ignore[no-untyped-def]
         # Computed here, so that nothing of it takes a register before.
         warp, lane = ptx.thread_index() >> 5, ptx.thread_index() & 31
-        block, part, image, oy, ox, _, _ = locate(work)
+        block, part, image, oy, ox, _, _ = place_of(work)
         numbers = numbers_of(rows, (block * groups + warp % groups) * i64(16), lane)
         store(sums, y, residual, bias, scale, numbers, part, image, oy + warp // groups * part_h, ox, lane)
 
@@ -933,12 +905,8 @@ class CudaMma(CudaKernel):
 
     def suggest(self, spec: ConvSpec, weight: SparseWeight, threads: int, count: int) -> list[Config]:
         space, device, kept = self.space(spec, weight, threads), cuda.current(), kept_share(weight)
-        ranked = []
-        for number, values in enumerate(itertools.product(*space.values())):
-            config = dict(zip(space, values, strict=True))
-            if self.check(spec, weight, config) is None:
-                ranked.append((estimate(spec, weight, config, device, kept), number, config))
-        return [config for _, _, config in sorted(ranked)][:count] or [dict(_FALLBACK)]
+        found = ranked(self, spec, weight, space, lambda config: estimate(spec, weight, config, device, kept))
+        return found[:count] or [dict(_FALLBACK)]
 
     def layouts(self, spec: ConvSpec, config: Config) -> tuple[layouts.Layout, layouts.Layout]:
         return "CHWN", "CHWN"
@@ -1038,8 +1006,6 @@ _SPARE_REGISTERS = 50
 """Registers beside the sums: weights of three steps, gathered rows, addresses."""
 _GATHER, _STEP = 1.6, 1.65
 """Clocks of shared memory for each 128 bytes that are gathered (some meet in a bank) or read of a step."""
-_ROW_CLOCKS, _ROW_CLOCKS_PER_BYTE = 2.3, 0.005
-"""Of the copy engine, see `cuda_wgmma`."""
 _ASYNC_BYTES_PER_CLOCK, _L2_BYTES_PER_CLOCK = 17.8, 23.5
 _JOB_CLOCKS, _START_CLOCKS, _BLOCK_CLOCKS = 845.0, 730.0, 3656.0
 """Of a job beside its work, of a launch, and of a block at its start and end.  All fitted to runs on an H200."""
@@ -1059,13 +1025,12 @@ def estimate(spec: ConvSpec, weight: SparseWeight, config: Config, device: cuda.
     gather, tile = groups * shape.parts * steps * each_step / 128, jobs * g.tile_bytes
     fetch = (tile + groups * steps * shape.step_bytes) / _L2_BYTES_PER_CLOCK
     if shape.box:
-        copy = jobs * g.lines * (_ROW_CLOCKS + _ROW_CLOCKS_PER_BYTE * g.row_bytes)
+        copy = jobs * g.lines * row_clocks(g.row_bytes)
         work = max(gather, copy, fetch)
     else:
         work = max(gather + tile / _ASYNC_BYTES_PER_CLOCK, fetch)
-    each, waves = min(shape.resident(device), -(-shape.works // device.multiprocessors)), 1.0
+    each = min(shape.resident(device), -(-shape.works // device.multiprocessors))
     waves = -(-shape.works // (device.multiprocessors * each)) * each
     exposed = jobs * _JOB_CLOCKS + (_BLOCK_CLOCKS if not shape.box else _BLOCK_CLOCKS / 2)
-    out = spec.n * spec.k * spec.out_h * spec.out_w
-    extra = 0.0 if shape.split == 1 else 3000.0 + shape.split * out * 8 / device.multiprocessors / 20
+    extra = split_clocks(spec, shape.split, device)
     return _START_CLOCKS + waves * (work + exposed / each) + extra

@@ -46,7 +46,6 @@ Sparsity", NeurIPS 2021), without loss; the pipeline is that of CUTLASS's warp-s
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil, exp
@@ -57,8 +56,17 @@ import numpy as np
 from numbasparse.activations import Activation
 from numbasparse.kernels import cuda_fragments, cuda_reduce, two_four
 from numbasparse.kernels.base import Config, CudaKernel, CudaRunner, Space, check_fields
-from numbasparse.kernels.cuda_fragments import device_function, reason_values
+from numbasparse.kernels.cuda_fragments import reason_values
 from numbasparse.kernels.cuda_packed import Finish, PackedRunner, Size
+from numbasparse.kernels.cuda_tiles import (
+    OutputTiles,
+    device_function,
+    locate,
+    parse_tile,
+    ranked,
+    row_clocks,
+    split_clocks,
+)
 from numbasparse.runtime import cuda, layouts
 from numbasparse.spec import ConvSpec
 from numbasparse.weight import SparseWeight
@@ -173,13 +181,6 @@ def expected_work(spec: ConvSpec, geometry: Geometry, density: float) -> tuple[i
     over = 16 * columns / 4 * (4 * density**3 * (1 - density) + 2 * density**4)
     chunks = max(1.0 - exp(-4 * over), 1.1 * over / two_four.REST)
     return (once, chunks) if chunks < once else (2 * once, 0.0)
-
-
-def parse_tile(text: int | str) -> tuple[int, int]:
-    """Rows and columns of "2x4"; (0, 0) for any other text."""
-    rows, _, columns = str(text).partition("x")
-    good = rows.isdecimal() and columns.isdecimal() and len(rows) < 4 and len(columns) < 4
-    return (int(rows), int(columns)) if good else (0, 0)
 
 
 # ---- packing ------------------------------------------------------------------------------------------------
@@ -357,7 +358,7 @@ def _as_bytes(array: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class _Shape:
+class _Shape(OutputTiles):
     """All constants of the kernel's code: what the compiled code depends on, and nothing else."""
 
     spec: ConvSpec
@@ -385,16 +386,6 @@ class _Shape:
     def threads(self) -> int:
         return 128 * self.geometry.groups
 
-    @property
-    def tiles(self) -> tuple[int, int]:
-        return -(-self.spec.out_h // self.geometry.tile_h), -(-self.spec.out_w // self.geometry.tile_w)
-
-    @property
-    def works(self) -> int:
-        """Output tiles of all output channels, images and splits: `_locate` has their order."""
-        down, across = self.tiles
-        return self.blocks * self.split * across * down * -(-self.spec.n // self.geometry.batch)
-
     def resident(self, device: cuda.Device) -> int:
         """Blocks that are on a multiprocessor at once."""
         return min(2 // self.geometry.groups, device.shared_per_multiprocessor // (self.shared_bytes + 1024))
@@ -414,9 +405,9 @@ def _code(shape: _Shape) -> Callable[..., None]:
 
     i32, u32, i64 = types.int32, types.uint32, types.int64
     stages, cluster, works = shape.stages, shape.cluster, shape.works
-    shared_base, locate, compute, (numbers_of, finish) = (
+    shared_base, place_of, compute, (numbers_of, finish) = (
         ptx.shared_base(1024),
-        _locate(shape),
+        locate(shape),
         _compute(shape),
         _finish(shape),
     )
@@ -453,7 +444,7 @@ def _code(shape: _Shape) -> Callable[..., None]:
         slot, phase = i32(0), i32(0)
         while work < works:
             sums = zeros()
-            block, part, first_image, oy, ox, _, _ = locate(work)
+            block, part, first_image, oy, ox, _, _ = place_of(work)
             numbers = numbers_of(rows, block * i64(two_four.ROWS) + warp * 16, lane)
             for _ in range(jobs_of(ranges, work)[1]):
                 following = load_job(job)
@@ -490,7 +481,7 @@ def _cursor(shape: _Shape) -> tuple[Any, Any]:
     from numbasparse.codegen import ptx
 
     i32, i64 = types.int32, types.int64
-    blocks, split, works, locate = shape.blocks, shape.split, shape.works, _locate(shape)
+    blocks, split, works, place_of = shape.blocks, shape.split, shape.works, locate(shape)
 
     def jobs_of(ranges, work):  # type: ignore[no-untyped-def]
         """First job, and number of jobs."""
@@ -517,7 +508,7 @@ def _cursor(shape: _Shape) -> tuple[Any, Any]:
                 work += step
             if work >= works:
                 job = i64(jobs)
-            _, _, image, _, _, top, start = locate(work)
+            _, _, image, _, _, top, start = place_of(work)
             origin = (image, top, start)
         return job, left, work, origin
 
@@ -638,25 +629,6 @@ def _compute(shape: _Shape) -> Any:
         return leftover(sums, i32(chunks), own, fetched, rest, within, warp, lane)
 
     return device_function(compute)
-
-
-def _locate(shape: _Shape) -> Any:
-    """Device function: of an output tile the block of output channels, split, first image, first output row and column,
-    and first input ones.  Tiles of the same pixels are neighbours: the second cache serves them.
-    """
-    g, spec = shape.geometry, shape.spec
-    down, across = shape.tiles
-    blocks, split, batch, tile_h, tile_w = shape.blocks, shape.split, g.batch, g.tile_h, g.tile_w
-    (sh, sw), pad_y, pad_x = spec.stride, spec.padding[0][0], spec.padding[1][0]
-
-    def locate(work):  # type: ignore[no-untyped-def]
-        pixels = work // (blocks * split)
-        tile = pixels % (across * down)
-        oy, ox = tile // across * tile_h, tile % across * tile_w
-        image = pixels // (across * down) * batch
-        return work % blocks, work // blocks % split, image, oy, ox, oy * sh - pad_y, ox * sw - pad_x
-
-    return device_function(locate)
 
 
 def _multiply(shape: _Shape) -> Any:
@@ -814,12 +786,8 @@ class CudaWgmma(CudaKernel):
 
     def suggest(self, spec: ConvSpec, weight: SparseWeight, threads: int, count: int) -> list[Config]:
         space, device = self.space(spec, weight, threads), cuda.current()
-        ranked = []
-        for number, values in enumerate(itertools.product(*space.values())):
-            config = dict(zip(space, values, strict=True))
-            if self.check(spec, weight, config) is None:
-                ranked.append((estimate(spec, weight, config, device), number, config))
-        return [config for _, _, config in sorted(ranked)][:count] or [dict(_FALLBACK)]
+        found = ranked(self, spec, weight, space, lambda config: estimate(spec, weight, config, device))
+        return found[:count] or [dict(_FALLBACK)]
 
     def layouts(self, spec: ConvSpec, config: Config) -> tuple[layouts.Layout, layouts.Layout]:
         return "CHWN", "CHWN"
@@ -915,10 +883,9 @@ def _reason_resources(spec: ConvSpec, config: Config, density: float) -> str | N
     return None
 
 
-_ROW_CLOCKS, _ROW_CLOCKS_PER_BYTE, _BULK_BYTES_PER_CLOCK, _COPY_CLOCKS = 2.3, 0.005, 20.0, 700.0
-"""Of the copy engine, for each row of a box, however short; for what is in one piece; and until the first bytes come.
-Measured on an H100 with all multiprocessors at work (benchmarks/copy_engine.py).  A box for a cluster takes a fifth
-longer, and all that its blocks save is lost by waiting for each other."""
+_BULK_BYTES_PER_CLOCK, _COPY_CLOCKS = 20.0, 700.0
+"""Of the copy engine, for what is in one piece; and until the first bytes come (benchmarks/copy_engine.py).  A box for
+a cluster takes a fifth longer, and all that its blocks save is lost by waiting for each other."""
 _SHARED_BYTES_PER_CLOCK = 128.0
 _JOB_CLOCKS, _START_CLOCKS, _CHUNK_CLOCKS = 500.0, 4000.0, 100.0
 _STORE_CLOCKS = 24.0
@@ -933,7 +900,7 @@ def estimate(spec: ConvSpec, weight: SparseWeight, config: Config, device: cuda.
     operand, blob = 64 * g.n * g.tile_h, steps * UNIT_BYTES + chunks * CHUNK_BYTES
     shared = ((steps + chunks) * operand + g.tile_bytes + (1 + g.groups) * blob) / _SHARED_BYTES_PER_CLOCK
     compute = shared + chunks * _CHUNK_CLOCKS / g.groups + _JOB_CLOCKS
-    row = (_ROW_CLOCKS + _ROW_CLOCKS_PER_BYTE * g.row_bytes) * (1.0 if shape.cluster == 1 else 1.3)
+    row = row_clocks(g.row_bytes) * (1.0 if shape.cluster == 1 else 1.3)
     copy = g.patch_h * g.patch_w * g.channels * row + blob / _BULK_BYTES_PER_CLOCK
     jobs = ceil(ceil(spec.c_per_group / g.channels) / shape.split)
     stores = g.groups * 4 * g.sums / 8 * _STORE_CLOCKS
@@ -944,6 +911,4 @@ def estimate(spec: ConvSpec, weight: SparseWeight, config: Config, device: cuda.
     job = max(each * shared, each * copy, (compute + copy + _COPY_CLOCKS) / shape.stages, compute)
     exposed = stores if each == 1 else 0.0
     clocks = _START_CLOCKS + copy + waves * (jobs * job + exposed)
-    out = spec.n * spec.k * spec.out_h * spec.out_w
-    extra = 0.0 if shape.split == 1 else 3000.0 + shape.split * out * 8 / device.multiprocessors / 20
-    return clocks + extra
+    return clocks + split_clocks(spec, shape.split, device)

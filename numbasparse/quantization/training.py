@@ -280,10 +280,8 @@ def _codebook_buffers(levels: Levels, weight: SparseWeight) -> dict[str, NDArray
     if not isinstance(levels, CodebookLevels):
         raise TypeError(f"cannot train {type(levels).__name__}: expected LinearLevels or CodebookLevels")
     channels = np.repeat(np.arange(weight.k), np.diff(weight.indptr))
-    _, first = levels.tables()
     codes = np.zeros((weight.k, int(np.prod(weight.kernel_shape))), np.int32)
-    starts = first[channels] if len(first) > 1 else first
-    codes[channels, weight.indices] = starts + levels.encode(weight.data, channels)
+    codes[channels, weight.indices] = levels.places(levels.encode(weight.data, channels), channels)
     return {ENTRIES: levels.entries.copy(), CODES: codes}
 
 

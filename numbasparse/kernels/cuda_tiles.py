@@ -1,0 +1,100 @@
+"""What GPU kernels with tiles of output pixels have in common: tiles, limits, bounds, and the order of configs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+from numbasparse.kernels.base import Config, Kernel, Space
+from numbasparse.runtime import cuda
+from numbasparse.spec import ConvSpec
+from numbasparse.weight import SparseWeight
+
+_ROW_CLOCKS, _ROW_CLOCKS_PER_BYTE = 2.3, 0.005
+"""Of the copy engine, for each row of a box, however short.  Measured on an H100 with all multiprocessors at work
+(benchmarks/copy_engine.py)."""
+
+
+def parse_tile(text: int | str) -> tuple[int, int]:
+    """Rows and columns of "4x8"; (0, 0) for any other text."""
+    rows, _, columns = str(text).partition("x")
+    good = rows.isdecimal() and columns.isdecimal() and len(rows) < 4 and len(columns) < 4
+    return (int(rows), int(columns)) if good else (0, 0)
+
+
+class OutputTiles:
+    """Of the constants of a kernel's code: how its blocks share the outputs."""
+
+    spec: ConvSpec
+    geometry: Any
+    """Has ``tile_h`` and ``tile_w``, output pixels of a block, and for `works` ``batch``, its images."""
+    blocks: int
+    """Of output channels."""
+    split: int
+
+    @property
+    def tiles(self) -> tuple[int, int]:
+        return -(-self.spec.out_h // self.geometry.tile_h), -(-self.spec.out_w // self.geometry.tile_w)
+
+    @property
+    def works(self) -> int:
+        """Output tiles of all output channels, images and splits: `locate` has their order."""
+        down, across = self.tiles
+        return self.blocks * self.split * across * down * -(-self.spec.n // self.geometry.batch)
+
+
+def locate(shape: OutputTiles) -> Any:
+    """Device function: of an output tile the block of output channels, split, first image, first output row and column,
+    and first input ones.  Tiles of the same pixels are neighbours: the second cache serves them.
+    """
+    g, spec = shape.geometry, shape.spec
+    down, across = shape.tiles
+    blocks, split, batch, tile_h, tile_w = shape.blocks, shape.split, g.batch, g.tile_h, g.tile_w
+    (sh, sw), pad_y, pad_x = spec.stride, spec.padding[0][0], spec.padding[1][0]
+
+    def locate(work):  # type: ignore[no-untyped-def]
+        pixels = work // (blocks * split)
+        tile = pixels % (across * down)
+        oy, ox = tile // across * tile_h, tile % across * tile_w
+        image = pixels // (across * down) * batch
+        return work % blocks, work // blocks % split, image, oy, ox, oy * sh - pad_y, ox * sw - pad_x
+
+    return device_function(locate)
+
+
+def device_function(function: Callable[..., Any]) -> Any:
+    """A function that kernels are put together of."""
+    return cuda.numba_cuda().jit(device=True, inline=True)(function)
+
+
+def register_cap(threads: int) -> int:
+    """Registers of a thread so that one block fits.
+
+    A multiprocessor has four parts of 16,384 registers, which its warps take turns to live in; a warp gets
+    registers in units of 8 per thread.
+    """
+    return min(255, 16384 // (32 * -(-threads // 128)) // 8 * 8)
+
+
+def ranked(
+    kernel: Kernel, spec: ConvSpec, weight: SparseWeight, space: Space, estimate: Callable[[Config], float]
+) -> list[Config]:
+    """Every valid config of a space, the fastest by an estimate first."""
+    found = []
+    for number, values in enumerate(itertools.product(*space.values())):
+        config = dict(zip(space, values, strict=True))
+        if kernel.check(spec, weight, config) is None:
+            found.append((estimate(config), number, config))
+    return [config for _, _, config in sorted(found)]
+
+
+def row_clocks(row_bytes: int) -> float:
+    """Clocks that the copy engine takes for a row of a box."""
+    return _ROW_CLOCKS + _ROW_CLOCKS_PER_BYTE * row_bytes
+
+
+def split_clocks(spec: ConvSpec, split: int, device: cuda.Device) -> float:
+    """Clocks that a second kernel takes which adds up the sums of ``split`` blocks."""
+    out = spec.n * spec.k * spec.out_h * spec.out_w
+    return 0.0 if split == 1 else 3000.0 + split * out * 8 / device.multiprocessors / 20
