@@ -666,6 +666,20 @@ class MatrixDescriptor:
     k_high: bool
 
 
+def k_major_descriptor(row_bytes: int, eight_stride: int) -> int:
+    """High word of the descriptor of an operand whose K is innermost; the low word is the start, in 16 bytes.
+
+    PTX ISA, as `MatrixDescriptor`: rows of ``row_bytes`` (128 or 64) hold the k of one n, eight rows follow one
+    another, and the stride offset is ``eight_stride``, from eight n to the next eight; the leading offset is not read.
+    A step's 64 bytes lie within a row.  The base offset stays 0 wherever rows start, since what is swizzled is the
+    address (tests/test_ptx_tensor.py tries starts at every row).
+    """
+    swizzle = SWIZZLES[row_bytes]
+    if eight_stride % 16 or not 0 <= eight_stride // 16 < 1 << 14:
+        raise ValueError(f"expected a stride of a multiple of 16 bytes under 256 KiB, got {eight_stride}")
+    return swizzle.mode << 30 | eight_stride // 16
+
+
 def matrix_descriptor(row_bytes: int, n_stride: int) -> MatrixDescriptor:
     """Descriptor for rows of ``row_bytes``, ``n_stride`` bytes from the same k of a row to that of the next n."""
     swizzle = SWIZZLES[row_bytes]
@@ -705,31 +719,33 @@ def load_words(space: str, count: int) -> Any:
 _SHORT = {"float16": "f16", "bfloat16": "bf16"}
 
 
-def sparse_wgmma(rows: int, n: int, row_units: int, dtype: str) -> Any:
+def sparse_wgmma(units: Sequence[int], n: int, dtype: str, k_major: bool = False) -> Any:
     """Intrinsic ``(sums, values, metadata, low, high) -> sums``: a 2:4 sparse 64 x 32 matrix times several others.
 
-    ``rows`` instructions ``wgmma.mma_async.sp.m64nNk32``, whose operand B lies ``row_units`` times 16 bytes after that
-    of the one before, as one group that is committed and not waited for: the sums are there after `wgmma_settle`, and
-    the registers of ``values`` may change after `wgmma_wait`.  All 128 threads of a warpgroup run it.
+    Instructions ``wgmma.mma_async.sp.m64nNk32``, as one group that is committed and not waited for: the sums are there
+    after `wgmma_settle`, and the registers of ``values`` may change after `wgmma_wait`.  All 128 threads of a warpgroup
+    run it.
 
     Parameters
     ----------
-    rows, n
-        Numbers of instructions, and of columns of each, a multiple of 8 up to 256.
-    row_units
-        Between their operands, in 16 bytes.
+    units
+        Where the operand B of each instruction lies, in 16 bytes from where the descriptor says.
+    n
+        Columns of each, a multiple of 8 up to 256.
     dtype
         ``"float16"`` or ``"bfloat16"``; sums are float32.
+    k_major
+        Whether the k of B are neighbours in memory (`k_major_descriptor`), else its n (`matrix_descriptor`).
 
     Notes
     -----
     PTX ISA, "wgmma.mma_async.sp".  Thread 4 g + t of warp w has of instruction i, in sums ``(i * n / 8 + j) * 4``
     and on, rows 16 w + g (first two) and 16 w + g + 8 (last two) and columns 8 j + 2 t and the next ("Register
     fragments for D").  ``values`` and ``metadata`` are those of `numbasparse.kernels.two_four`, for sparsity selector
-    0: lanes 2 and 3 of four give metadata that is not read.  ``low`` and ``high`` are a `MatrixDescriptor`; the last
-    immediate operand says that B is MN-major.  The fence orders the registers' last writes before the instructions.
+    0: lanes 2 and 3 of four give metadata that is not read.  ``low`` and ``high`` are a descriptor; the last immediate
+    operand is 1 where B is MN-major.  The fence orders the registers' last writes before the instructions.
     """
-    total = rows * n // 2
+    total = len(units) * n // 2
     kind = types.UniTuple(types.float32, total)
     signature = kind(kind, types.UniTuple(types.uint32, 4), types.uint32, types.uint32, types.uint32)
     short = _SHORT[dtype]
@@ -743,14 +759,14 @@ def sparse_wgmma(rows: int, n: int, row_units: int, dtype: str) -> Any:
         "wgmma.fence.sync.aligned;",
         f"mov.b32 l, {low};",
     ]
-    for i in range(rows):
+    for i, (unit, before) in enumerate(zip(units, [0, *units], strict=False)):
         sums = ", ".join(f"${i * n // 2 + j}" for j in range(n // 2))
-        if i:
-            lines.append(f"add.u32 l, l, {row_units};")
+        if unit != before:
+            lines.append(f"add.u32 l, l, {unit - before};")
         lines.append(f"mov.b64 d, {{l, {high}}};")
         lines.append(
             f"wgmma.mma_async.sp.sync.aligned.m64n{n}k32.f32.{short}.{short} "
-            f"{{{sums}}}, {{{a}}}, d, {metadata}, 0, p, 1, 1, 1;"
+            f"{{{sums}}}, {{{a}}}, d, {metadata}, 0, p, 1, 1, {int(not k_major)};"
         )
     lines.append("wgmma.commit_group.sync.aligned;")
     text = "{ " + " ".join(lines) + " }"
@@ -835,6 +851,56 @@ def gathered_mma(displacements: Sequence[int], mask: int, dtype: str, depth: int
                 c = [(_F32, sums[at + i]) for i in range(4)]
                 made = _asm(builder, ir.LiteralStructType([_F32] * 4), multiply, constraint, [*a, *b, *c])
                 sums[at : at + 4] = [builder.extract_value(made, i) for i in range(4)]
+        return context.make_tuple(builder, kind, sums)
+
+    return _intrinsic_of_arity(3, signature, generate)
+
+
+def octet_mma(pieces: Sequence[tuple[int, int]], line: int, mask: int, dtype: str) -> Any:
+    """Intrinsic ``(sums, values, address) -> sums``: a 16 x 8 matrix times rows of pixels, for each warp its own.
+
+    The operands B are eight neighbouring k, 16 bytes, of eight neighbouring rows of shared memory (`mma.sync.m16n8k8`);
+    four of them are loaded at once.
+
+    Parameters
+    ----------
+    pieces
+        (displacement, eights): where eights of rows begin, bytes, and how many there are, ``line`` bytes apart.  Lane l
+        gives the address of row ``l % 8`` of eight ``l // 8``; up to three eights behind the last are loaded too.
+    line, mask, dtype
+        Sums are in the order of the pieces; see `Swizzle` and `sparse_wgmma`.
+
+    Notes
+    -----
+    As `gathered_mma`, but the rows are columns of B, so that ``ldmatrix`` does not transpose them.
+    """
+    total = 4 * sum(count for _, count in pieces)
+    kind = types.UniTuple(types.float32, total)
+    signature = kind(kind, types.UniTuple(types.uint32, 2), types.uint32)
+    short = _SHORT[dtype]
+    load = "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [$4];"
+    multiply = (
+        f"mma.sync.aligned.m16n8k8.row.col.f32.{short}.{short}.f32 {{$0, $1, $2, $3}}, {{$4, $5}}, {{$6}}, "
+        "{$7, $8, $9, $10};"
+    )
+    constraint = ",".join(["=f"] * 4 + ["r"] * 3 + ["f"] * 4)
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        packed, values, base = arguments
+        sums = [builder.extract_value(packed, i) for i in range(total)]
+        a = [(_I32, builder.extract_value(values, i)) for i in range(2)]
+        at = 0
+        for displacement, count in pieces:
+            for first in range(0, count, 4):
+                place = builder.add(base, ir.Constant(_I32, displacement + first * line))
+                place = _swizzled(builder, place, mask)
+                loaded = _asm(builder, ir.LiteralStructType([_I32] * 4), load, "=r,=r,=r,=r,r,~{memory}", [(_I32, place)])
+                for eight in range(min(4, count - first)):
+                    b = (_I32, builder.extract_value(loaded, eight))
+                    c = [(_F32, sums[at + i]) for i in range(4)]
+                    made = _asm(builder, ir.LiteralStructType([_F32] * 4), multiply, constraint, [*a, b, *c])
+                    sums[at : at + 4] = [builder.extract_value(made, i) for i in range(4)]
+                    at += 4
         return context.make_tuple(builder, kind, sums)
 
     return _intrinsic_of_arity(3, signature, generate)
@@ -965,6 +1031,113 @@ def store_finished_fragments(
         return context.get_dummy_value()
 
     return _intrinsic_of_arity(9, signature, generate)
+
+
+def store_columns(
+    places: Sequence[tuple[int, int, int]],
+    dtype: str,
+    finish: Finish | None,
+    strides: tuple[int, int, int],
+    limits: tuple[int, int, int],
+) -> Any:
+    """Intrinsic ``(sums, y, residual, there, bias, scale, image, oy, ox) -> void``: sums to where channels are innermost.
+
+    Each eight of pixels and 16 rows of `sparse_wgmma` is transposed between the lanes, so that lane l has four
+    neighbouring channels of pixel ``l // 4``: of rows ``2 q``, ``2 q + 1``, ``2 q + 8`` and ``2 q + 9``, q being
+    ``l % 4``.  They are stored at once at ``y`` (which has this lane's pixel and channel in it) plus what a place adds,
+    where ``there`` is not 0 and the place within the limits.
+
+    Parameters
+    ----------
+    places
+        (image, row, column) of the first pixel of every eight, from the first; 4 sums each.
+    dtype
+        ``"float16"``, ``"bfloat16"``; ``"float32"`` stores sums as they are, without a ``finish``.
+    finish
+        What is written is as in `store_rows`; ``bias`` and ``scale`` are the float32 of rows ``l // 4`` and
+        ``l // 4 + 8``; ``residual`` is addressed like ``y``.
+    strides, limits
+        Bytes from an image, a row and a column to the next; ``image``, ``oy`` and ``ox`` (this lane's) plus a place are
+        under ``limits``.
+
+    Notes
+    -----
+    PTX ISA, "movmatrix": an 8 x 8 matrix of 16-bit values in one register of each lane, transposed.  All lanes run it.
+    """
+    kind = types.UniTuple(types.float32, 4 * len(places))
+    both = types.UniTuple(types.float32, 2)
+    signature = types.void(kind, _G, _G, types.int32, both, both, types.int32, types.int32, types.int32)
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        packed, y, extra, there, bias, scale, *origin = arguments
+        there = builder.icmp_signed("!=", there, ir.Constant(_I32, 0))
+
+        def whereabouts(i: int) -> tuple[Any, Any]:
+            at = ir.Constant(_I64, sum(p * s for p, s in zip(places[i], strides, strict=True)))
+            return at, builder.and_(there, _all_under(builder, origin, places[i], limits))
+
+        for first in range(0, len(places), _PLACES_AT_ONCE):
+            some = range(first, min(len(places), first + _PLACES_AT_ONCE))
+            added: dict[int, list[Any]] = {}
+            if finish is not None and finish.residual:
+                for i in some:
+                    at, written = whereabouts(i)
+                    added[i] = _load_pair_if(builder, written, builder.add(extra, at))
+            for i in some:
+                sums = [builder.extract_value(packed, 4 * i + v) for v in range(4)]
+                if finish is None:
+                    words = _transposed_floats(builder, sums)
+                else:
+                    extras: list[Any] = [None] * 4
+                    if finish.residual:
+                        back = [_transposed(builder, word) for word in added[i]]
+                        extras = [x for word in back for x in _widen_pair(builder, word, dtype)]
+                    factors, shifts = (
+                        [builder.extract_value(pair, v // 2) for v in range(4)] if wanted else [None] * 4
+                        for pair, wanted in ((scale, finish.scaled), (bias, finish.bias))
+                    )
+                    ready = [finish.apply(builder, sums[v], factors[v], shifts[v], extras[v]) for v in range(4)]
+                    words = [_transposed(builder, _narrow_pair(builder, ready[v : v + 2], dtype)) for v in (0, 2)]
+                at, written = whereabouts(i)
+                with builder.if_then(written):
+                    operands = [(_I64, builder.add(y, at)), *((_I32, word) for word in words)]
+                    names = ", ".join(f"${1 + v}" for v in range(len(words)))
+                    letters = ",".join(["l", *("r" for _ in words), "~{memory}"])
+                    _asm(builder, _VOID, f"st.global.v{len(words)}.b32 [$0], {{{names}}};", letters, operands)
+        return context.get_dummy_value()
+
+    return _intrinsic_of_arity(9, signature, generate)
+
+
+def _transposed(builder: ir.IRBuilder, word: Any) -> Any:
+    """Of an 8 x 8 matrix of 16-bit values, two in each lane, the transposed one."""
+    return _asm(builder, _I32, "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", [(_I32, word)])
+
+
+def _transposed_floats(builder: ir.IRBuilder, values: Sequence[Any]) -> list[Any]:
+    """The same of two matrices of 32-bit values, by halves: two words of each, those of the first first."""
+    bits = [builder.bitcast(value, _I32) for value in values]
+    words = []
+    for pair in (bits[:2], bits[2:]):
+        halves = [_transposed(builder, _permuted(builder, *pair, pattern)) for pattern in (0x5410, 0x7632)]
+        words += [_permuted(builder, *halves, pattern) for pattern in (0x5410, 0x7632)]
+    return words
+
+
+def _permuted(builder: ir.IRBuilder, a: Any, b: Any, pattern: int) -> Any:
+    """Bytes of two words: 0x5410 are their lower halves, 0x7632 their upper ones."""
+    return _asm(builder, _I32, f"prmt.b32 $0, $1, $2, {pattern};", "=r,r,r", [(_I32, a), (_I32, b)])
+
+
+def _load_pair_if(builder: ir.IRBuilder, wanted: Any, address: Any) -> list[Any]:
+    """8 bytes in global memory as two words, zeros where they are not wanted."""
+    text = (
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0; mov.b32 $1, 0; "
+        "@p ld.global.nc.v2.b32 {$0, $1}, [$3]; }"
+    )
+    operands = [(_I32, builder.zext(wanted, _I32)), (_I64, address)]
+    loaded = _asm(builder, ir.LiteralStructType([_I32] * 2), text, "=&r,=&r,r,l", operands)
+    return [builder.extract_value(loaded, i) for i in range(2)]
 
 
 def _two_rows(builder: ir.IRBuilder, numbers: ir.Value, stride: int) -> list[tuple[Any, Any]]:
