@@ -1,8 +1,9 @@
-"""cuda_wgmma and cuda_mma on a device, from the first instruction to the profile.
+"""Kernels for tensor cores on a device, from the first instruction to the profile.
 
     python benchmarks/tensor_cores.py checks   # tests and sanitizers, one process each, with a log of each in --out
-    python benchmarks/tensor_cores.py layers   # the ten layers against cuDNN's float16, N = 32, 128 and 8, and what the
-                                               # kernel's own estimate says of each config measured
+    python benchmarks/tensor_cores.py layers   # cuda_wgmma on the ten layers against cuDNN's float16, N = 32, 128 and
+                                               # 8, and what the kernel's own estimate says of each config measured
+    python benchmarks/tensor_cores.py nhwc     # cuda_wgmma_nhwc the same way, N = 1, 8, 32 and 128
     python benchmarks/tensor_cores.py gathered # cuda_mma the same way: unstructured masks, and masks of 16 x 1 vectors
     python benchmarks/tensor_cores.py grid     # a small grid against float64, as compute-sanitizer gets it
     python benchmarks/tensor_cores.py pack     # milliseconds of packing 512x512x3x3; needs no GPU
@@ -31,18 +32,18 @@ from typing import Any
 import numpy as np
 import torch
 from common import RESULTS, geometric_mean
-from gpu import POINTWISE, SPARSITIES, SQUARE, Case, Row, add_dense, ratios, save, session, unique
+from gpu import POINTWISE, SPARSITIES, SQUARE, TUNED_AT, Case, Row, add_dense, ratios, save, session, unique
 
 from autotune.compiling import Compilers
 from autotune.gpu import GpuBench
 from autotune.measure import measure
 from autotune.space import Candidate, LayerProblem
 from numbasparse import ConvSpec, SparseWeight
-from numbasparse.kernels import Config, cuda_mma, cuda_wgmma, kernel
+from numbasparse.kernels import Config, cuda_mma, kernel, wgmma_pipeline
 from numbasparse.quantization import LinearQuantization
 from numbasparse.runtime import cuda
 
-NAME, GATHERING = "cuda_wgmma", "cuda_mma"
+NAME, PIXELS, GATHERING = "cuda_wgmma", "cuda_wgmma_nhwc", "cuda_mma"
 TARGET = Case((3, 256, 56, 256), 32, "float16")
 """The layer of the profile."""
 RACED, SUGGESTED, BEST_FEW = 5, 1, 2
@@ -76,6 +77,11 @@ def configs(problem: LayerProblem, count: int, clusters: int) -> list[Candidate]
     return of_each_shape(problem, NAME, fields, count, lambda config: int(config["cluster"]) <= clusters)
 
 
+def pixel_configs(problem: LayerProblem, count: int) -> list[Candidate]:
+    """Those of cuda_wgmma_nhwc."""
+    return of_each_shape(problem, PIXELS, ("batch", "tile", "split", "groups", "channels"), count, lambda config: True)
+
+
 # ---- right --------------------------------------------------------------------------------------------------
 
 SMALL: list[tuple[ConvSpec, Config]] = [
@@ -106,8 +112,8 @@ SMALL: list[tuple[ConvSpec, Config]] = [
 def grid(args: argparse.Namespace) -> None:
     """Every case at several sparsities; exits with 1 if any is wrong."""
     # memcheck takes an operand of wgmma for one piece of memory, which may seem to end behind the last stage.
-    exact = cuda_wgmma._Shape.shared_bytes.fget
-    cuda_wgmma._Shape.shared_bytes = property(lambda shape: exact(shape) + 16384)  # type: ignore[method-assign]
+    exact = wgmma_pipeline.Shape.shared_bytes.fget
+    wgmma_pipeline.Shape.shared_bytes = property(lambda shape: exact(shape) + 16384)  # type: ignore[method-assign]
     wrong = 0
     with session(args) as (gpu, _):
         for number, (spec, config) in enumerate(SMALL):
@@ -155,8 +161,9 @@ def race(
 def estimate(problem: LayerProblem, candidate: Candidate, device: cuda.Device) -> float:
     """Clocks that the kernel itself expects."""
     config = dict(candidate.config)
-    if candidate.kernel == NAME:
-        return cuda_wgmma.estimate(problem.spec, problem.weight, config, device)
+    chosen = kernel(candidate.kernel)
+    if isinstance(chosen, wgmma_pipeline.WgmmaKernel):
+        return chosen.estimate(problem.spec, problem.weight, config, device)
     return cuda_mma.estimate(problem.spec, problem.weight, config, device, cuda_mma.kept_share(problem.weight))
 
 
@@ -191,26 +198,42 @@ def timed(
 
 def layers(args: argparse.Namespace) -> None:
     """The best of some configs for each layer, batch and sparsity, and cuDNN's two layouts, in turns."""
-    wanted = [Case(layer, n, "float16") for n in (32, 128) for layer in SQUARE]
-    wanted += [Case(layer, n, "float16") for n in (32, 128) for layer in POINTWISE]
-    wanted += [Case(layer, 8, "float16") for layer in SQUARE]
+    batches = args.batch or (32, 128)
+    wanted = [Case(layer, n, "float16") for rows in (SQUARE, POINTWISE) for n in batches for layer in rows]
+    if not args.batch:
+        wanted += [Case(layer, 8, "float16") for layer in SQUARE]
+    of_sparsities(args, wanted, "tensor_layers", lambda problem, count: configs(problem, count, args.clusters))
+
+
+def nhwc(args: argparse.Namespace) -> None:
+    """The same of cuda_wgmma_nhwc."""
+    batches = args.batch or (1, 8, 32, 128)
+    wanted = [Case(layer, n, "float16") for rows in (SQUARE, POINTWISE) for n in batches for layer in rows]
+    of_sparsities(args, wanted, "tensor_nhwc", pixel_configs)
+
+
+def of_sparsities(
+    args: argparse.Namespace, wanted: list[Case], name: str, choose: Callable[[LayerProblem, int], list[Candidate]]
+) -> None:
+    """Rows of cases at all sparsities; the configs that are best at 90 % zeros are measured at the others too."""
+    sparsities = sorted(args.sparsity, key=lambda s: s != TUNED_AT)
     with session(args) as (gpu, compilers):
         for case in wanted:
-            compilers.submit(case.problem(0.9), configs(case.problem(0.9), RACED, args.clusters))
-            for sparsity in SPARSITIES:
-                compilers.submit(case.problem(sparsity), configs(case.problem(sparsity), SUGGESTED, args.clusters))
+            for sparsity in sparsities:
+                count = args.raced if sparsity == sparsities[0] else SUGGESTED
+                compilers.submit(case.problem(sparsity), choose(case.problem(sparsity), count))
 
         def race_all(case: Case, row: Row) -> dict[str, list[dict[str, Any]]]:
             raced: dict[str, list[dict[str, Any]]] = {}
-            few = configs(case.problem(0.9), RACED, args.clusters)
-            for sparsity in sorted(SPARSITIES, key=lambda s: s != 0.9):
+            few = choose(case.problem(sparsities[0]), args.raced)
+            for sparsity in sparsities:
                 bench, label = GpuBench(case.problem(sparsity), gpu, compilers), f"{sparsity:.0%}"
-                own = unique([*few, *configs(bench.problem, SUGGESTED, args.clusters)])
+                own = unique([*few, *choose(bench.problem, SUGGESTED)])
                 raced[label] = race(bench, compilers, own, row, label)
-                few = [Candidate(NAME, f["config"]) for f in raced["90%"][:BEST_FEW]]
+                few = [Candidate(own[0].kernel, f["config"]) for f in raced[f"{sparsities[0]:.0%}"][:BEST_FEW]]
             return raced
 
-        timed(args, gpu, wanted, "tensor_layers", tuple(f"{sparsity:.0%}" for sparsity in SPARSITIES), race_all)
+        timed(args, gpu, wanted, name, tuple(f"{sparsity:.0%}" for sparsity in args.sparsity), race_all)
 
 
 MASKS = {
@@ -236,8 +259,8 @@ def vector_problem(case: Case, sparsity: float, vector: int) -> LayerProblem:
 
 def gathered(args: argparse.Namespace) -> None:
     """The best of some configs of cuda_mma for each layer, batch and mask, coded weights, and cuDNN's two layouts."""
-    wanted = [Case(layer, n, "float16") for n in args.batch for layer in SQUARE]
-    wanted += [Case(layer, n, "float16") for n in args.batch for layer in POINTWISE]
+    wanted = [Case(layer, n, "float16") for n in args.batch or (32, 128, 8) for layer in SQUARE]
+    wanted += [Case(layer, n, "float16") for n in args.batch or (32, 128, 8) for layer in POINTWISE]
     with session(args) as (gpu, compilers):
         problems = {(case, mask): vector_problem(case, *MASKS[mask]) for case in wanted for mask in MASKS}
         for problem in problems.values():
@@ -268,7 +291,7 @@ def add_coded(row: Row, problem: LayerProblem, config: Config, gpu: Any, label: 
 def means(rows: list[dict[str, Any]], labels: tuple[str, ...]) -> dict[str, float]:
     """Geometric means of the ratios over the 3x3 layers that are there, with input and output as the kernel likes."""
     found = {}
-    for n in (32, 128, 8):
+    for n in (1, 8, 32, 128):
         for label in labels:
             name = f"ours native {label}"
             own = [r["ratios"][name] for r in rows if f"N={n} " in r["layer"] and r["layer"].startswith("3x3")
@@ -334,7 +357,7 @@ def pack(args: argparse.Namespace) -> None:
             return steps if isinstance(steps, str) else two_four.fragments(steps.values, "float16")
 
         def whole(weight: SparseWeight = weight, config: Config = config) -> Any:
-            return cuda_wgmma.pack(spec, weight, config)
+            return kernel(NAME).pack(spec, weight, config)
 
         gathered_ms, whole_ms = fastest_ms(gathered), fastest_ms(whole)
         print(f"{sparsity:.0%}: columns ordered {gathered_ms:.1f} ms, octets covered and written {whole_ms:.1f} ms")
@@ -354,12 +377,12 @@ def dry(args: argparse.Namespace) -> None:
     """Compile ahead; fails where anything does not, or where the assembler could not do as asked."""
     with cuda.assumed((9, 0)) as device, Compilers(device, args.workers) as compilers:
         cases = [Case(layer, n, "float16").problem(0.9) for n in (32, 128) for layer in SQUARE + POINTWISE]
-        jobs = [(p, c) for p in cases for c in configs(p, RACED, args.clusters)]
+        jobs = [(p, c) for p in cases for c in configs(p, RACED, args.clusters) + pixel_configs(p, RACED)]
         for problem, candidate in jobs:
             compilers.submit(problem, [candidate])
         failed = [reason for problem, c in jobs if (reason := compilers.wait(problem, c)) is not None]
         for problem, candidate in jobs:
-            chosen: Any = kernel(NAME)
+            chosen: Any = kernel(candidate.kernel)
             for ptx in chosen.ptx(problem.spec, problem.weight, dict(candidate.config)):
                 cubin = cuda.assemble(ptx)
                 failed += [f"{candidate.key}: {loss}" for loss in cubin.losses]
@@ -423,14 +446,16 @@ def tests(name: str, path: str, seconds: float, out: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    steps = {f.__name__: f for f in (checks, layers, gathered, grid, pack, once, dry)}
+    steps = {f.__name__: f for f in (checks, layers, nhwc, gathered, grid, pack, once, dry)}
     parser.add_argument("what", choices=steps)
     parser.add_argument(
         "--seconds", type=float, default=100.0, help="layers: end before this time is over; checks: of a sanitizer"
     )
     parser.add_argument("--clusters", type=int, default=4, help="blocks of a cluster, at most")
     parser.add_argument("--config", help='once: as "batch=32,tile=4x4,channels=32,stages=3,split=1,cluster=1,groups=2"')
-    parser.add_argument("--batch", type=int, nargs="+", default=[32, 128, 8], help="gathered: batch sizes")
+    parser.add_argument("--batch", type=int, nargs="+", help="other batch sizes")
+    parser.add_argument("--sparsity", type=float, nargs="+", default=list(SPARSITIES))
+    parser.add_argument("--raced", type=int, default=RACED, help="configs measured at the first sparsity")
     parser.add_argument("--out", default="benchmarks/results/tensor", help="checks: folder of the logs")
     parser.add_argument("--workers", type=int, help="compiling processes; all cores but one if not given")
     parser.add_argument("--suffix", default="", help="added to the results file's name")

@@ -92,6 +92,16 @@ def operand(memory: np.ndarray, low: int, high: int, n: int) -> np.ndarray:
     return memory.view(np.uint16)[swizzled(linear, row_bytes) // 2]
 
 
+def k_major_operand(memory: np.ndarray, low: int, high: int, n: int) -> np.ndarray:
+    """The same, (32, n), of an operand whose k are neighbours."""
+    row_bytes = ROW_BYTES[high >> 30 & 3]
+    start, stride = 16 * (low & 0x3FFF), 16 * (high & 0x3FFF)
+    assert start % row_bytes + 64 <= row_bytes, "a step's channels are in two rows"
+    k, column = np.arange(32)[:, None], np.arange(n)[None]
+    linear = start + column // 8 * stride + column % 8 * row_bytes + 2 * k
+    return memory.view(np.uint16)[swizzled(linear, row_bytes) // 2]
+
+
 def box(image: np.ndarray, origin: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:
     """A box of an array, whose outside is zero; the outermost dimension first."""
     made = np.zeros(shape, image.dtype)

@@ -11,16 +11,16 @@ from compare import assert_as_tensor_cores, assert_right_on_gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import random_weight, tensor_core_specs
-from tensor_emulation import box, opened, opened_dense, operand, output_tiles, store_tile, swizzled, widened
+from tensor_emulation import OutputTile, box, operand, store_tile, swizzled
+from wgmma_emulation import Emulator
 
 from numbasparse import SparseWeight
 from numbasparse.kernels import KERNELS, Config, ConfigError
 from numbasparse.kernels import cuda_wgmma as room
-from numbasparse.kernels.two_four import narrow
 from numbasparse.runtime import cuda
 from numbasparse.spec import ConvSpec
 
-KERNEL = KERNELS["cuda_wgmma"]
+KERNEL: Any = KERNELS["cuda_wgmma"]
 BASE: Config = {"batch": 32, "tile": "2x4", "channels": 16, "stages": 2, "split": 1, "cluster": 1, "groups": 2}
 
 
@@ -41,104 +41,65 @@ def a_hopper() -> Iterator[None]:
 # --- the kernel in NumPy -------------------------------------------------------------------------------------
 
 
-class Emulator:
-    """What the kernel computes, from its packed weight and the constants of its code, address by address."""
-
-    BASE = 3072
-    """Where the aligned shared memory begins, somewhere."""
+class ImageEmulator(Emulator):
+    """Of activations in CHWN."""
 
     def __init__(self, spec: ConvSpec, weight: SparseWeight, config: Config) -> None:
         from numbasparse.codegen import ptx
 
-        self.spec, self.shape = spec, room._shape(spec, config, weight.density)
-        self.packed = room.pack(spec, weight, config)
-        self.g = self.shape.geometry
-        self.descriptor = ptx.matrix_descriptor(self.g.row_bytes, spec.stride[1] * self.g.pixel_bytes)
+        super().__init__(KERNEL, spec, weight, config)
+        self.column = spec.stride[1] * self.g.pixel_bytes
+        self.descriptor = ptx.matrix_descriptor(self.g.row_bytes, self.column)
 
-    def run(self, x: np.ndarray) -> np.ndarray:
-        """Sums of all blocks and splits, (N, K, OH, OW) float32, without bias; NaN where none was written."""
-        spec, shape = self.spec, self.shape
-        halves = narrow(x, spec.dtype).transpose(2, 3, 1, 0)  # what the tensor map makes of CHWN: H, W, C, N
-        y = np.full((shape.split, spec.k, spec.out_h, spec.out_w, spec.n), np.nan, np.float32)
-        for tile in output_tiles(shape):
-            sums = self._sums(halves, tile.image, tile.corner, tile.block, tile.part)
-            store_tile(y, sums, self.packed.rows[tile.block], tile, self.g.batch)
-        return y.sum(axis=0).transpose(3, 0, 1, 2)
+    @property
+    def count(self) -> int:
+        return int(self.g.tile_h)
 
-    def _sums(self, x: np.ndarray, image: int, corner: tuple[int, int], block: int, part: int) -> np.ndarray:
-        """Of one block, (rows of the tile, 64, n)."""
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        return self.spec.k, self.spec.out_h, self.spec.out_w, self.spec.n
+
+    def result(self, y: np.ndarray) -> np.ndarray:
+        return y.transpose(3, 0, 1, 2)
+
+    def store(self, y: np.ndarray, sums: np.ndarray, rows: np.ndarray, tile: OutputTile) -> None:
+        store_tile(y, sums, rows, tile, self.g.batch)
+
+    def placed(self, x: np.ndarray, image: int, corner: tuple[int, int], channel: int) -> tuple[np.ndarray, np.ndarray]:
         g = self.g
-        sums = np.zeros((g.tile_h, 64, g.n), np.float32)
-        first, count = (int(v) for v in self.packed.ranges[block, part])
-        leader = block // self.shape.cluster * self.shape.cluster
-        same = self.packed.ranges[leader : leader + self.shape.cluster, part]
-        for number in range(count):
-            channels = self.packed.jobs[same[:, 0] + number, 0]
-            assert (same[:, 1] == count).all()
-            assert (channels == channels[0]).all(), "blocks of a cluster get other tiles"
-            slot = number % self.shape.stages
-            memory = self._copied(x, image, corner, first + number, slot)
-            blob = memory[self._stage(slot) + g.tile_bytes :]
-            steps, chunks = (int(v) for v in blob[:8].view(np.int32))
-            assert (steps, chunks) <= self.shape.room
-            assert chunks <= self.shape.room[1]
-            units = blob[room.HEADER_BYTES :][: steps * room.UNIT_BYTES].reshape(steps, room.UNIT_BYTES)
-            rest = blob[room.HEADER_BYTES + units.size :][: chunks * room.CHUNK_BYTES]
-            for unit in units:
-                self._step(sums, memory, unit, slot)
-            self._rest(sums, memory, rest.reshape(chunks, room.CHUNK_BYTES), slot)
-        return sums
+        # What the tensor map makes of CHWN: H, W, C, N.
+        copied = box(x.transpose(2, 3, 1, 0), (*corner, channel, image), (g.patch_h, g.patch_w, g.channels, g.batch))
+        return copied.ravel(), 2 * np.arange(copied.size)
 
-    def _copied(self, x: np.ndarray, image: int, corner: tuple[int, int], job: int, slot: int) -> np.ndarray:
-        """Shared memory when the copies of a job have come: NaN where nothing was copied."""
-        g, packed = self.g, self.packed
-        channel, start, size, _ = (int(v) for v in packed.jobs[job])
-        memory = np.full(self.BASE + self.shape.shared_bytes, 0xFF, np.uint8)
-        copied = box(x, (*corner, channel, image), (g.patch_h, g.patch_w, g.channels, g.batch)).ravel()
-        assert 2 * copied.size == g.tile_bytes
-        linear = self._stage(slot) + 2 * np.arange(copied.size)
-        memory.view(np.uint16)[swizzled(linear, g.row_bytes) // 2] = copied
-        assert g.tile_bytes + size <= self.shape.stage_bytes
-        assert (16 * start + size) <= packed.blobs.size
-        memory[self._stage(slot) + g.tile_bytes :][:size] = packed.blobs[16 * start :][:size]
-        return memory
-
-    def _stage(self, slot: int) -> int:
-        return self.BASE + room._HEAD_BYTES + slot * self.shape.stage_bytes
+    def swizzle(self, linear: np.ndarray) -> np.ndarray:
+        return swizzled(linear, self.g.row_bytes)
 
     def _line(self, i: int) -> int:
         """Offset of the first input row of row i of the tile."""
-        return i * self.spec.stride[0] * self.g.patch_w * self.g.pixel_bytes
+        return int(i * self.spec.stride[0] * self.g.patch_w * self.g.pixel_bytes)
 
-    def _step(self, sums: np.ndarray, memory: np.ndarray, unit: np.ndarray, slot: int) -> None:
-        word = int(unit[2304:2308].view(np.int32)[0])
-        a = opened(unit[:2048].view(np.uint32).reshape(128, 4), unit[2048:2304].view(np.uint32), self.spec.dtype)
+    def operands(self, memory: np.ndarray, stage: int, word: int) -> np.ndarray:
         distance = word >> 14 & 0x3FFF
         high = self.descriptor.high + distance * self.descriptor.k_high
+        made = []
         for i in range(self.g.tile_h):
-            low = (self._stage(slot) + self._line(i) >> 4) + (word & 0x3FFF) + self.descriptor.low
+            low = (stage + self._line(i) >> 4) + (word & 0x3FFF) + self.descriptor.low
             low += (distance << 16) * (not self.descriptor.k_high)
-            sums[i] += a @ self._values(operand(memory, low, high, self.g.n))
+            made.append(operand(memory, low, high, self.g.n))
+        return np.stack(made)
 
-    def _rest(self, sums: np.ndarray, memory: np.ndarray, chunks: np.ndarray, slot: int) -> None:
-        g = self.g
-        column = self.spec.stride[1] * g.pixel_bytes
-        eight = np.arange(4)
-        lanes = eight // (g.batch // 8) * column + eight % (g.batch // 8) * 16
-        for chunk in chunks:
-            a = opened_dense(chunk[:1024].view(np.uint32).reshape(128, 2), self.spec.dtype)
-            offsets = chunk[1024:].view(np.int32).reshape(4, 8)
-            for i in range(g.tile_h):
-                for n in range(0, g.n, 32):
-                    address = self._stage(slot) + offsets + self._line(i) + n // g.batch * column + n % g.batch * 2
-                    every = swizzled(address[..., None] + lanes, g.row_bytes)
-                    words = memory.view(np.uint16)[every[..., None] // 2 + np.arange(8)].reshape(4, 8, 32)
-                    product = a.reshape(4, 16, 8) @ self._values(words)
-                    sums[i, :, n : n + 32] += product.reshape(64, 32)
-
-    def _values(self, words: np.ndarray) -> np.ndarray:
-        pairs = np.ascontiguousarray(words).view(np.uint32)
-        return widened(pairs, self.spec.dtype).reshape(words.shape)
+    def rest_operands(self, memory: np.ndarray, stage: int, offsets: np.ndarray) -> np.ndarray:
+        g, eight = self.g, np.arange(4)
+        lanes = eight // (g.batch // 8) * self.column + eight % (g.batch // 8) * 16
+        made = np.zeros((g.tile_h, 4, 8, g.n), np.uint16)
+        for i in range(g.tile_h):
+            for n in range(0, g.n, 32):
+                address = stage + offsets + self._line(i) + n // g.batch * self.column + n % g.batch * 2
+                every = self.swizzle(address[..., None] + lanes)
+                made[i, ..., n : n + 32] = memory.view(np.uint16)[every[..., None] // 2 + np.arange(8)].reshape(
+                    4, 8, 32
+                )
+        return made
 
 
 @st.composite
@@ -166,7 +127,7 @@ def test_emulated(problem: tuple[ConvSpec, Config], density: float, seed: int) -
     if KERNEL.check(spec, weight, config) is not None:
         return
     x = rng.standard_normal(spec.x_shape).astype(np.float32)
-    assert_as_tensor_cores(Emulator(spec, weight, config).run(x), spec, weight, x)
+    assert_as_tensor_cores(ImageEmulator(spec, weight, config).run(x), spec, weight, x)
 
 
 def test_a_tile_whose_weight_does_not_fit_is_copied_again() -> None:
@@ -177,12 +138,12 @@ def test_a_tile_whose_weight_does_not_fit_is_copied_again() -> None:
     dense[:, 8:16] = random_weight(spec, 1.0, rng)[:, 8:16]
     weight = SparseWeight.from_dense(dense)
     x = rng.standard_normal(spec.x_shape).astype(np.float32)
-    emulator = Emulator(spec, weight, config_of(batch=8, channels=8))
+    emulator = ImageEmulator(spec, weight, config_of(batch=8, channels=8))
     assert emulator.packed.ranges[0, 0, 1] > 4
     assert_as_tensor_cores(emulator.run(x), spec, weight, x)
 
 
-def starts(emulator: Emulator) -> list[int]:
+def starts(emulator: ImageEmulator) -> list[int]:
     return [int(start) for start in emulator.packed.jobs[:, 1]]
 
 
@@ -194,7 +155,7 @@ def test_a_rest_and_doubled_steps_are_emulated() -> None:
     for density, rest, doubled in ((0.15, True, False), (0.5, False, True)):
         weight = SparseWeight.from_dense(random_weight(spec, density, rng))
         for batch in (8, 16):
-            emulator = Emulator(spec, weight, config_of(batch=batch, channels=32))
+            emulator = ImageEmulator(spec, weight, config_of(batch=batch, channels=32))
             held = sum(int(emulator.packed.blobs[16 * start :][4:8].view(np.int32)[0]) for start in starts(emulator))
             assert (held > 0) == rest
             steps = max(int(emulator.packed.blobs[16 * start :][:4].view(np.int32)[0]) for start in starts(emulator))

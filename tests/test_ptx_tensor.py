@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tensor_emulation import box, opened, opened_deep, opened_dense, operand, swizzled, widened
+from tensor_emulation import box, k_major_operand, opened, opened_deep, opened_dense, operand, swizzled, widened
 
 from numbasparse.kernels import two_four
 from numbasparse.runtime import cuda
@@ -98,7 +98,7 @@ def multiplying(row_bytes: int, n: int, dtype: str) -> cuda.Ptx:
     from numbasparse.codegen import ptx
 
     arrive, _ = arrival(row_bytes)
-    wgmma, settle, zeros = ptx.sparse_wgmma(1, n, 0, dtype), ptx.wgmma_settle(n // 2), ptx.zeros(n // 2)
+    wgmma, settle, zeros = ptx.sparse_wgmma((0,), n, dtype), ptx.wgmma_settle(n // 2), ptx.zeros(n // 2)
     d = ptx.matrix_descriptor(row_bytes, 32 * row_bytes)
     low_word, high_word, k_high = d.low, d.high, d.k_high
     write = writing(n)
@@ -120,6 +120,93 @@ def multiplying(row_bytes: int, n: int, dtype: str) -> cuda.Ptx:
         write(settle(wgmma(zeros(), a, m, u32(low), u32(high))), out, rows)
 
     return compiled(multiplying, 6, (row_bytes, n, dtype))
+
+
+EIGHTS = 10
+"""Rows of shared memory from eight n to the next eight, of operands whose k are neighbours."""
+
+
+@functools.cache
+def stepping(row_bytes: int, n: int, dtype: str) -> cuda.Ptx:
+    """Kernel ``(out, values, metadata, start, rows)``: one sparse step of rows of a tile that hold k, a matrix."""
+    cuda.numba_cuda()
+    from numba import types
+
+    from numbasparse.codegen import ptx
+
+    arrive, _ = arrival(row_bytes)
+    wgmma, settle = ptx.sparse_wgmma((0,), n, dtype, k_major=True), ptx.wgmma_settle(n // 2)
+    zeros, high = ptx.zeros(n // 2), ptx.k_major_descriptor(row_bytes, EIGHTS * row_bytes)
+    write = writing(n)
+    load_four, load_one = ptx.load_words("global", 4), ptx.load_words("global", 1)
+    u32, i64 = types.uint32, types.int64
+
+    def stepping(out, values, metadata, start, rows):  # type: ignore[no-untyped-def]
+        thread = ptx.thread_index()
+        tile = arrive(0, 0, 0, 0)
+        lane = thread & 31
+        a = load_four(i64(values + thread * 16))
+        place = ((thread >> 5) * 8 + (lane >> 2)) * 2 + (lane & 1)
+        m = load_one(i64(metadata + place * 4))
+        write(settle(wgmma(zeros(), a, m, u32((tile >> 4) + start), u32(high))), out, rows)
+
+    return compiled(stepping, 5, (row_bytes, n, dtype))
+
+
+@functools.cache
+def octets(row_bytes: int, n: int, dtype: str) -> cuda.Ptx:
+    """Kernel ``(out, values, offsets, rows)``: eight k of rows of a tile, a matrix."""
+    cuda.numba_cuda()
+    from numba import types
+
+    from numbasparse.codegen import ptx
+
+    arrive, _ = arrival(row_bytes)
+    mma = ptx.octet_mma([(0, n // 8)], EIGHTS * row_bytes, ptx.SWIZZLES[row_bytes].mask, dtype)
+    zeros, write = ptx.zeros(n // 2), writing(n)
+    load_two, load_one = ptx.load_words("global", 2), ptx.load_words("global", 1)
+    u32, i64 = types.uint32, types.int64
+
+    def octets(out, values, offsets, rows):  # type: ignore[no-untyped-def]
+        thread = ptx.thread_index()
+        tile = arrive(0, 0, 0, 0)
+        warp, lane = thread >> 5, thread & 31
+        offset = load_one(i64(offsets + warp * 4))
+        start = tile + offset + (lane & 7) * row_bytes + (lane >> 3) * (EIGHTS * row_bytes)
+        write(mma(zeros(), load_two(i64(values + thread * 8)), u32(start)), out, rows)
+
+    return compiled(octets, 4, (row_bytes, n, dtype))
+
+
+@functools.cache
+def storing(dtype: str, out_dtype: str) -> cuda.Ptx:
+    """Kernel ``(out, values, offsets, residual, bias)``: 64 channels of 3 rows of 8 pixels, of which one is 5 wide."""
+    cuda.numba_cuda()
+    from numba import types
+
+    from numbasparse.codegen import ptx
+
+    arrive, _ = arrival(64)
+    mma = ptx.octet_mma([(0, 3)], EIGHTS * 64, ptx.SWIZZLES[64].mask, dtype)
+    size = ptx.element_bytes(out_dtype)
+    finish = None if out_dtype == "float32" else ptx.Finish(bias=True, scaled=False, residual=True, activation="relu")
+    store = ptx.store_columns([(0, i, 0) for i in range(3)], out_dtype, finish, (0, 320 * size, 64 * size), (1, 3, 5))
+    zeros = ptx.zeros(12)
+    load_two, load_one = ptx.load_words("global", 2), ptx.load_words("global", 1)
+    u32, i32, i64 = types.uint32, types.int32, types.int64
+
+    def storing(out, values, offsets, residual, bias):  # type: ignore[no-untyped-def]
+        thread = ptx.thread_index()
+        tile = arrive(0, 0, 0, 0)
+        warp, lane = thread >> 5, thread & 31
+        start = tile + load_one(i64(offsets + warp * 4)) + (lane & 7) * 64 + (lane >> 3) * (EIGHTS * 64)
+        sums = mma(zeros(), load_two(i64(values + thread * 8)), u32(start))
+        row = warp * 16 + 4 * (lane >> 3) + ((lane >> 2) & 1)
+        both = ptx.load_global_f32(i64(bias + 4 * row)), ptx.load_global_f32(i64(bias + 4 * (row + 2)))
+        at = (lane >> 2) * i64(64 * size) + (warp * 16 + (lane & 3) * 4) * i64(size)
+        store(sums, i64(out + at), i64(residual + at), i32(1), both, both, i32(0), i32(0), i32(lane >> 2))
+
+    return compiled(storing, 5, (dtype, out_dtype))
 
 
 @functools.cache
@@ -253,6 +340,10 @@ def test_assembled(row_bytes: int) -> None:
         (finishing("float16"), "shfl.sync.bfly.b32"),
         (gathering(row_bytes, n, "bfloat16"), "ldmatrix.sync.aligned.m8n8.x4.trans"),
         (gathering_deep(row_bytes, n, "bfloat16"), "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"),
+        (stepping(max(64, row_bytes), n, "float16"), "0, p, 1, 1, 0;"),
+        (octets(max(64, row_bytes), n, "float16"), "ldmatrix.sync.aligned.m8n8.x4.shared"),
+        (storing("bfloat16", "bfloat16"), "movmatrix.sync.aligned.m8n8.trans.b16"),
+        (storing("float16", "float32"), "st.global.v4.b32"),
     ):
         assert word in ptx.text
         cubin = cuda.assemble(ptx)
@@ -268,6 +359,9 @@ def test_descriptors() -> None:
     assert (made.low, made.high, made.k_high) == (0, 32, False)
     with pytest.raises(ValueError, match="multiple of 16 bytes under 256 KiB, got 262144"):
         ptx.matrix_descriptor(64, 1 << 18)
+    assert ptx.k_major_descriptor(64, 640) == 2 << 30 | 40
+    with pytest.raises(ValueError, match="multiple of 16 bytes under 256 KiB, got 8"):
+        ptx.k_major_descriptor(64, 8)
 
 
 # --- on a GPU ------------------------------------------------------------------------------------------------
@@ -306,6 +400,12 @@ class Run:
         memory = np.zeros(2 * copied.size, np.uint8)
         memory.view(np.uint16)[swizzled(2 * np.arange(copied.size), self.row_bytes) // 2] = copied
         return memory
+
+
+def linear_rows(n: int, row_bytes: int) -> np.ndarray:
+    """Where columns of an operand begin whose k are neighbours."""
+    column = np.arange(n)
+    return (column // 8 * EIGHTS + column % 8) * row_bytes
 
 
 def to_gpu(array: np.ndarray) -> Any:
@@ -418,3 +518,67 @@ def test_finished_fragments(dtype: str) -> None:
             expected = np.maximum(sums.reshape(64, 64)[i] + bias[k] + residual[k], 0)[None]
             rounded = widened(two_four.narrow(expected, dtype).view(np.uint32), dtype).reshape(-1)
             np.testing.assert_array_equal(found[k], rounded)
+
+
+@on_hopper
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("row", range(9))
+@pytest.mark.parametrize(("row_bytes", "n", "half"), [(128, 128, 0), (128, 40, 1), (64, 64, 0), (64, 8, 0)])
+def test_sparse_wgmma_of_neighbouring_k(row_bytes: int, n: int, half: int, row: int, dtype: str) -> None:
+    from numbasparse.codegen import ptx
+
+    run, (values, metadata) = Run(row_bytes, dtype), a_step(dtype)
+    start = (row * row_bytes + 64 * half) // 16
+    rows = np.arange(64, dtype=np.int32)
+    arguments = (to_gpu(values), to_gpu(metadata), start, to_gpu(rows))
+    found = run.launch(stepping(row_bytes, n, dtype), 64 * n, *arguments).reshape(64, n)
+    b = k_major_operand(run.memory(), start, ptx.k_major_descriptor(row_bytes, EIGHTS * row_bytes), n)
+    expected = opened(values, metadata, dtype) @ widened(b.view(np.uint32), dtype).reshape(b.shape)
+    np.testing.assert_array_equal(found, expected)
+
+
+@on_hopper
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("row_bytes", "n"), [(128, 128), (128, 40), (64, 56)])
+def test_octet_mma(row_bytes: int, n: int, dtype: str) -> None:
+    rng = np.random.default_rng(n)
+    run = Run(row_bytes, dtype)
+    dense = rng.integers(-4, 5, (1, 64, 8)).astype(np.float32)
+    values = two_four.fragments(dense, dtype)[0]
+    offsets = (row_bytes * rng.integers(0, 9, 4) + 16 * rng.integers(0, row_bytes // 16, 4)).astype(np.int32)
+    rows = np.arange(64, dtype=np.int32)
+    found = run.launch(octets(row_bytes, n, dtype), 64 * n, to_gpu(values), to_gpu(offsets), to_gpu(rows))
+    linear = offsets[:, None] + linear_rows(n, row_bytes)
+    b = run.memory().view(np.uint16)[swizzled(linear, row_bytes)[..., None] // 2 + np.arange(8)]
+    b_values = widened(np.ascontiguousarray(b).view(np.uint32), dtype).reshape(b.shape)
+    expected = opened_dense(values, dtype).reshape(4, 16, 8) @ b_values.transpose(0, 2, 1)
+    np.testing.assert_array_equal(found.reshape(64, n), expected.reshape(64, n))
+
+
+@on_hopper
+@pytest.mark.parametrize("narrow", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_store_columns(dtype: str, narrow: bool) -> None:
+    rng = np.random.default_rng(3)
+    run = Run(64, dtype)
+    dense = rng.integers(-4, 5, (1, 64, 8)).astype(np.float32)
+    values = two_four.fragments(dense, dtype)[0]
+    offsets = (64 * rng.integers(0, 9, 4)).astype(np.int32)
+    residual, bias = rng.integers(-9, 10, (3, 5, 64)).astype(np.float32), rng.integers(-9, 10, 64).astype(np.float32)
+    arguments = (to_gpu(values), to_gpu(offsets), to_gpu(two_four.narrow(residual, dtype)), to_gpu(bias))
+    size = residual.size
+    raw = run.launch(storing(dtype, dtype if narrow else "float32"), size // (2 if narrow else 1), *arguments)
+    linear = offsets[:, None] + linear_rows(24, 64)
+    b = run.memory().view(np.uint16)[swizzled(linear, 64)[..., None] // 2 + np.arange(8)]
+    b_values = widened(np.ascontiguousarray(b).view(np.uint32), dtype).reshape(b.shape)
+    products = (opened_dense(values, dtype).reshape(4, 16, 8) @ b_values.transpose(0, 2, 1)).reshape(64, 3, 8)
+    # Of each 16 rows those of the four channels that a lane stores: 2 q, 2 q + 1, 2 q + 8, 2 q + 9.
+    order = np.arange(64).reshape(4, 2, 4, 2).transpose(0, 2, 1, 3).ravel()
+    expected = products[order].transpose(1, 2, 0)[:, :5]
+    if narrow:
+        found = widened(raw.view(np.uint32), dtype).reshape(residual.shape)
+        expected = np.maximum(expected + bias + residual, 0)
+        expected = widened(two_four.narrow(expected, dtype).view(np.uint32), dtype).reshape(expected.shape)
+    else:
+        found = raw.reshape(residual.shape)
+    np.testing.assert_array_equal(found, expected)

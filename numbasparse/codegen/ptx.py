@@ -894,7 +894,9 @@ def octet_mma(pieces: Sequence[tuple[int, int]], line: int, mask: int, dtype: st
             for first in range(0, count, 4):
                 place = builder.add(base, ir.Constant(_I32, displacement + first * line))
                 place = _swizzled(builder, place, mask)
-                loaded = _asm(builder, ir.LiteralStructType([_I32] * 4), load, "=r,=r,=r,=r,r,~{memory}", [(_I32, place)])
+                loaded = _asm(
+                    builder, ir.LiteralStructType([_I32] * 4), load, "=r,=r,=r,=r,r,~{memory}", [(_I32, place)]
+                )
                 for eight in range(min(4, count - first)):
                     b = (_I32, builder.extract_value(loaded, eight))
                     c = [(_F32, sums[at + i]) for i in range(4)]
@@ -1040,7 +1042,7 @@ def store_columns(
     strides: tuple[int, int, int],
     limits: tuple[int, int, int],
 ) -> Any:
-    """Intrinsic ``(sums, y, residual, there, bias, scale, image, oy, ox) -> void``: sums to where channels are innermost.
+    """Intrinsic ``(sums, y, residual, there, bias, scale, image, oy, ox) -> void``: finish sums and store them in NHWC.
 
     Each eight of pixels and 16 rows of `sparse_wgmma` is transposed between the lanes, so that lane l has four
     neighbouring channels of pixel ``l // 4``: of rows ``2 q``, ``2 q + 1``, ``2 q + 8`` and ``2 q + 9``, q being
@@ -1119,12 +1121,14 @@ def _transposed_floats(builder: ir.IRBuilder, values: Sequence[Any]) -> list[Any
     bits = [builder.bitcast(value, _I32) for value in values]
     words = []
     for pair in (bits[:2], bits[2:]):
-        halves = [_transposed(builder, _permuted(builder, *pair, pattern)) for pattern in (0x5410, 0x7632)]
-        words += [_permuted(builder, *halves, pattern) for pattern in (0x5410, 0x7632)]
+        halves = [
+            _transposed(builder, _chosen_bytes(builder, pair[0], pair[1], pattern)) for pattern in (0x5410, 0x7632)
+        ]
+        words += [_chosen_bytes(builder, halves[0], halves[1], pattern) for pattern in (0x5410, 0x7632)]
     return words
 
 
-def _permuted(builder: ir.IRBuilder, a: Any, b: Any, pattern: int) -> Any:
+def _chosen_bytes(builder: ir.IRBuilder, a: Any, b: Any, pattern: int) -> Any:
     """Bytes of two words: 0x5410 are their lower halves, 0x7632 their upper ones."""
     return _asm(builder, _I32, f"prmt.b32 $0, $1, $2, {pattern};", "=r,r,r", [(_I32, a), (_I32, b)])
 
@@ -1132,8 +1136,7 @@ def _permuted(builder: ir.IRBuilder, a: Any, b: Any, pattern: int) -> Any:
 def _load_pair_if(builder: ir.IRBuilder, wanted: Any, address: Any) -> list[Any]:
     """8 bytes in global memory as two words, zeros where they are not wanted."""
     text = (
-        "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0; mov.b32 $1, 0; "
-        "@p ld.global.nc.v2.b32 {$0, $1}, [$3]; }"
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0; mov.b32 $1, 0; @p ld.global.nc.v2.b32 {$0, $1}, [$3]; }"
     )
     operands = [(_I32, builder.zext(wanted, _I32)), (_I64, address)]
     loaded = _asm(builder, ir.LiteralStructType([_I32] * 2), text, "=&r,=&r,r,l", operands)

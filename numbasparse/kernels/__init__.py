@@ -19,6 +19,7 @@ from numbasparse.kernels.cuda_direct import CudaDirect
 from numbasparse.kernels.cuda_mma import CudaMma
 from numbasparse.kernels.cuda_simple import CudaSimple
 from numbasparse.kernels.cuda_wgmma import CudaWgmma
+from numbasparse.kernels.cuda_wgmma_nhwc import CudaWgmmaNhwc
 from numbasparse.kernels.dense import Dense
 
 __all__ = [
@@ -43,6 +44,7 @@ _TABLE: tuple[Kernel, ...] = (
     CudaDirect(),
     CudaSimple(),
     CudaWgmma(),
+    CudaWgmmaNhwc(),
     CudaMma(),
     CudaDense(),
 )

@@ -691,9 +691,9 @@ def _compile(shape: _Shape, capability: tuple[int, int]) -> tuple[cuda.Ptx, cuda
     )
     if shape.split == 1:
         return main, None
-    spec, inner = shape.spec, shape.batch > 1
+    layout: layouts.Layout = "CHWN" if shape.batch > 1 else "NCHW"
     reduce = cuda_reduce.reduce_ptx(
-        spec, shape.split, inner, shape.scaled, shape.residual, shape.activation, capability
+        shape.spec, shape.split, layout, shape.scaled, shape.residual, shape.activation, capability
     )
     return main, reduce
 

@@ -794,7 +794,7 @@ def _compile(shape: _Shape, capability: tuple[int, int]) -> tuple[cuda.Ptx, cuda
     if shape.split == 1:
         return main, None
     return main, cuda_reduce.reduce_ptx(
-        shape.spec, shape.split, True, shape.scaled, shape.residual, shape.activation, capability
+        shape.spec, shape.split, "CHWN", shape.scaled, shape.residual, shape.activation, capability
     )
 
 

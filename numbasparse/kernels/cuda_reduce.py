@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from numbasparse.runtime import cuda
+from numbasparse.runtime.layouts import Layout
 from numbasparse.spec import ConvSpec
 
 THREADS = 256
@@ -19,7 +20,7 @@ def grid(spec: ConvSpec) -> tuple[int, int, int]:
 def reduce_ptx(
     spec: ConvSpec,
     split: int,
-    batch_inner: bool,
+    layout: Layout,
     scaled: bool,
     residual: bool,
     activation: str,
@@ -31,25 +32,27 @@ def reduce_ptx(
     ----------
     split : int
         Parts: float32 (split, N * K * OH * OW), each in the order of ``y``.
-    batch_inner : bool
-        Whether that is CHWN, else NCHW.
+    layout : Layout
+        That order.
     scaled, residual, activation
         See `codegen.ptx.Finish`; the factors are of channels, and there is a bias.
     """
-    facts = (spec, split, batch_inner, scaled, residual, activation)
+    facts = (spec, split, layout, scaled, residual, activation)
     code = _code(*facts)
     return cuda.compile_ptx(code, 5, repr(facts), capability=capability, threads=THREADS, fastmath=False)
 
 
 def _code(
-    spec: ConvSpec, split: int, batch_inner: bool, scaled: bool, residual: bool, activation: str
+    spec: ConvSpec, split: int, layout: Layout, scaled: bool, residual: bool, activation: str
 ) -> Callable[..., None]:
     from numba import types
 
     from numbasparse.codegen import ptx
 
     total = spec.n * spec.k * spec.out_h * spec.out_w
-    run = spec.out_h * spec.out_w * (spec.n if batch_inner else 1)
+    pixels = spec.out_h * spec.out_w
+    # Values of a channel that follow one another.
+    run = {"NCHW": pixels, "NHWC": 1, "CHWN": pixels * spec.n}[layout]
     k, size = spec.k, ptx.element_bytes(spec.dtype)
     finish = ptx.Finish(bias=True, scaled=scaled, residual=residual, activation=activation)
     store, load = ptx.store_finished(spec.dtype, finish), ptx.load_global("float32")

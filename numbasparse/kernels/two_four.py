@@ -10,6 +10,8 @@ zero, and take one twice.  Here the rows of a weight are cut into *blocks* of 64
 `cover_steps`
     Columns stay where they are, in *octets* of eight; a step takes four octets at equal distances, and what does not
     fit into one step goes into another that takes the octet again, or into a small dense rest.
+`cover_aligned`
+    The same for octets of which only each four that follow one another may make a step.
 
 The loops are compiled by numba; equal input gives equal output.
 """
@@ -353,6 +355,31 @@ def cover_steps(
     return Steps(first, columns, values, metadata), Rest(rest_first, rest_columns, rest_values)
 
 
+def cover_aligned(
+    part: NDArray[np.int64],
+    row: NDArray[np.int64],
+    octet: NDArray[np.int64],
+    place: NDArray[np.int64],
+    data: NDArray[np.float32],
+    parts: int,
+    octets: int,
+) -> tuple[Steps, Rest]:
+    """As `cover_steps`, but a step takes octets 4 i to 4 i + 3, and eight columns of the rest are those of an octet.
+
+    Returns
+    -------
+    steps, rest
+        Four octets with a non-zero are taken once.  Where a quad holds three or four, what is over two goes into the
+        rest, or the four octets are taken twice where that makes the rest more than a chunk shorter.
+    """
+    order, starts = compiled(_sort)(part * octets + octet, parts * octets)
+    row, place, data = (np.ascontiguousarray(a[order]) for a in (row, place, data))
+    first, columns, rest_first, rest_columns, column_of = compiled(_cover_aligned)(starts, row, place, parts, octets)
+    arrays = (starts, row, place, data, octets, first, columns, column_of)
+    values, metadata, rest_values = compiled(_fill_covered)(*arrays, rest_first)
+    return Steps(first, columns, values, metadata), Rest(rest_first, rest_columns, rest_values)
+
+
 @functools.cache
 def steps_to_cover(needed: tuple[int, ...], octets: int) -> int:
     """How many steps `cover_steps` makes of a part that has non-zeros in these octets, none of which is taken twice."""
@@ -439,6 +466,69 @@ def _cover(starts: Any, row: Any, place: Any, parts: int, octets: int) -> Any:
                     column_of[n] = slots[column_of[n], row[n] // 16]
             _fill_up(own)
             rest += wanted
+        first[part + 1], rest_first[part + 1] = made, rest
+    return first, columns[:made].copy(), rest_first, rest_columns[:rest].copy(), column_of
+
+
+def _cover_aligned(starts: Any, row: Any, place: Any, parts: int, octets: int) -> Any:
+    """Of `cover_aligned` what `_cover` gives."""
+    first, rest_first = np.zeros(parts + 1, np.int64), np.zeros(parts + 1, np.int64)
+    columns = np.empty((octets // 2 * parts, 2), np.int32)
+    rest_columns = np.zeros((octets * parts, 4, REST), np.int32)
+    column_of = np.full(len(row), -1, np.int64)
+    # Of each octet, which groups of 16 rows have a quad of more than two; the chunk of each.
+    over, chunk = np.zeros((octets, 4), np.int64), np.zeros((octets, 4), np.int64)
+    made = rest = 0
+    for part in range(parts):
+        over[:] = 0
+        for u in range(octets):
+            i, end = starts[part * octets + u], starts[part * octets + u + 1]
+            while i < end:
+                j = _run(row, place, i, end)
+                if j - i > 2:
+                    over[u, row[i] // 16] = 1
+                i = j
+        times = np.zeros(octets // 4, np.int64)
+        for q in range(octets // 4):
+            if starts[part * octets + 4 * q + 4] > starts[part * octets + 4 * q]:
+                times[q] = 1
+        while True:
+            chunks = over.sum(axis=0)
+            best, least = -1, chunks.max() - 1
+            for q in range(octets // 4):
+                fewer = (chunks - over[4 * q : 4 * q + 4].sum(axis=0)).max()
+                if fewer < least:
+                    best, least = q, fewer
+            if best < 0:
+                break
+            times[best] = 2
+            over[4 * best : 4 * best + 4] = 0
+        for q in range(octets // 4):
+            for _ in range(times[q]):
+                columns[made, 0], columns[made, 1] = 4 * q, 1
+                made += 1
+        width = np.zeros(4, np.int64)
+        for u in range(octets):
+            for group in range(4):
+                if over[u, group] > 0:
+                    chunk[u, group] = width[group]
+                    for i in range(REST):
+                        rest_columns[rest + width[group], group, i] = u * OCTET + i
+                    width[group] += 1
+        for u in range(octets):
+            i, end = starts[part * octets + u], starts[part * octets + u + 1]
+            while i < end:
+                j = _run(row, place, i, end)
+                if over[u, row[i] // 16] > 0:
+                    for n in range(i + 2, j):
+                        column_of[n] = chunk[u, row[i] // 16] * REST + place[n]
+                i = j
+        # Groups with less of a rest multiply octet 0 by zeros.
+        for group in range(4):
+            for number in range(width[group], width.max()):
+                for i in range(REST):
+                    rest_columns[rest + number, group, i] = i
+        rest += width.max()
         first[part + 1], rest_first[part + 1] = made, rest
     return first, columns[:made].copy(), rest_first, rest_columns[:rest].copy(), column_of
 

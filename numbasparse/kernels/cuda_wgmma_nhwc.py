@@ -1,0 +1,428 @@
+"""Sparse convolution on Hopper's sparse tensor cores, of activations in NHWC (torch's channels-last), for any batch.
+
+How blocks work and what they multiply is in `wgmma_pipeline`.  An input tile lies in shared memory as [image][row]
+[column][channel]: a pixel is a row of shared memory of 32 or 64 channels, of which the tensor cores read 32 as the k of
+an operand.  Its n are pixels: eight neighbours of a row of the image, and such eights below one another, whose distance
+is that of rows.  So a step is 32 neighbouring channels of a tap, and its operand a start.  The rest takes eight
+neighbouring channels of a tap at once.
+
+Against `cuda_wgmma`: the copy engine brings rows of 64 or 128 bytes whatever the batch, which is what small batches
+wait for there; what a model computes by other means in channels-last needs no conversion; but the rest is larger, since
+it takes eight columns where one is needed: 4 chunks for nine steps at 90 % zeros instead of 1.2, 0.6 at 95 %.
+
+A convolution of 1x1 is one of a single image, eight columns wide, of all pixels of the batch.
+
+Bound: as of `cuda_wgmma`.  Since zeros are multiplied, an infinity in the input reaches outputs that it does not belong
+to, as NaN.
+
+Search space
+------------
+``batch``
+    Images of a block.
+``tile``
+    Output pixels of a block, of each image, as text: rows x columns, the latter a multiple of eight.  Each eight
+    columns of an image are one ``wgmma``, of 8 * rows of n.
+``channels``, ``stages``
+    Input channels of a stage, and stages of the ring.
+``split``
+    Blocks that share the input channels of one tile; a second kernel adds up their sums.
+``groups``
+    Warpgroups of a block, which share its images, or columns, or rows.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from math import ceil, sqrt
+from typing import Any
+
+import numpy as np
+
+from numbasparse.kernels import two_four
+from numbasparse.kernels.base import Config, Space, check_fields
+from numbasparse.kernels.cuda_tiles import device_function, parse_tile, row_clocks
+from numbasparse.kernels.wgmma_pipeline import Geometry, Shape, WgmmaKernel, clocks, reason_resources
+from numbasparse.runtime import cuda, layouts
+from numbasparse.spec import ConvSpec
+from numbasparse.weight import SparseWeight
+
+_EIGHT = 8
+"""Pixels that an operand has in neighbouring rows of shared memory."""
+_PIECE_BYTES = 64
+"""Of a pixel, what a step takes: 32 channels."""
+
+
+@dataclass(frozen=True)
+class PixelTile(Geometry):
+    """Channels of pixels of images, the channels innermost, in *planes* of so many channels as a row has.
+
+    A *piece* of a tile is what one ``wgmma`` has as its n: `rows` x 8 pixels of one image.
+
+    Attributes
+    ----------
+    rows
+        Of a piece.
+    pieces
+        Of a warpgroup.
+    """
+
+    rows: int
+    pieces: int
+
+    @property
+    def strips(self) -> int:
+        """Pieces side by side."""
+        return self.tile_w // _EIGHT
+
+    @property
+    def n(self) -> int:
+        """Columns of one ``wgmma``."""
+        return _EIGHT * self.rows
+
+    @property
+    def sums(self) -> int:
+        return self.pieces * self.n // 2
+
+    @property
+    def planes(self) -> int:
+        """Of a stage."""
+        return self.channels * 2 // self.row_bytes
+
+    @property
+    def line_bytes(self) -> int:
+        """From a row of an image to the next."""
+        return self.patch_w * self.row_bytes
+
+    @property
+    def image_bytes(self) -> int:
+        """From an image to the next."""
+        return self.patch_h * self.line_bytes
+
+    @property
+    def plane_bytes(self) -> int:
+        """From a plane to the next; the pattern of swizzled rows repeats after 1024 bytes."""
+        return -(-self.batch * self.image_bytes // 1024) * 1024
+
+    @property
+    def tile_bytes(self) -> int:
+        return self.planes * self.plane_bytes
+
+    @property
+    def copied_bytes(self) -> int:
+        return self.planes * self.batch * self.image_bytes
+
+    @property
+    def rest_slack(self) -> int:
+        """`codegen.ptx.octet_mma` reads up to three rows more than a piece has."""
+        return 3 * self.line_bytes
+
+    @property
+    def _octets_of_row(self) -> int:
+        return self.row_bytes // 16
+
+    @property
+    def octets(self) -> int:
+        """From the first channel of the first tap to the last one of the last."""
+        spec = self.spec
+        span = (spec.r - 1) * spec.dilation[0] * self.patch_w + (spec.s - 1) * spec.dilation[1] + 1
+        return self.planes * span * self._octets_of_row
+
+    def cover(
+        self, part: np.ndarray, row: np.ndarray, column: np.ndarray, data: np.ndarray, parts: int
+    ) -> tuple[two_four.Steps, two_four.Rest]:
+        spec = self.spec
+        # Of every column of a weight's matrix, and then of every non-zero.
+        c, tap = np.divmod(np.arange(spec.c_per_group * spec.r * spec.s), spec.r * spec.s)
+        pixel = tap // spec.s * spec.dilation[0] * self.patch_w + tap % spec.s * spec.dilation[1]
+        plane, within = np.divmod(c % self.channels, self.row_bytes // 2)
+        octet = plane * (self.octets // self.planes) + pixel * self._octets_of_row + within // 8
+        return two_four.cover_aligned(part, row, octet[column], (within % 8)[column], data, parts, self.octets)
+
+    def _bytes(self, octet: np.ndarray) -> np.ndarray:
+        """Where an octet of the first pixel begins."""
+        plane, within = np.divmod(octet.astype(np.int64), self.octets // self.planes)
+        return plane * self.plane_bytes + within * 16
+
+    def words(self, steps: two_four.Steps) -> np.ndarray:
+        """The start, in units of 16 bytes."""
+        return (self._bytes(steps.columns[:, 0]) // 16).astype(np.int32)
+
+    def offsets(self, rest: two_four.Rest) -> np.ndarray:
+        """Of the octet."""
+        return self._bytes(rest.columns // two_four.OCTET).astype(np.int32)
+
+    def row_blocks(self, weight: SparseWeight) -> np.ndarray:
+        """Neighbours, since they are stored together; each sixteen in the order that `ptx.store_columns` wants."""
+        i = np.arange(16)
+        within = 4 * (i % 8 // 2) + 2 * (i // 8) + i % 2
+        spec, per = self.spec, self.spec.k_per_group
+        order = (np.arange(-(-per // two_four.ROWS) * two_four.ROWS).reshape(-1, 16)[:, :1] + within).ravel()
+        blocks = [np.where(order < per, order + g * per, -1) for g in range(spec.groups)]
+        return np.concatenate(blocks).reshape(-1, two_four.ROWS).astype(np.int32)
+
+    def tensor_map(self, address: int) -> cuda.TensorMap:
+        """Boxes [image][row][column][channel]; what lies outside of the input is zero."""
+        spec = self.spec
+        sizes, pixel = (spec.c, spec.w, spec.h, spec.n), 2 * spec.c
+        strides = (pixel, pixel * spec.w, pixel * spec.w * spec.h)
+        box = (self.row_bytes // 2, self.patch_w, self.patch_h, self.batch)
+        return cuda.TensorMap(address, spec.dtype, sizes, strides, box, self.row_bytes)
+
+    def copy_tile(self, cluster: int) -> Any:
+        from numba import types
+
+        from numbasparse.codegen import ptx
+
+        assert cluster == 1
+        i32, u32 = types.int32, types.uint32
+        planes, plane_bytes, channels = self.planes, self.plane_bytes, self.row_bytes // 2
+
+        def copy_tile(stage, channel, origin, full):  # type: ignore[no-untyped-def]
+            tensor_map = ptx.tensor_map_address()
+            image, top, left = i32(origin[0]), i32(origin[1]), i32(origin[2])
+            for plane in range(planes):
+                to, c = u32(stage + plane * plane_bytes), i32(channel + plane * channels)
+                ptx.copy_box(to, tensor_map, c, left, top, image, full)
+
+        return device_function(copy_tile)
+
+    def _displacements(self) -> list[int]:
+        """Of the pieces of a warpgroup, from its first."""
+        strips = self.strips
+        return [i // strips * self.image_bytes + i % strips * _EIGHT * self.row_bytes for i in range(self.pieces)]
+
+    @property
+    def group_origin(self) -> tuple[int, int, int]:
+        """Images, rows and columns from a warpgroup's first output to the next one's."""
+        if self.rows < self.tile_h:
+            return 0, self.rows, 0
+        return (0, 0, _EIGHT * self.pieces) if self.pieces < self.strips else (self.pieces // self.strips, 0, 0)
+
+    @property
+    def group_bytes(self) -> int:
+        image, row, column = self.group_origin
+        return image * self.image_bytes + row * self.line_bytes + column * self.row_bytes
+
+    def multiply(self) -> Any:
+        from numba import types
+
+        from numbasparse.codegen import ptx
+
+        u32 = types.uint32
+        wgmma = ptx.sparse_wgmma([d // 16 for d in self._displacements()], self.n, self.spec.dtype, k_major=True)
+        high = ptx.k_major_descriptor(self.row_bytes, self.line_bytes)
+
+        def multiply(sums, values, metadata, word, stage):  # type: ignore[no-untyped-def]
+            return wgmma(sums, values, metadata, u32((stage >> 4) + word), u32(high))
+
+        return device_function(multiply)
+
+    def lane_start(self) -> Any:
+        row_bytes, line_bytes = self.row_bytes, self.line_bytes
+
+        def lane_start(lane):  # type: ignore[no-untyped-def]
+            return (lane & 7) * row_bytes + (lane >> 3) * line_bytes
+
+        return device_function(lane_start)
+
+    def rest_mma(self) -> Any:
+        from numbasparse.codegen import ptx
+
+        pieces = [(displacement, self.rows) for displacement in self._displacements()]
+        return ptx.octet_mma(pieces, self.line_bytes, ptx.SWIZZLES[self.row_bytes].mask, self.spec.dtype)
+
+    def finish(self, split: int, residual: bool, activation: str) -> tuple[Any, Any]:
+        from numba import types
+
+        from numbasparse.codegen import ptx
+
+        i32, i64 = types.int32, types.int64
+        spec, strips = self.spec, self.strips
+        dtype = "float32" if split > 1 else spec.dtype
+        size = ptx.element_bytes(dtype)
+        last = None if split > 1 else ptx.Finish(bias=True, scaled=False, residual=residual, activation=activation)
+        places = [(i // strips, j, i % strips * _EIGHT) for i in range(self.pieces) for j in range(self.rows)]
+        pixel = spec.k * size
+        strides = (pixel * spec.out_w * spec.out_h, pixel * spec.out_w, pixel)
+        store = ptx.store_columns(places, dtype, last, strides, (spec.n, spec.out_h, spec.out_w))
+        total = strides[0] * spec.n
+        group_image, group_row, group_column = self.group_origin
+        load_one = ptx.load_words("global", 1)
+
+        def numbers_of(table, first, lane):  # type: ignore[no-untyped-def]
+            """The first of the four channels that a lane stores, and those of its two rows."""
+            own, quad = table + (first + (lane >> 2)) * i64(4), table + (first + 2 * (lane & 3)) * i64(4)
+            return i32(load_one(i64(quad))), i32(load_one(i64(own))), i32(load_one(i64(own + 32)))
+
+        def finish(sums, y, residual, bias, numbers, part, image, oy, ox, group, lane):  # type: ignore[no-untyped-def]
+            image, oy, ox = image + group * group_image, oy + group * group_row, ox + group * group_column + (lane >> 2)
+            at = image * i64(strides[0]) + oy * i64(strides[1]) + ox * i64(strides[2])
+            at += max(numbers[0], i32(0)) * i64(size) + part * i64(total)
+            there = i32(1) if numbers[0] >= 0 else i32(0)
+            shifts = (
+                ptx.load_global_f32(i64(bias + max(numbers[1], i32(0)) * i64(4))),
+                ptx.load_global_f32(i64(bias + max(numbers[2], i32(0)) * i64(4))),
+            )
+            store(sums, i64(y + at), i64(residual + at), there, shifts, shifts, i32(image), i32(oy), i32(ox))
+
+        return device_function(numbers_of), device_function(finish)
+
+
+def flat(spec: ConvSpec) -> ConvSpec:
+    """A 1x1 convolution as one of an image, eight columns wide, that has all pixels; others as they are."""
+    pixels = spec.n * spec.h * spec.w
+    pointwise = (spec.r, spec.s) == (1, 1) and spec.stride == (1, 1) and not any(map(any, spec.padding))
+    if not pointwise or pixels % _EIGHT:
+        return spec
+    return ConvSpec.create(
+        (1, spec.c, pixels // _EIGHT, _EIGHT), spec.weight_shape, groups=spec.groups, dtype=spec.dtype
+    )
+
+
+def geometry_of(spec: ConvSpec, config: Config) -> PixelTile:
+    """The geometry of a config whose fields have been checked."""
+    spec, (tile_h, tile_w) = flat(spec), parse_tile(config["tile"])
+    batch, channels, groups = (int(config[f]) for f in ("batch", "channels", "groups"))
+    pieces, rows = batch * (tile_w // _EIGHT), tile_h
+    if pieces % groups == 0:
+        pieces //= groups
+    else:
+        rows //= groups
+    return PixelTile(
+        spec=spec,
+        layout="NHWC",
+        groups=groups,
+        batch=batch,
+        channels=channels,
+        tile_h=tile_h,
+        tile_w=tile_w,
+        patch_h=tile_h + (spec.r - 1) * spec.dilation[0],
+        patch_w=tile_w + (spec.s - 1) * spec.dilation[1],
+        row_bytes=128 if channels % 64 == 0 else 64,
+        rows=rows,
+        pieces=pieces,
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def expected_work(channels: int, taps: int, density: float) -> tuple[int, float, float]:
+    """Steps of a tile whose zeros are random, its chunks, and their standard deviation.
+
+    Every step has a non-zero.  A quad has more than two non-zeros with probability ``over``; 16 rows have two quads of
+    an octet each; the chunks of a tile are those of the one among four groups of 16 rows that has most.
+    """
+    steps = ceil(channels / 32) * taps
+    over = 4 * density**3 * (1 - density) + density**4
+    octets, each = ceil(channels / 8) * taps, 1.0 - (1.0 - over) ** 32
+    deviation = sqrt(octets * each * (1.0 - each))
+    chunks = min(octets * each + 1.03 * deviation, float(octets))
+    # See `two_four.cover_aligned`: a step that is taken twice spares up to four chunks.
+    return (steps, chunks, deviation) if chunks < 2 * steps else (2 * steps, 0.0, 0.0)
+
+
+class CudaWgmmaNhwc(WgmmaKernel):
+    """Sparse tensor cores of Hopper, channels innermost; see the module's text."""
+
+    name = "cuda_wgmma_nhwc"
+    version = 1
+
+    def reason_spec(self, spec: ConvSpec) -> str | None:
+        if spec.stride != (1, 1):
+            return f"eight neighbouring outputs need eight neighbouring inputs, got a stride of {spec.stride}"
+        if spec.c % 8 or spec.k_per_group % 4:
+            return (
+                "pixels are copied and stored in pieces of 16 and 8 bytes: input channels must be a multiple of 8 and "
+                f"output channels (of a group) of 4, got {spec.c} and {spec.k_per_group}"
+            )
+        return None
+
+    def supports(self, spec: ConvSpec, weight: SparseWeight) -> str | None:
+        # A window of 7x7 has more weights than two stages can hold.
+        return super().supports(spec, weight) or self.check(spec, weight, self.fallback)
+
+    def space(self, spec: ConvSpec, weight: SparseWeight, threads: int) -> Space:
+        spec = flat(spec)
+        heights = sorted({-(-spec.out_h // i) for i in range(1, 9)} | {8, 16, 32, 64})
+        widths = [w for w in (8, 16, 32) if w < spec.out_w + 8]
+        return {
+            "batch": tuple(b for b in (1, 2, 4, 8) if b <= spec.n),
+            "tile": tuple(f"{h}x{w}" for h in heights for w in widths if h <= min(64, 2 * spec.out_h)),
+            "channels": tuple(c for c in (32, 64, 128, 256) if c < 2 * max(spec.c_per_group, 32)),
+            "stages": (2, 3, 4),
+            "split": tuple(s for s in (1, 2, 4, 8, 16) if s == 1 or 32 * s <= spec.c_per_group),
+            "groups": (1, 2),
+        }
+
+    def check(self, spec: ConvSpec, weight: SparseWeight, config: Config) -> str | None:
+        reason = check_fields(config, _FIELDS) or _reason_shape(spec, config)
+        if reason is not None:
+            return reason
+        make = functools.partial(self.shape, spec, config, weight.density)
+        return reason_resources(geometry_of(spec, config), make, int(config["stages"]))
+
+    def layouts(self, spec: ConvSpec, config: Config) -> tuple[layouts.Layout, layouts.Layout]:
+        return "NHWC", "NHWC"
+
+    @property
+    def fallback(self) -> Config:
+        return dict(_FALLBACK)
+
+    def shape(
+        self, spec: ConvSpec, config: Config, density: float, activation: str = "none", residual: bool = False
+    ) -> Shape:
+        geometry = geometry_of(spec, config)
+        steps, chunks, deviation = _work(geometry, density)
+        room = steps, ceil(chunks + 2 * deviation) + 1
+        blocks = spec.groups * -(-spec.k_per_group // two_four.ROWS)
+        return Shape(geometry, room, int(config["stages"]), int(config["split"]), 1, blocks, activation, residual)
+
+    def estimate(self, spec: ConvSpec, weight: SparseWeight, config: Config, device: cuda.Device) -> float:
+        shape, g = self.shape(spec, config, weight.density), geometry_of(spec, config)
+        steps, chunks, _ = _work(g, weight.density)
+        copy = g.planes * g.batch * g.patch_h * g.patch_w * row_clocks(g.row_bytes)
+        stores = g.groups * g.sums / 4 * _STORE_CLOCKS
+        return clocks(shape, steps, chunks, 64 * g.n * g.pieces * g.groups, copy, stores, device)
+
+
+def _work(geometry: PixelTile, density: float) -> tuple[int, float, float]:
+    """`expected_work` of a stage."""
+    spec = geometry.spec
+    return expected_work(min(geometry.channels, spec.c_per_group), spec.r * spec.s, density)
+
+
+_STORE_CLOCKS = 12.0
+"""Of transposing, finishing and storing eight pixels by a warp."""
+_FIELDS: dict[str, Any] = {
+    "batch": (1, 16),
+    "tile": (),
+    "channels": (32, 256),
+    "stages": (2, 8),
+    "split": (1, 64),
+    "groups": (1, 2),
+}
+_FALLBACK: Config = {"batch": 1, "tile": "8x8", "channels": 32, "stages": 2, "split": 1, "groups": 1}
+
+
+def _reason_shape(spec: ConvSpec, config: Config) -> str | None:
+    """Reason why the instructions cannot have such operands."""
+    tile_h, tile_w = parse_tile(config["tile"])
+    batch, channels, groups = (int(config[f]) for f in ("batch", "channels", "groups"))
+    if not 1 <= tile_h <= 64 or tile_w % _EIGHT or not _EIGHT <= tile_w <= 256:
+        return f"tile must be a text like '14x8', its columns a multiple of 8, got {config['tile']!r}"
+    if channels != 32 and channels % 64:
+        return f"channels must be 32 or a multiple of 64, got {channels}"
+    pieces = batch * (tile_w // _EIGHT)
+    if pieces % groups and tile_h % groups:
+        return f"{groups} warpgroups can share neither {pieces} pieces nor {tile_h} rows"
+    geometry = geometry_of(spec, config)
+    if geometry.rows > 32:
+        return f"a wgmma has at most 32 rows of 8 pixels, got {geometry.rows}"
+    strips, pieces = geometry.strips, geometry.pieces
+    if geometry.rows == tile_h and strips % pieces and pieces % strips:
+        return f"{groups} warpgroups cannot share {strips} strips of {batch} images evenly"
+    if geometry.sums > 128:
+        return f"{geometry.sums} sums exceed a thread's registers, at most 128 fit"
+    if max(geometry.patch_h, geometry.patch_w) > 256:
+        return "a box has at most 256 values along a dimension"
+    return None

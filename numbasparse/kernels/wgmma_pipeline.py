@@ -1,0 +1,777 @@
+"""What kernels for Hopper's sparse tensor cores have in common: jobs, the ring of stages, the steps and the rest.
+
+A block computes a tile of output pixels, of some images, for 64 output channels.  It walks over the input channels, a
+few at a time: an order to the copy engine brings their input tile, with its halo, into a ring of stages, and another
+one the weight of that tile, in the order in which it is used.  What is computed is what `two_four` says: *steps*, each
+a sparse ``wgmma`` of 64 output channels, 32 columns of the weight and all pixels of a tile, whose operand is an address
+in the tile, so that nothing is copied or gathered; and the *rest*, where four neighbouring channels hold more than two
+non-zeros, which is added to the same sums by ``mma.sync``.
+
+One or two warpgroups compute the tile's pixels, each its share.  Blocks stay, and take one output tile after another:
+the warp that is the last to leave a stage orders the next copy into it, which may be of the next output tile, so that
+copies go on while sums are stored.  In a cluster that is the last warp of all its blocks, whose copy of a tile goes to
+all of them.
+
+A warp of its own for the copies would leave the others too few registers: a quarter of a multiprocessor has them for
+two warps of 255, or for three of 168, and nvJitLink ignores ``setmaxnreg`` in PTX (C7504).
+
+How a tile lies in shared memory, which is what activations in CHWN and in NHWC differ in, is a `Geometry`.
+
+The idea of sparse tensor cores for unstructured masks is that of Pool and Yu ("Channel Permutations for N:M
+Sparsity", NeurIPS 2021), without loss; the pipeline is that of CUTLASS's warp-specialised kernels.
+"""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+import numpy as np
+
+from numbasparse.activations import Activation
+from numbasparse.kernels import cuda_reduce, two_four
+from numbasparse.kernels.base import Config, CudaKernel, CudaRunner
+from numbasparse.kernels.cuda_fragments import reason_values
+from numbasparse.kernels.cuda_packed import Finish, PackedRunner, Size
+from numbasparse.kernels.cuda_tiles import OutputTiles, device_function, locate, ranked, split_clocks
+from numbasparse.runtime import cuda, layouts
+from numbasparse.spec import ConvSpec
+from numbasparse.weight import SparseWeight
+
+_REGISTERS = 255
+"""Of a thread, of which a multiprocessor has enough for 256."""
+WINDOW = 0x3FFFF
+"""Bits of an address of shared memory that a matrix descriptor holds; above is the number of the block in its cluster
+(PTX ISA, "Matrix descriptor format")."""
+HEAD_BYTES = 1024
+"""Of shared memory: the barriers, and so much that the stages are aligned to the swizzle's pattern."""
+UNIT_BYTES, CHUNK_BYTES, HEADER_BYTES = 2320, 1152, 16
+"""Of a step in a blob, of a chunk of the rest, and of what is before them."""
+METADATA, WORD, OFFSETS = 2048, 2304, 1024
+"""Where a step has its metadata and its word, and a chunk the offsets of its rows."""
+
+
+# ---- geometry -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Geometry(ABC):
+    """How a block's tile lies in shared memory, and who computes what.  Offsets in bytes.
+
+    An *octet* is eight neighbouring input channels of a pixel, what a step has four of, numbered in the order of
+    memory from the first that any tap can start from.
+
+    Attributes
+    ----------
+    spec
+        The problem.
+    layout
+        Of activations.
+    groups
+        Warpgroups.
+    batch, channels
+        Images and input channels of a stage.
+    tile_h, tile_w
+        Output pixels of a block, of each image.
+    patch_h, patch_w
+        Pixels of an input tile.
+    row_bytes
+        Bytes of a row of shared memory: see `codegen.ptx.Swizzle`.
+    """
+
+    spec: ConvSpec
+    layout: layouts.Layout
+    groups: int
+    batch: int
+    channels: int
+    tile_h: int
+    tile_w: int
+    patch_h: int
+    patch_w: int
+    row_bytes: int
+
+    @property
+    @abstractmethod
+    def sums(self) -> int:
+        """Of a thread."""
+
+    @property
+    @abstractmethod
+    def tile_bytes(self) -> int:
+        """Of an input tile, up to where the weight follows."""
+
+    @property
+    @abstractmethod
+    def copied_bytes(self) -> int:
+        """That a copy brings."""
+
+    @property
+    def rest_slack(self) -> int:
+        """Bytes behind the last stage that the rest may read."""
+        return 0
+
+    @abstractmethod
+    def cover(
+        self, part: np.ndarray, row: np.ndarray, column: np.ndarray, data: np.ndarray, parts: int
+    ) -> tuple[two_four.Steps, two_four.Rest]:
+        """Steps and rest of the non-zeros of parts (a tile's input channels): columns are those of a group's matrix."""
+
+    @abstractmethod
+    def words(self, steps: two_four.Steps) -> np.ndarray:
+        """Of every step the word that `multiply` gets: int32."""
+
+    @abstractmethod
+    def offsets(self, rest: two_four.Rest) -> np.ndarray:
+        """Of every chunk and 16 rows what eight lanes add to their `lane_start`: int32 (chunks, 4, 8)."""
+
+    @abstractmethod
+    def row_blocks(self, weight: SparseWeight) -> np.ndarray:
+        """Output channels of each block, int32 (blocks, 64), -1 for none; no block has channels of two groups."""
+
+    @abstractmethod
+    def tensor_map(self, address: int) -> cuda.TensorMap:
+        """For the copies of tiles."""
+
+    @property
+    @abstractmethod
+    def group_bytes(self) -> int:
+        """From the input of a warpgroup to that of the next."""
+
+    @abstractmethod
+    def copy_tile(self, cluster: int) -> Any:
+        """Device function ``(stage, channel, origin, full)``: order the copy of an input tile.
+
+        ``origin`` is image, row and column; in a cluster the copy is for all blocks.
+        """
+
+    @abstractmethod
+    def multiply(self) -> Any:
+        """Device function ``(sums, values, metadata, word, stage) -> sums``: a step for the pixels of a warpgroup.
+
+        Their input begins at ``stage``.
+        """
+
+    @abstractmethod
+    def lane_start(self) -> Any:
+        """Device function ``(lane) -> bytes``: where a lane's share of a chunk of the rest begins."""
+
+    @abstractmethod
+    def rest_mma(self) -> Any:
+        """Intrinsic ``(sums, values, address) -> sums`` of a chunk."""
+
+    @abstractmethod
+    def finish(self, split: int, residual: bool, activation: str) -> tuple[Any, Any]:
+        """Device functions: ``(rows, first, lane)`` gives a lane's output channels, those of a warp being
+        ``rows[first]`` and on; ``(sums, y, residual, bias, numbers, part, image, oy, ox, group, lane)`` finishes sums
+        and stores them.
+        """
+
+
+# ---- packing ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight cut for the blocks of a config.
+
+    Attributes
+    ----------
+    blobs : uint8
+        One behind another, what a job multiplies its tile by: int32 numbers of steps and of chunks and 8 bytes of
+        nothing; of every step 2048 bytes of `two_four.fragments`, 256 of `two_four.Steps.metadata`, one of
+        `Geometry.words` and 12 bytes of nothing; of every chunk of the rest 1024 bytes of `two_four.fragments` and its
+        `Geometry.offsets`.
+    jobs : int32, (jobs, 4)
+        First input channel of the tile, start of the blob in units of 16 bytes, bytes of the blob, 0.
+    ranges : int32, (blocks, splits, 2)
+        What a block does: its first job and its number of jobs, which is the same in all blocks of a cluster.
+    rows : int32, (blocks, 64)
+        Output channel of every row, -1 where there is none.
+    """
+
+    blobs: np.ndarray
+    jobs: np.ndarray
+    ranges: np.ndarray
+    rows: np.ndarray
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(a.nbytes for a in (self.blobs, self.jobs, self.ranges, self.rows))
+
+
+def pack(weight: SparseWeight, geometry: Geometry, split: int, cluster: int, room: tuple[int, int]) -> Packed:
+    """Cut a weight into blocks of 64 output channels and tiles of input channels, and write their steps.
+
+    A tile with more steps or chunks than there is room for is copied again for the others.
+    """
+    spec, rows = geometry.spec, geometry.row_blocks(weight)
+    per_block = -(-spec.c_per_group // geometry.channels)
+    steps, rest = _steps(weight, geometry, rows, per_block)
+    live = _live(np.diff(steps.first), per_block, cluster)
+    pieces, ranges = _pieces(np.diff(steps.first), np.diff(rest.first), room, live, split, cluster)
+    block, tile = np.divmod(pieces[:, 0], per_block)
+    group = block // (len(rows) // spec.groups)
+    blobs, starts, sizes = _blobs(steps, rest, geometry, pieces)
+    jobs = np.zeros((len(pieces), 4), np.int32)
+    jobs[:, 0] = group * spec.c_per_group + tile * geometry.channels
+    jobs[:, 1], jobs[:, 2] = starts // 16, sizes
+    return Packed(blobs, jobs, ranges, rows)
+
+
+def _steps(
+    weight: SparseWeight, geometry: Geometry, rows: np.ndarray, per_block: int
+) -> tuple[two_four.Steps, two_four.Rest]:
+    """Steps of every block and tile of input channels; part ``block * per_block + tile``."""
+    spec = geometry.spec
+    place = np.empty(spec.k, np.int64)
+    place[rows[rows >= 0]] = np.flatnonzero(rows.ravel() >= 0)
+    block, row = np.divmod(place, two_four.ROWS)
+    k, column = np.repeat(np.arange(spec.k), np.diff(weight.indptr)), weight.indices
+    # Of every column of a weight's matrix, and then of every non-zero.
+    tile = np.arange(spec.c_per_group * spec.r * spec.s) // (spec.r * spec.s) // geometry.channels
+    part = (block * per_block)[k] + tile[column]
+    return geometry.cover(part, row[k], column, weight.data, len(rows) * per_block)
+
+
+def _live(counts: np.ndarray, per_block: int, cluster: int) -> list[np.ndarray]:
+    """Of every block the parts that it works on: those with steps, in it or in another block of its cluster."""
+    tiles = np.any(counts.reshape(-1, cluster, per_block) > 0, axis=1)
+    return [np.flatnonzero(tiles[block // cluster]) + block * per_block for block in range(len(tiles) * cluster)]
+
+
+def _pieces(
+    steps: np.ndarray, chunks: np.ndarray, room: tuple[int, int], live: list[np.ndarray], split: int, cluster: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Jobs, int64 (jobs, 3): their part and how many steps and chunks of it they have; and the ranges.
+
+    Blocks of a cluster take the same tiles together, as often as the one with the largest weight must.
+    """
+    often = np.maximum(1, np.maximum(-(-steps // room[0]), -(-chunks // room[1])))
+    pieces: list[tuple[int, int, int]] = []
+    ranges = np.zeros((len(live), split, 2), np.int32)
+    per_block = len(steps) // max(1, len(live))
+    for block, every in enumerate(live):
+        leader = block // cluster * cluster
+        for number, parts in enumerate(np.array_split(every, split)):
+            start = len(pieces)
+            for part in parts:
+                tile = part - block * per_block
+                times = int(often[[(leader + i) * per_block + tile for i in range(cluster)]].max())
+                left, rest = int(steps[part]), int(chunks[part])
+                for _ in range(times):
+                    now = min(left, room[0]), min(rest, room[1])
+                    pieces.append((part, *now))
+                    left, rest = left - now[0], rest - now[1]
+            ranges[block, number] = start, len(pieces) - start
+    return np.array(pieces, np.int64).reshape(-1, 3), ranges
+
+
+def _blobs(
+    steps: two_four.Steps, rest: two_four.Rest, geometry: Geometry, pieces: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The blobs of all jobs, their starts and their sizes in bytes.
+
+    Jobs are in the order of their parts, and a part is some job's: so are steps and chunks in their order.
+    """
+    counts, rest_counts = pieces[:, 1], pieces[:, 2]
+    sizes = HEADER_BYTES + counts * UNIT_BYTES + rest_counts * CHUNK_BYTES
+    starts = np.cumsum(sizes) - sizes
+    lines = np.zeros((int(sizes.sum()) // 16, 16), np.uint8)
+    lines[starts // 16, :8] = _as_bytes(pieces[:, 1:].astype(np.int32))
+    first = starts + HEADER_BYTES
+    _place(lines, first, counts, _units(steps, geometry))
+    _place(lines, first + counts * UNIT_BYTES, rest_counts, _chunks(rest, geometry))
+    return lines.ravel(), starts, sizes
+
+
+def _place(lines: np.ndarray, starts: np.ndarray, counts: np.ndarray, rows: np.ndarray) -> None:
+    """Write rows of bytes into lines of 16 bytes: of every job its count, one behind another from its start on."""
+    if not len(rows):
+        return
+    width = rows.shape[1]
+    within = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+    at = (np.repeat(starts, counts) + within * width) // 16
+    lines[at[:, None] + np.arange(width // 16)] = rows.reshape(len(rows), -1, 16)
+
+
+def _units(steps: two_four.Steps, geometry: Geometry) -> np.ndarray:
+    units = np.zeros((steps.count, UNIT_BYTES), np.uint8)
+    units[:, :METADATA] = _as_bytes(two_four.fragments(steps.values, geometry.spec.dtype))
+    units[:, METADATA:WORD] = _as_bytes(steps.metadata)
+    units[:, WORD:].view(np.int32)[:, 0] = geometry.words(steps)
+    return units
+
+
+def _chunks(rest: two_four.Rest, geometry: Geometry) -> np.ndarray:
+    chunks = np.zeros((rest.count, CHUNK_BYTES), np.uint8)
+    chunks[:, :OFFSETS] = _as_bytes(two_four.fragments(rest.values, geometry.spec.dtype))
+    chunks[:, OFFSETS:] = _as_bytes(geometry.offsets(rest))
+    return chunks
+
+
+def _as_bytes(array: np.ndarray) -> np.ndarray:
+    """Everything but the first dimension as bytes."""
+    return np.ascontiguousarray(array).reshape(len(array), int(np.prod(array.shape[1:]))).view(np.uint8)
+
+
+# ---- code ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shape(OutputTiles):
+    """All constants of the kernel's code: what the compiled code depends on, and nothing else.
+
+    ``room`` is that of a stage, steps and chunks; ``blocks`` those of output channels.
+    """
+
+    geometry: Geometry
+    room: tuple[int, int]
+    stages: int
+    split: int
+    cluster: int
+    blocks: int
+    activation: str
+    residual: bool
+
+    @property
+    def spec(self) -> ConvSpec:  # type: ignore[override]
+        return self.geometry.spec
+
+    @property
+    def stage_bytes(self) -> int:
+        """An input tile and behind it a blob, up to the next multiple of 1024."""
+        blob = HEADER_BYTES + self.room[0] * UNIT_BYTES + self.room[1] * CHUNK_BYTES
+        return -(-(self.geometry.tile_bytes + blob) // 1024) * 1024
+
+    @property
+    def shared_bytes(self) -> int:
+        """Behind the last stage is room for the steps that are read ahead of the last one."""
+        slack = max(2 * UNIT_BYTES, self.geometry.rest_slack)
+        return 1024 + HEAD_BYTES + self.stages * self.stage_bytes + slack
+
+    @property
+    def threads(self) -> int:
+        return 128 * self.geometry.groups
+
+    def resident(self, device: cuda.Device) -> int:
+        """Blocks that are on a multiprocessor at once."""
+        return min(2 // self.geometry.groups, device.shared_per_multiprocessor // (self.shared_bytes + 1024))
+
+    def grid(self, device: cuda.Device) -> tuple[int, int, int]:
+        """As many blocks as are on the device at once, a multiple of the cluster; fewer where there is less work."""
+        # Clusters lie within the 16 or 18 multiprocessors of a part of the GPU, of which those of four leave some out.
+        usable = device.multiprocessors if self.cluster < 4 else device.multiprocessors * 16 // 17
+        most = usable * self.resident(device) // self.cluster * self.cluster
+        return min(most, self.works), 1, 1
+
+
+def _code(shape: Shape) -> Callable[..., None]:
+    from numba import types
+
+    from numbasparse.codegen import ptx
+
+    i32, u32, i64 = types.int32, types.uint32, types.int64
+    stages, cluster, works = shape.stages, shape.cluster, shape.works
+    shared_base, place_of, compute, (numbers_of, finish) = (
+        ptx.shared_base(1024),
+        locate(shape),
+        _compute(shape),
+        shape.geometry.finish(shape.split, shape.residual, shape.activation),
+    )
+    (jobs_of, advance), (copy_first, copy_next) = _cursor(shape), _copies(shape)
+    zeros, load_job = ptx.zeros(shape.geometry.sums), ptx.load_words("global", 4)
+    stage_bytes = shape.stage_bytes
+
+    def cuda_wgmma(y, residual, bias, rows, blobs, jobs, ranges):  # type: ignore[no-untyped-def]
+        base = i64(shared_base())
+        thread = ptx.thread_index()
+        group, within, warp, lane = thread >> 7, thread & 127, (thread >> 5) & 3, thread & 31
+        # For each stage 8 bytes of barrier; behind them 4 that count the warps that have left it; behind these 4 that
+        # count the blocks, those in the first block of a cluster.
+        if thread == 0:
+            for i in range(stages):
+                ptx.mbarrier_init(u32(base + 8 * i), i32(1))
+                ptx.store_shared_i32(u32(base + 8 * stages + 4 * i), i32(0))
+                ptx.store_shared_i32(u32(base + 12 * stages + 4 * i), i32(0))
+            ptx.mbarrier_init_fence()
+        if cluster > 1:
+            ptx.cluster_arrive()
+            ptx.cluster_wait()
+        else:
+            ptx.barrier()
+        work, step = ptx.block_x(), ptx.grid_x()
+        # What is to be copied next: a job, how many follow it for its output tile, which that is, and where.
+        origin = (work, work, work)
+        job, left, ahead, origin = advance(jobs, ranges, i64(jobs), i32(0), work - step, step, origin)
+        for i in range(stages):
+            if ahead < works:
+                if thread == 0:
+                    copy_first(base, i, blobs, load_job(job), origin)
+                job, left, ahead, origin = advance(jobs, ranges, job, left, ahead, step, origin)
+        slot, phase = i32(0), i32(0)
+        while work < works:
+            sums = zeros()
+            block, part, first_image, oy, ox, _, _ = place_of(work)
+            numbers = numbers_of(rows, block * i64(two_four.ROWS) + warp * 16, lane)
+            for _ in range(jobs_of(ranges, work)[1]):
+                following = load_job(job)
+                ptx.mbarrier_wait(u32(base + 8 * slot), phase)
+                stage = base + HEAD_BYTES + slot * stage_bytes
+                sums = compute(sums, stage, group, within, warp, lane)
+                # Every lane has read the stage when the first one counts.
+                ptx.warp_barrier()
+                # Where nothing follows nobody counts, so that no block is asked which may have ended.
+                if ahead < works:
+                    if lane == 0:
+                        copy_next(base, slot, blobs, following, origin)
+                    job, left, ahead, origin = advance(jobs, ranges, job, left, ahead, step, origin)
+                # The next instructions want all lanes together.
+                ptx.warp_barrier()
+                slot += i32(1)
+                if slot == i32(stages):
+                    slot = i32(0)
+                    phase ^= i32(1)
+            finish(sums, y, residual, bias, numbers, part, first_image, oy, ox, group, lane)
+            work += step
+        # A block ends when all of its cluster have got their last tile.
+        if cluster > 1:
+            ptx.cluster_arrive_relaxed()
+            ptx.cluster_wait()
+
+    return cuda_wgmma
+
+
+def _cursor(shape: Shape) -> tuple[Any, Any]:
+    """Device functions: the jobs of an output tile, and the step from a job to the one that a block does next."""
+    from numba import types
+
+    from numbasparse.codegen import ptx
+
+    i32, i64 = types.int32, types.int64
+    blocks, split, works, place_of = shape.blocks, shape.split, shape.works, locate(shape)
+
+    def jobs_of(ranges, work):  # type: ignore[no-untyped-def]
+        """First job, and number of jobs."""
+        own = ranges + (work % blocks * split + work // blocks % split) * i64(8)
+        return ptx.load_global_i32(i64(own)), ptx.load_global_i32(i64(own + 4))
+
+    jobs_of = device_function(jobs_of)
+
+    def advance(jobs, ranges, job, left, work, step, origin):  # type: ignore[no-untyped-def]
+        """The next job, how many follow it for its output tile, the tile, and image, row and column of its input.
+
+        Behind the last one the tile is one that there is not, and the job is any.
+        """
+        job += i64(16)
+        left -= i32(1)
+        if left < 0:
+            work += step
+            # An output tile without weights has no jobs.
+            while work < works:
+                first, count = jobs_of(ranges, work)
+                if count > 0:
+                    job, left = jobs + first * i64(16), count - i32(1)
+                    break
+                work += step
+            if work >= works:
+                job = i64(jobs)
+            _, _, image, _, _, top, start = place_of(work)
+            origin = (image, top, start)
+        return job, left, work, origin
+
+    return jobs_of, device_function(advance)
+
+
+def _copies(shape: Shape) -> tuple[Any, Any]:
+    """Device functions: copy a job's tile and weight into an empty stage, and into one that a warp has left, if it was
+    the last.  One thread of a warp runs them.
+    """
+    from numba import types
+
+    from numbasparse.codegen import ptx
+
+    i32, u32, i64 = types.int32, types.uint32, types.int64
+    stages, cluster, warps = shape.stages, shape.cluster, 4 * shape.geometry.groups
+    stage_bytes, tile_bytes, copied = shape.stage_bytes, shape.geometry.tile_bytes, shape.geometry.copied_bytes
+    boxes = shape.geometry.copy_tile(cluster)
+
+    def copy_weight(base, slot, blobs, job):  # type: ignore[no-untyped-def]
+        """Each block for itself: expect both copies and order the one of its own weight."""
+        full, stage = u32(base + 8 * slot), u32(base + HEAD_BYTES + slot * stage_bytes)
+        ptx.mbarrier_expect(full, i32(copied + job[2]))
+        ptx.copy_bulk(u32(stage + tile_bytes), i64(blobs + job[1] * i64(16)), i32(job[2]), full)
+
+    def copy_tile(base, slot, channel, origin):  # type: ignore[no-untyped-def]
+        """One for all blocks of a cluster; it may come before a block expects it: bytes are counted below zero too."""
+        full, stage = u32(base + 8 * slot), u32(base + HEAD_BYTES + slot * stage_bytes)
+        boxes(stage, channel, origin, full)
+
+    copy_weight, copy_tile = device_function(copy_weight), device_function(copy_tile)
+
+    def copy_first(base, slot, blobs, job, origin):  # type: ignore[no-untyped-def]
+        copy_weight(base, slot, blobs, job)
+        if cluster == 1 or ptx.cluster_rank() == 0:
+            copy_tile(base, slot, i32(job[0]), origin)
+
+    def copy_next(base, slot, blobs, job, origin):  # type: ignore[no-untyped-def]
+        before = ptx.count_shared(u32(base + 8 * stages + 4 * slot), i32(1))
+        if before % warps != warps - 1:
+            return
+        # The sign of a count is 0, but ptxas does not know: it would bring the channel into a uniform register as soon
+        # as it is asked for, and wait for it there.
+        channel = i32(job[0]) + (before >> 31)
+        last = True
+        if cluster > 1:
+            blocks_left = ptx.cluster_address(u32(base + 12 * stages + 4 * slot), i32(0))
+            last = ptx.count_in_cluster(blocks_left, i32(1)) % cluster == cluster - 1
+        if last:
+            copy_tile(base, slot, channel, origin)
+        copy_weight(base, slot, blobs, job)
+
+    return device_function(copy_first), device_function(copy_next)
+
+
+def _compute(shape: Shape) -> Any:
+    """Device function: a warpgroup adds what the tile and the weight of a stage give to its sums."""
+    from numba import types
+
+    from numbasparse.codegen import ptx
+
+    i32, u32, i64 = types.int32, types.uint32, types.int64
+    geometry, tile_bytes = shape.geometry, shape.geometry.tile_bytes
+    own_bytes = geometry.group_bytes
+    multiply, (leftover, fetch) = geometry.multiply(), _leftover(shape)
+    wait_two, settle = ptx.wgmma_wait(2), ptx.wgmma_settle(geometry.sums)
+    load_four, load_two, load_one = (ptx.load_words("shared", n) for n in (4, 2, 1))
+
+    def load(unit, values, metadata):  # type: ignore[no-untyped-def]
+        """The weight of a step for one thread, and its word."""
+        return load_four(u32(unit + values)), load_one(u32(unit + metadata)), i32(load_one(u32(unit + WORD)))
+
+    load = device_function(load)
+
+    def step(sums, weight, operand, following, values, metadata):  # type: ignore[no-untyped-def]
+        """Order a step, and read the weight of one that follows."""
+        sums = multiply(sums, weight[0], weight[1], weight[2], operand)
+        loaded = load(following, values, metadata)
+        wait_two()
+        return sums, loaded
+
+    step = device_function(step)
+
+    def compute(sums, stage, group, within, warp, lane):  # type: ignore[no-untyped-def]
+        values, metadata = within * 16, METADATA + ((warp * 8 + (lane >> 2)) * 2 + (lane & 1)) * 4
+        own, unit = stage + group * own_bytes, stage + tile_bytes + HEADER_BYTES
+        operand = own & WINDOW
+        steps, chunks = load_two(u32(stage + tile_bytes))
+        remaining = i32(steps)
+        rest = unit + i32(steps) * UNIT_BYTES
+        fetched = fetch(rest, within, warp, lane)
+        w0 = load(unit, values, metadata)
+        w1 = load(unit + UNIT_BYTES, values, metadata)
+        # Nothing but wgmma may write sums in this loop, or ptxas waits for each before the next (C7515).  A step's
+        # weight is read two steps ahead, since reads queue behind the tensor cores' own of shared memory, and two steps
+        # are under way when the next is ordered: five sets of registers.
+        while remaining > 0:
+            sums, w2 = step(sums, w0, operand, unit + 2 * UNIT_BYTES, values, metadata)
+            if remaining == 1:
+                break
+            sums, w3 = step(sums, w1, operand, unit + 3 * UNIT_BYTES, values, metadata)
+            if remaining == 2:
+                break
+            sums, w4 = step(sums, w2, operand, unit + 4 * UNIT_BYTES, values, metadata)
+            if remaining == 3:
+                break
+            sums, w0 = step(sums, w3, operand, unit + 5 * UNIT_BYTES, values, metadata)
+            if remaining == 4:
+                break
+            sums, w1 = step(sums, w4, operand, unit + 6 * UNIT_BYTES, values, metadata)
+            unit += i64(5 * UNIT_BYTES)
+            remaining -= i32(5)
+        sums = settle(sums)
+        return leftover(sums, i32(chunks), own, fetched, rest, within, warp, lane)
+
+    return device_function(compute)
+
+
+def _leftover(shape: Shape) -> tuple[Any, Any]:
+    """Device functions: chunks of the rest for the rows of a warpgroup, whose first input row is at ``own``; and what
+    reads a thread's share of a chunk, which is done one chunk ahead.
+    """
+    from numba import types
+
+    from numbasparse.codegen import ptx
+
+    i64, u32 = types.int64, types.uint32
+    mma, lane_start = shape.geometry.rest_mma(), shape.geometry.lane_start()
+    load_two, load_one = ptx.load_words("shared", 2), ptx.load_words("shared", 1)
+
+    def fetch(chunk, within, warp, lane):  # type: ignore[no-untyped-def]
+        offset = load_one(u32(chunk + OFFSETS + (warp * 8 + (lane & 7)) * 4))
+        return load_two(u32(chunk + within * 8)), offset
+
+    fetch = device_function(fetch)
+
+    def leftover(sums, count, own, fetched, chunk, within, warp, lane):  # type: ignore[no-untyped-def]
+        start = own + lane_start(lane)
+        for _ in range(count):
+            chunk += i64(CHUNK_BYTES)
+            following = fetch(chunk, within, warp, lane)
+            sums = mma(sums, fetched[0], u32(start + fetched[1]))
+            fetched = following
+        return sums
+
+    return device_function(leftover), fetch
+
+
+@functools.cache
+def compile_shape(shape: Shape, capability: tuple[int, int]) -> tuple[cuda.Ptx, cuda.Ptx | None]:
+    """PTX of the kernel, and of the second one of a split."""
+    cuda.numba_cuda()  # prepares NumPy for it, before codegen.ptx imports it
+    main = cuda.compile_ptx(
+        _code(shape),
+        7,
+        repr(shape),
+        capability=capability,
+        threads=shape.threads,
+        max_registers=_REGISTERS,
+        fastmath=False,
+    )
+    if shape.split == 1:
+        return main, None
+    return main, cuda_reduce.reduce_ptx(
+        shape.spec, shape.split, shape.geometry.layout, False, shape.residual, shape.activation, capability
+    )
+
+
+# ---- the kernel ---------------------------------------------------------------------------------------------
+
+
+class _Runner(PackedRunner):
+    def __init__(self, spec: ConvSpec, packed: Packed, make: Callable[..., Shape]) -> None:
+        arrays = (packed.rows, packed.blobs, packed.jobs, packed.ranges)
+        shape = make()
+        super().__init__(spec, arrays, shape.geometry.layout, shape.split, make, compile_shape)
+
+    def _size(self, shape: Shape) -> Size:
+        return shape.grid(self._facts), shape.threads, shape.shared_bytes
+
+    def _start(self, main: cuda.Function, shape: Shape, size: Size, x: int, finish: Finish, stream: int) -> None:
+        tensor_map = self._map(x, shape.geometry.tensor_map)
+        arguments = (*finish[:3], *self._pointers)
+        main.launch(*size, stream, arguments, cluster=shape.cluster, tensor_map=tensor_map)
+
+
+class WgmmaKernel(CudaKernel):
+    """What the kernels share; each has a `Geometry`, a space and an estimate of its own."""
+
+    def supports(self, spec: ConvSpec, weight: SparseWeight) -> str | None:
+        capability = cuda.current().capability
+        if capability != (9, 0):
+            return f"its instructions exist on compute capability 9.0 only, this GPU is {capability[0]}.{capability[1]}"
+        return self.reason_spec(spec) or reason_values(spec, weight)
+
+    @abstractmethod
+    def reason_spec(self, spec: ConvSpec) -> str | None:
+        """Reason why no config can run it."""
+
+    @abstractmethod
+    def shape(
+        self, spec: ConvSpec, config: Config, density: float, activation: str = "none", residual: bool = False
+    ) -> Shape:
+        """The constants of the code, of a config whose fields have been checked."""
+
+    @abstractmethod
+    def estimate(self, spec: ConvSpec, weight: SparseWeight, config: Config, device: cuda.Device) -> float:
+        """Clocks that a config may take."""
+
+    def pack(self, spec: ConvSpec, weight: SparseWeight, config: Config) -> Packed:
+        """The weight as a config's kernel reads it."""
+        shape = self.shape(spec, config, weight.density)
+        return pack(weight, shape.geometry, shape.split, shape.cluster, shape.room)
+
+    def default(self, spec: ConvSpec, weight: SparseWeight, threads: int) -> Config:
+        return self.suggest(spec, weight, threads, 1)[0]
+
+    def suggest(self, spec: ConvSpec, weight: SparseWeight, threads: int, count: int) -> list[Config]:
+        space, device = self.space(spec, weight, threads), cuda.current()
+        found = ranked(self, spec, weight, space, lambda config: self.estimate(spec, weight, config, device))
+        return found[:count] or [dict(self.fallback)]
+
+    @property
+    @abstractmethod
+    def fallback(self) -> Config:
+        """Small enough for most problems."""
+
+    def ptx(
+        self, spec: ConvSpec, weight: SparseWeight, config: Config, activation: Activation = "none"
+    ) -> tuple[cuda.Ptx, ...]:
+        self.require(spec, weight, config)
+        shape = self.shape(spec, config, weight.density, activation)
+        return tuple(p for p in compile_shape(shape, cuda.current().capability) if p is not None)
+
+    def prepare(
+        self, spec: ConvSpec, weight: SparseWeight, config: Config, activation: Activation = "none"
+    ) -> CudaRunner:
+        self.require(spec, weight, config)
+        packed = self.pack(spec, weight, config)
+        return _Runner(spec, packed, functools.partial(self.shape, spec, config, weight.density, activation))
+
+
+def reason_resources(geometry: Geometry, make: Callable[[], Shape], stages: int) -> str | None:
+    """Reason why a block does not fit a multiprocessor."""
+    spec, device, tiles = geometry.spec, cuda.current(), stages * geometry.tile_bytes
+    if tiles > device.shared_per_block:  # before its steps are counted, which may take long where tiles are large
+        return f"{tiles} bytes of shared memory exceed a block's {device.shared_per_block}"
+    shape = make()
+    if shape.shared_bytes > device.shared_per_block:
+        return f"{shape.shared_bytes} bytes of shared memory exceed a block's {device.shared_per_block}"
+    tiles = -(-spec.c_per_group // geometry.channels)
+    if shape.split > tiles:
+        return f"{shape.split} splits exceed the {tiles} tiles of {geometry.channels} channels"
+    blocks = shape.blocks // spec.groups
+    if blocks % shape.cluster:
+        return f"a cluster of {shape.cluster} does not divide the {blocks} blocks of output channels of a group"
+    if shape.works >= 1 << 30:
+        return "there are too many tiles of outputs"
+    return None
+
+
+BULK_BYTES_PER_CLOCK, _COPY_CLOCKS = 20.0, 700.0
+"""Of the copy engine, for what is in one piece; and until the first bytes come (benchmarks/copy_engine.py)."""
+_SHARED_BYTES_PER_CLOCK = 128.0
+_JOB_CLOCKS, _START_CLOCKS, _CHUNK_CLOCKS = 500.0, 4000.0, 100.0
+
+
+def clocks(
+    shape: Shape, steps: float, chunks: float, operand: float, copy: float, stores: float, device: cuda.Device
+) -> float:
+    """Clocks that a kernel may take: the slower of shared memory (or the tensor cores) and the copy engine.
+
+    Parameters
+    ----------
+    steps, chunks
+        Of a job.
+    operand
+        Bytes of shared memory that a step (or a chunk) reads, of all warpgroups.
+    copy, stores
+        Clocks that the copy engine takes for a job, and that an output tile takes to be stored.
+    """
+    spec, g = shape.spec, shape.geometry
+    blob = steps * UNIT_BYTES + chunks * CHUNK_BYTES
+    shared = ((steps + chunks) * operand + g.tile_bytes + (1 + g.groups) * blob) / _SHARED_BYTES_PER_CLOCK
+    compute = shared + chunks * _CHUNK_CLOCKS / g.groups + _JOB_CLOCKS
+    copy += blob / BULK_BYTES_PER_CLOCK
+    jobs = ceil(ceil(spec.c_per_group / g.channels) / shape.split)
+    each, waves = shape.resident(device), ceil(shape.works / shape.grid(device)[0])
+    if waves == 1:
+        each = min(each, ceil(shape.works / device.multiprocessors))
+    # A stage is filled while the others are computed.  Blocks share the copy engine and shared memory.
+    job = max(each * shared, each * copy, (compute + copy + _COPY_CLOCKS) / shape.stages, compute)
+    exposed = stores if each == 1 else 0.0
+    return _START_CLOCKS + copy + waves * (jobs * job + exposed) + split_clocks(spec, shape.split, device)

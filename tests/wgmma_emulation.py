@@ -1,0 +1,118 @@
+"""What the kernels on Hopper's sparse tensor cores compute, in NumPy, address by address."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import numpy as np
+from tensor_emulation import OutputTile, opened, opened_dense, output_tiles, widened
+
+from numbasparse import SparseWeight
+from numbasparse.kernels import Config
+from numbasparse.kernels import wgmma_pipeline as pipeline
+from numbasparse.kernels.two_four import narrow
+from numbasparse.spec import ConvSpec
+
+
+class Emulator(ABC):
+    """What a kernel computes, from its packed weight and the constants of its code."""
+
+    BASE = 3072
+    """Where the aligned shared memory begins, somewhere."""
+
+    def __init__(self, kernel: Any, spec: ConvSpec, weight: SparseWeight, config: Config) -> None:
+        self.shape = kernel.shape(spec, config, weight.density)
+        self.spec, self.g = self.shape.spec, self.shape.geometry
+        self.packed = kernel.pack(spec, weight, config)
+
+    def run(self, x: np.ndarray) -> np.ndarray:
+        """Sums of all blocks and splits, (N, K, OH, OW) float32, without bias; NaN where none was written."""
+        halves = narrow(x, self.spec.dtype).reshape(x.shape)
+        y = np.full((self.shape.split, *self.out_shape), np.nan, np.float32)
+        for tile in output_tiles(self.shape):
+            sums = self._sums(halves, tile.image, tile.corner, tile.block, tile.part)
+            self.store(y, sums, self.packed.rows[tile.block], tile)
+        return self.result(y.sum(axis=0))
+
+    @property
+    @abstractmethod
+    def out_shape(self) -> tuple[int, ...]:
+        """Of the output in its layout."""
+
+    @abstractmethod
+    def result(self, y: np.ndarray) -> np.ndarray:
+        """The output as (N, K, OH, OW)."""
+
+    @abstractmethod
+    def store(self, y: np.ndarray, sums: np.ndarray, rows: np.ndarray, tile: OutputTile) -> None:
+        """Write the sums of a tile, (operands, 64, n), each place once."""
+
+    @abstractmethod
+    def placed(self, x: np.ndarray, image: int, corner: tuple[int, int], channel: int) -> tuple[np.ndarray, np.ndarray]:
+        """What a copy brings, 16-bit words, and where each of them goes, linear bytes from the stage."""
+
+    @abstractmethod
+    def operands(self, memory: np.ndarray, stage: int, word: int) -> np.ndarray:
+        """Matrices B of a step, (operands, 32, n) of 16-bit words."""
+
+    @abstractmethod
+    def rest_operands(self, memory: np.ndarray, stage: int, offsets: np.ndarray) -> np.ndarray:
+        """Matrices B of a chunk for each 16 rows, (operands, 4, 8, n) of 16-bit words."""
+
+    @abstractmethod
+    def swizzle(self, linear: np.ndarray) -> np.ndarray:
+        """Where shared memory holds what has linear addresses."""
+
+    def _sums(self, x: np.ndarray, image: int, corner: tuple[int, int], block: int, part: int) -> np.ndarray:
+        """Of one block, (operands, 64, n)."""
+        g = self.g
+        first, count = (int(v) for v in self.packed.ranges[block, part])
+        leader = block // self.shape.cluster * self.shape.cluster
+        same = self.packed.ranges[leader : leader + self.shape.cluster, part]
+        n = 2 * g.sums * g.groups // self.count
+        sums = np.zeros((self.count, 64, n), np.float32)
+        for number in range(count):
+            channels = self.packed.jobs[same[:, 0] + number, 0]
+            assert (same[:, 1] == count).all()
+            assert (channels == channels[0]).all(), "blocks of a cluster get other tiles"
+            stage = self.BASE + pipeline.HEAD_BYTES + number % self.shape.stages * self.shape.stage_bytes
+            memory = self._copied(x, image, corner, first + number, stage)
+            blob = memory[stage + g.tile_bytes :]
+            steps, chunks = (int(v) for v in blob[:8].view(np.int32))
+            assert steps <= self.shape.room[0]
+            assert chunks <= self.shape.room[1]
+            units = blob[pipeline.HEADER_BYTES :][: steps * pipeline.UNIT_BYTES].reshape(steps, pipeline.UNIT_BYTES)
+            rest = blob[pipeline.HEADER_BYTES + units.size :][: chunks * pipeline.CHUNK_BYTES]
+            for unit in units:
+                word = int(unit[2304:2308].view(np.int32)[0])
+                registers, metadata = unit[:2048].view(np.uint32).reshape(128, 4), unit[2048:2304].view(np.uint32)
+                sums += opened(registers, metadata, self.spec.dtype) @ self._values(self.operands(memory, stage, word))
+            for chunk in rest.reshape(chunks, pipeline.CHUNK_BYTES):
+                a = opened_dense(chunk[:1024].view(np.uint32).reshape(128, 2), self.spec.dtype).reshape(4, 16, 8)
+                offsets = chunk[1024:].view(np.int32).reshape(4, 8)
+                products = a @ self._values(self.rest_operands(memory, stage, offsets))
+                sums += products.reshape(sums.shape)
+        return sums
+
+    @property
+    @abstractmethod
+    def count(self) -> int:
+        """Operands of a block."""
+
+    def _copied(self, x: np.ndarray, image: int, corner: tuple[int, int], job: int, stage: int) -> np.ndarray:
+        """Shared memory when the copies of a job have come: NaN where nothing was copied."""
+        g, packed = self.g, self.packed
+        channel, start, size, _ = (int(v) for v in packed.jobs[job])
+        memory = np.full(self.BASE + self.shape.shared_bytes, 0xFF, np.uint8)
+        words, where = self.placed(x, image, corner, channel)
+        assert 2 * words.size == g.copied_bytes
+        memory.view(np.uint16)[self.swizzle(stage + where) // 2] = words
+        assert g.tile_bytes + size <= self.shape.stage_bytes
+        assert (16 * start + size) <= packed.blobs.size
+        memory[stage + g.tile_bytes :][:size] = packed.blobs[16 * start :][:size]
+        return memory
+
+    def _values(self, words: np.ndarray) -> np.ndarray:
+        pairs = np.ascontiguousarray(words).view(np.uint32)
+        return widened(pairs, self.spec.dtype).reshape(words.shape)
