@@ -110,15 +110,16 @@ class PixelEmulator(Emulator):
         return np.stack(made)
 
     def rest_operands(self, memory: np.ndarray, stage: int, offsets: np.ndarray) -> np.ndarray:
-        g = self.g
-        lane = np.arange(8)
+        g, pixel = self.g, np.arange(8)
         made = np.zeros((self.count, 4, 8, g.n), np.uint16)
+        pairs = offsets[:, :4, None]
+        assert (offsets[:, 4:] == offsets[:, :4]).all()
         for i, start in enumerate(self._starts(stage)):
             for eight in range(g.rows):
-                address = start + offsets + lane * g.row_bytes + eight * g.line_bytes
-                words = memory.view(np.uint16)[self.swizzle(address)[..., None] // 2 + np.arange(8)]
-                # Of each 16 rows a matrix [pixel][channel].
-                made[i, :, :, 8 * eight : 8 * eight + 8] = words.transpose(0, 2, 1)
+                address = start + pairs + pixel * g.row_bytes + eight * g.line_bytes
+                words = memory.view(np.uint16)[self.swizzle(address)[..., None] // 2 + np.arange(2)]
+                # Of each 16 rows [pair][pixel][two channels].
+                made[i, :, :, 8 * eight : 8 * eight + 8] = words.transpose(0, 1, 3, 2).reshape(4, 8, 8)
         return made
 
 
@@ -279,7 +280,7 @@ GPU_CASES: list[tuple[ConvSpec, Config, float]] = [
             ({"tile": "7x8", "batch": 4, "groups": 2, "stages": 3}, 0.2),
             ({"tile": "14x8", "batch": 2, "split": 2}, 0.1),
             ({"tile": "16x8", "groups": 2, "split": 3, "stages": 3}, 0.2),
-            ({"tile": "5x16", "channels": 128}, 0.1),
+            ({"tile": "5x16", "channels": 64, "stages": 3}, 0.1),
         )
     ),
     (spec_of(5, 72, 14, 76, 3, **SAME), BASE, 0.0),
@@ -287,7 +288,7 @@ GPU_CASES: list[tuple[ConvSpec, Config, float]] = [
     (spec_of(1, 32, 56, 64, 3, **SAME), config_of(tile="56x8", groups=2), 0.1),
     (spec_of(2, 24, 12, 20, 5, padding=2, dilation=2), config_of(), 0.2),
     (spec_of(2, 160, 8, 132, 1), config_of(channels=128, tile="16x8"), 0.1),
-    (spec_of(8, 512, 8, 132, 1), config_of(channels=256, tile="64x8", groups=2, split=2), 0.1),
+    (spec_of(8, 512, 8, 132, 1), config_of(channels=128, tile="64x8", groups=2, split=2), 0.1),
     (spec_of(1, 64, 7, 64, 1), config_of(tile="7x8"), 0.1),
     (spec_of(3, 64, 9, 64, 3, groups=4, **SAME), config_of(), 0.2),
     (spec_of(1, 16, 32, 64, 5, padding=2), config_of(tile="8x16"), 0.2),

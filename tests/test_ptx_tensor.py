@@ -154,28 +154,28 @@ def stepping(row_bytes: int, n: int, dtype: str) -> cuda.Ptx:
 
 
 @functools.cache
-def octets(row_bytes: int, n: int, dtype: str) -> cuda.Ptx:
-    """Kernel ``(out, values, offsets, rows)``: eight k of rows of a tile, a matrix."""
+def pairs(row_bytes: int, n: int, dtype: str) -> cuda.Ptx:
+    """Kernel ``(out, values, offsets, rows)``: four pairs of k of rows of a tile, a matrix."""
     cuda.numba_cuda()
     from numba import types
 
     from numbasparse.codegen import ptx
 
     arrive, _ = arrival(row_bytes)
-    mma = ptx.octet_mma([(0, n // 8)], EIGHTS * row_bytes, ptx.SWIZZLES[row_bytes].mask, dtype)
+    mma = ptx.pair_mma([(0, n // 8)], EIGHTS * row_bytes, ptx.SWIZZLES[row_bytes].mask, dtype)
     zeros, write = ptx.zeros(n // 2), writing(n)
     load_two, load_one = ptx.load_words("global", 2), ptx.load_words("global", 1)
     u32, i64 = types.uint32, types.int64
 
-    def octets(out, values, offsets, rows):  # type: ignore[no-untyped-def]
+    def pairs(out, values, offsets, rows):  # type: ignore[no-untyped-def]
         thread = ptx.thread_index()
         tile = arrive(0, 0, 0, 0)
         warp, lane = thread >> 5, thread & 31
-        offset = load_one(i64(offsets + warp * 4))
-        start = tile + offset + (lane & 7) * row_bytes + (lane >> 3) * (EIGHTS * row_bytes)
+        offset = load_one(i64(offsets + (warp * 4 + (lane & 3)) * 4))
+        start = tile + offset + (lane >> 2) * row_bytes
         write(mma(zeros(), load_two(i64(values + thread * 8)), u32(start)), out, rows)
 
-    return compiled(octets, 4, (row_bytes, n, dtype))
+    return compiled(pairs, 4, (row_bytes, n, dtype))
 
 
 @functools.cache
@@ -187,7 +187,7 @@ def storing(dtype: str, out_dtype: str) -> cuda.Ptx:
     from numbasparse.codegen import ptx
 
     arrive, _ = arrival(64)
-    mma = ptx.octet_mma([(0, 3)], EIGHTS * 64, ptx.SWIZZLES[64].mask, dtype)
+    mma = ptx.pair_mma([(0, 3)], EIGHTS * 64, ptx.SWIZZLES[64].mask, dtype)
     size = ptx.element_bytes(out_dtype)
     finish = None if out_dtype == "float32" else ptx.Finish(bias=True, scaled=False, residual=True, activation="relu")
     store = ptx.store_columns([(0, i, 0) for i in range(3)], out_dtype, finish, (0, 320 * size, 64 * size), (1, 3, 5))
@@ -199,7 +199,7 @@ def storing(dtype: str, out_dtype: str) -> cuda.Ptx:
         thread = ptx.thread_index()
         tile = arrive(0, 0, 0, 0)
         warp, lane = thread >> 5, thread & 31
-        start = tile + load_one(i64(offsets + warp * 4)) + (lane & 7) * 64 + (lane >> 3) * (EIGHTS * 64)
+        start = tile + load_one(i64(offsets + (warp * 4 + (lane & 3)) * 4)) + (lane >> 2) * 64
         sums = mma(zeros(), load_two(i64(values + thread * 8)), u32(start))
         row = warp * 16 + 4 * (lane >> 3) + ((lane >> 2) & 1)
         both = ptx.load_global_f32(i64(bias + 4 * row)), ptx.load_global_f32(i64(bias + 4 * (row + 2)))
@@ -341,7 +341,7 @@ def test_assembled(row_bytes: int) -> None:
         (gathering(row_bytes, n, "bfloat16"), "ldmatrix.sync.aligned.m8n8.x4.trans"),
         (gathering_deep(row_bytes, n, "bfloat16"), "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"),
         (stepping(max(64, row_bytes), n, "float16"), "0, p, 1, 1, 0;"),
-        (octets(max(64, row_bytes), n, "float16"), "ldmatrix.sync.aligned.m8n8.x4.shared"),
+        (pairs(max(64, row_bytes), n, "float16"), "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32"),
         (storing("bfloat16", "bfloat16"), "movmatrix.sync.aligned.m8n8.trans.b16"),
         (storing("float16", "float32"), "st.global.v4.b32"),
     ):
@@ -402,10 +402,19 @@ class Run:
         return memory
 
 
-def linear_rows(n: int, row_bytes: int) -> np.ndarray:
-    """Where columns of an operand begin whose k are neighbours."""
+def some_pairs(rng: np.random.Generator, row_bytes: int) -> np.ndarray:
+    """Offsets of four pairs of k for each warp."""
+    row, pair = rng.integers(0, 9, (4, 4)), rng.integers(0, row_bytes // 4, (4, 4))
+    return (row_bytes * row + 4 * pair).astype(np.int32)
+
+
+def of_pairs(run: Run, offsets: np.ndarray, n: int, dtype: str) -> np.ndarray:
+    """The operands of `pairs`, (4, 8, n)."""
     column = np.arange(n)
-    return (column // 8 * EIGHTS + column % 8) * row_bytes
+    linear = offsets[..., None] + (column // 8 * EIGHTS + column % 8) * run.row_bytes
+    b = run.memory().view(np.uint16)[swizzled(linear, run.row_bytes)[..., None] // 2 + np.arange(2)]
+    values = widened(np.ascontiguousarray(b).view(np.uint32), dtype).reshape(b.shape)
+    return values.transpose(0, 1, 3, 2).reshape(4, 8, n)
 
 
 def to_gpu(array: np.ndarray) -> Any:
@@ -540,18 +549,15 @@ def test_sparse_wgmma_of_neighbouring_k(row_bytes: int, n: int, half: int, row: 
 @on_hopper
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("row_bytes", "n"), [(128, 128), (128, 40), (64, 56)])
-def test_octet_mma(row_bytes: int, n: int, dtype: str) -> None:
+def test_pair_mma(row_bytes: int, n: int, dtype: str) -> None:
     rng = np.random.default_rng(n)
     run = Run(row_bytes, dtype)
     dense = rng.integers(-4, 5, (1, 64, 8)).astype(np.float32)
     values = two_four.fragments(dense, dtype)[0]
-    offsets = (row_bytes * rng.integers(0, 9, 4) + 16 * rng.integers(0, row_bytes // 16, 4)).astype(np.int32)
+    offsets = some_pairs(rng, row_bytes)
     rows = np.arange(64, dtype=np.int32)
-    found = run.launch(octets(row_bytes, n, dtype), 64 * n, to_gpu(values), to_gpu(offsets), to_gpu(rows))
-    linear = offsets[:, None] + linear_rows(n, row_bytes)
-    b = run.memory().view(np.uint16)[swizzled(linear, row_bytes)[..., None] // 2 + np.arange(8)]
-    b_values = widened(np.ascontiguousarray(b).view(np.uint32), dtype).reshape(b.shape)
-    expected = opened_dense(values, dtype).reshape(4, 16, 8) @ b_values.transpose(0, 2, 1)
+    found = run.launch(pairs(row_bytes, n, dtype), 64 * n, to_gpu(values), to_gpu(offsets), to_gpu(rows))
+    expected = opened_dense(values, dtype).reshape(4, 16, 8) @ of_pairs(run, offsets, n, dtype)
     np.testing.assert_array_equal(found.reshape(64, n), expected.reshape(64, n))
 
 
@@ -563,15 +569,12 @@ def test_store_columns(dtype: str, narrow: bool) -> None:
     run = Run(64, dtype)
     dense = rng.integers(-4, 5, (1, 64, 8)).astype(np.float32)
     values = two_four.fragments(dense, dtype)[0]
-    offsets = (64 * rng.integers(0, 9, 4)).astype(np.int32)
+    offsets = some_pairs(rng, 64)
     residual, bias = rng.integers(-9, 10, (3, 5, 64)).astype(np.float32), rng.integers(-9, 10, 64).astype(np.float32)
     arguments = (to_gpu(values), to_gpu(offsets), to_gpu(two_four.narrow(residual, dtype)), to_gpu(bias))
     size = residual.size
     raw = run.launch(storing(dtype, dtype if narrow else "float32"), size // (2 if narrow else 1), *arguments)
-    linear = offsets[:, None] + linear_rows(24, 64)
-    b = run.memory().view(np.uint16)[swizzled(linear, 64)[..., None] // 2 + np.arange(8)]
-    b_values = widened(np.ascontiguousarray(b).view(np.uint32), dtype).reshape(b.shape)
-    products = (opened_dense(values, dtype).reshape(4, 16, 8) @ b_values.transpose(0, 2, 1)).reshape(64, 3, 8)
+    products = (opened_dense(values, dtype).reshape(4, 16, 8) @ of_pairs(run, offsets, 24, dtype)).reshape(64, 3, 8)
     # Of each 16 rows those of the four channels that a lane stores: 2 q, 2 q + 1, 2 q + 8, 2 q + 9.
     order = np.arange(64).reshape(4, 2, 4, 2).transpose(0, 2, 1, 3).ravel()
     expected = products[order].transpose(1, 2, 0)[:, :5]

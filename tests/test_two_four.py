@@ -110,20 +110,25 @@ def test_rows_are_ordered_for_empty_columns() -> None:
     assert steps.first[-1] == steps.first[-2]
 
 
-def covered(dense: np.ndarray, parts: int) -> tuple[two_four.Steps, two_four.Rest]:
-    """Rows cut into blocks of 64, columns into ``parts`` ranges of whole octets."""
-    octets = -(-dense.shape[1] // 8 // parts)
+def octets_of(columns: int, parts: int) -> int:
+    """Of a part, a multiple of four."""
+    return -(-columns // 32 // parts) * 4
+
+
+def covered(dense: np.ndarray, parts: int, aligned: bool = False) -> tuple[two_four.Steps, two_four.Rest]:
+    """Rows cut into blocks of 64, columns into ``parts`` ranges of whole steps."""
+    octets = octets_of(dense.shape[1], parts)
     row, column = np.nonzero(dense)
     part = row // 64 * parts + column // 8 // octets
     total = -(-len(dense) // 64) * parts
     arguments = (part, row % 64, column // 8 % octets, column % 8, dense[row, column], total, octets)
-    return two_four.cover_steps(*arguments)
+    return (two_four.cover_aligned if aligned else two_four.cover_steps)(*arguments)
 
 
 def read_covered(
     steps: two_four.Steps, rest: two_four.Rest, shape: tuple[int, int], parts: int, dtype: str
 ) -> np.ndarray:
-    octets = -(-shape[1] // 8 // parts)
+    octets = octets_of(shape[1], parts)
     back = np.zeros((-(-shape[0] // 64) * 64, octets * 8 * parts), np.float32)
     registers, rest_registers = (two_four.fragments(a.values, dtype) for a in (steps, rest))
     for part in range(len(steps.first) - 1):
@@ -150,13 +155,18 @@ def read_covered(
     density=st.sampled_from([0.001, 0.02, 0.1, 0.2, 0.5]),
     seed=st.integers(0, 2**32 - 1),
     dtype=st.sampled_from(["float16", "bfloat16"]),
+    aligned=st.booleans(),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_covering_loses_nothing(
-    kind: str, rows: int, columns: int, parts: int, density: float, seed: int, dtype: str
+    kind: str, rows: int, columns: int, parts: int, density: float, seed: int, dtype: str, aligned: bool
 ) -> None:
     dense = matrix(kind, rows, columns, density, seed)
-    steps, rest = covered(dense, parts)
+    steps, rest = covered(dense, parts, aligned)
+    if aligned:
+        assert (steps.columns % [4, 2] == [0, 1]).all()
+        assert (rest.columns[..., ::2] % 2 == 0).all()
+        assert (rest.columns[..., 1::2] == rest.columns[..., ::2] + 1).all()
     assert well_formed(steps.metadata)
     np.testing.assert_array_equal(read_covered(steps, rest, dense.shape, parts, dtype), dense)
 
@@ -176,8 +186,23 @@ def test_rows_of_the_rest_meet_different_banks() -> None:
     assert np.mean(different) > 6.5
 
 
-def test_dense_takes_every_octet_twice() -> None:
-    steps, rest = covered(matrix("full", 64, 288, 1.0, 3), 1)
+def test_pairs_of_the_rest_meet_different_banks() -> None:
+    _, rest = covered(matrix("random", 64, 288 * 4, 0.2, 2), 4, aligned=True)
+    different = [len(set(chunk)) for chunk in rest.columns.reshape(-1, 8)[:, ::2] // 2 % 4]
+    # Pairs in a random order would have 2.7 of 4.
+    assert np.mean(different) > 3.4
+
+
+@pytest.mark.parametrize(("density", "chunks"), [(0.2, 9), (0.1, 3), (0.05, 1), (0.02, 0)])
+def test_an_aligned_rest_is_small(density: float, chunks: int) -> None:
+    steps, rest = covered(matrix("random", 64, 288, density, 2), 1, aligned=True)
+    assert steps.count <= 9 + (density > 0.1)
+    assert rest.count <= chunks
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+def test_dense_takes_every_octet_twice(aligned: bool) -> None:
+    steps, rest = covered(matrix("full", 64, 288, 1.0, 3), 1, aligned)
     assert (steps.count, rest.count) == (18, 0)
 
 
@@ -186,6 +211,7 @@ def test_equal_input_gives_equal_output() -> None:
     for made, again in (
         (gathered(dense, 1.0)[0], gathered(dense, 1.0)[0]),
         *zip(covered(dense, 2), covered(dense, 2), strict=True),
+        *zip(covered(dense, 2, True), covered(dense, 2, True), strict=True),
     ):
         for name, array in vars(made).items():
             np.testing.assert_array_equal(array, vars(again)[name])

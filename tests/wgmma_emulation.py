@@ -72,12 +72,12 @@ class Emulator(ABC):
         same = self.packed.ranges[leader : leader + self.shape.cluster, part]
         n = 2 * g.sums * g.groups // self.count
         sums = np.zeros((self.count, 64, n), np.float32)
-        for number in range(count):
-            channels = self.packed.jobs[same[:, 0] + number, 0]
+        for job in range(count):
+            channels = self.packed.jobs[same[:, 0] + job, 0]
             assert (same[:, 1] == count).all()
             assert (channels == channels[0]).all(), "blocks of a cluster get other tiles"
-            stage = self.BASE + pipeline.HEAD_BYTES + number % self.shape.stages * self.shape.stage_bytes
-            memory = self._copied(x, image, corner, first + number, stage)
+            stage = self.BASE + pipeline.HEAD_BYTES + job % self.shape.stages * self.shape.stage_bytes
+            memory = self._copied(x, image, corner, first + job, stage)
             blob = memory[stage + g.tile_bytes :]
             steps, chunks = (int(v) for v in blob[:8].view(np.int32))
             assert steps <= self.shape.room[0]
@@ -88,9 +88,11 @@ class Emulator(ABC):
                 word = int(unit[2304:2308].view(np.int32)[0])
                 registers, metadata = unit[:2048].view(np.uint32).reshape(128, 4), unit[2048:2304].view(np.uint32)
                 sums += opened(registers, metadata, self.spec.dtype) @ self._values(self.operands(memory, stage, word))
-            for chunk in rest.reshape(chunks, pipeline.CHUNK_BYTES):
+            for number, chunk in enumerate(rest.reshape(chunks, pipeline.CHUNK_BYTES)):
                 a = opened_dense(chunk[:1024].view(np.uint32).reshape(128, 2), self.spec.dtype).reshape(4, 16, 8)
                 offsets = chunk[1024:].view(np.int32).reshape(4, 8)
+                # Each warp stops behind its last.
+                assert not a[number >= blob[8:12]].any()
                 products = a @ self._values(self.rest_operands(memory, stage, offsets))
                 sums += products.reshape(sums.shape)
         return sums

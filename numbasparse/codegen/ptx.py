@@ -856,29 +856,30 @@ def gathered_mma(displacements: Sequence[int], mask: int, dtype: str, depth: int
     return _intrinsic_of_arity(3, signature, generate)
 
 
-def octet_mma(pieces: Sequence[tuple[int, int]], line: int, mask: int, dtype: str) -> Any:
-    """Intrinsic ``(sums, values, address) -> sums``: a 16 x 8 matrix times rows of pixels, for each warp its own.
+def pair_mma(pieces: Sequence[tuple[int, int]], line: int, mask: int, dtype: str) -> Any:
+    """Intrinsic ``(sums, values, address) -> sums``: a 16 x 8 matrix times gathered k of rows of pixels.
 
-    The operands B are eight neighbouring k, 16 bytes, of eight neighbouring rows of shared memory (`mma.sync.m16n8k8`);
-    four of them are loaded at once.
+    The operands B of each warp's `mma.sync.m16n8k8` are pairs of neighbouring k of eight neighbouring rows of shared
+    memory, 4 bytes for each lane, of which lane l gives the address: pair ``l % 4`` of row ``l // 4``.
 
     Parameters
     ----------
     pieces
-        (displacement, eights): where eights of rows begin, bytes, and how many there are, ``line`` bytes apart.  Lane l
-        gives the address of row ``l % 8`` of eight ``l // 8``; up to three eights behind the last are loaded too.
+        (displacement, eights): where eights of rows begin, bytes, and how many there are, ``line`` bytes apart.
     line, mask, dtype
         Sums are in the order of the pieces; see `Swizzle` and `sparse_wgmma`.
 
     Notes
     -----
-    As `gathered_mma`, but the rows are columns of B, so that ``ldmatrix`` does not transpose them.
+    PTX ISA, "Matrix fragments for mma.m16n8k8": of B lane l holds k ``2 (l % 4)`` and the next of column ``l // 4``.
+    Of eight rows of 128 bytes (or pairs of 64) the same piece of 16 bytes is in eight places, by the swizzle, so that
+    pairs of four different places in their pieces meet 32 banks, whatever pieces they are.
     """
     total = 4 * sum(count for _, count in pieces)
     kind = types.UniTuple(types.float32, total)
     signature = kind(kind, types.UniTuple(types.uint32, 2), types.uint32)
     short = _SHORT[dtype]
-    load = "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [$4];"
+    load = "ld.shared.b32 $0, [$1];"
     multiply = (
         f"mma.sync.aligned.m16n8k8.row.col.f32.{short}.{short}.f32 {{$0, $1, $2, $3}}, {{$4, $5}}, {{$6}}, "
         "{$7, $8, $9, $10};"
@@ -889,23 +890,24 @@ def octet_mma(pieces: Sequence[tuple[int, int]], line: int, mask: int, dtype: st
         packed, values, base = arguments
         sums = [builder.extract_value(packed, i) for i in range(total)]
         a = [(_I32, builder.extract_value(values, i)) for i in range(2)]
-        at = 0
-        for displacement, count in pieces:
-            for first in range(0, count, 4):
-                place = builder.add(base, ir.Constant(_I32, displacement + first * line))
-                place = _swizzled(builder, place, mask)
-                loaded = _asm(
-                    builder, ir.LiteralStructType([_I32] * 4), load, "=r,=r,=r,=r,r,~{memory}", [(_I32, place)]
-                )
-                for eight in range(min(4, count - first)):
-                    b = (_I32, builder.extract_value(loaded, eight))
-                    c = [(_F32, sums[at + i]) for i in range(4)]
-                    made = _asm(builder, ir.LiteralStructType([_F32] * 4), multiply, constraint, [*a, b, *c])
-                    sums[at : at + 4] = [builder.extract_value(made, i) for i in range(4)]
-                    at += 4
+        places = [displacement + i * line for displacement, count in pieces for i in range(count)]
+        for first in range(0, len(places), _PAIRS_AT_ONCE):
+            some = places[first : first + _PAIRS_AT_ONCE]
+            loaded = []
+            for place in some:
+                address = _swizzled(builder, builder.add(base, ir.Constant(_I32, place)), mask)
+                loaded.append(_asm(builder, _I32, load, "=r,r,~{memory}", [(_I32, address)]))
+            for number, word in enumerate(loaded, first):
+                c = [(_F32, sums[4 * number + i]) for i in range(4)]
+                made = _asm(builder, ir.LiteralStructType([_F32] * 4), multiply, constraint, [*a, (_I32, word), *c])
+                sums[4 * number : 4 * number + 4] = [builder.extract_value(made, i) for i in range(4)]
         return context.make_tuple(builder, kind, sums)
 
     return _intrinsic_of_arity(3, signature, generate)
+
+
+_PAIRS_AT_ONCE = 8
+"""Loads that `pair_mma` has under way."""
 
 
 def decode_bytes(words: int) -> Any:

@@ -3,12 +3,11 @@
 How blocks work and what they multiply is in `wgmma_pipeline`.  An input tile lies in shared memory as [image][row]
 [column][channel]: a pixel is a row of shared memory of 32 or 64 channels, of which the tensor cores read 32 as the k of
 an operand.  Its n are pixels: eight neighbours of a row of the image, and such eights below one another, whose distance
-is that of rows.  So a step is 32 neighbouring channels of a tap, and its operand a start.  The rest takes eight
-neighbouring channels of a tap at once.
+is that of rows.  So a step is 32 neighbouring channels of a tap, and its operand a start.  The rest gathers pairs of
+channels, from any tap.
 
 Against `cuda_wgmma`: the copy engine brings rows of 64 or 128 bytes whatever the batch, which is what small batches
-wait for there; what a model computes by other means in channels-last needs no conversion; but the rest is larger, since
-it takes eight columns where one is needed: 4 chunks for nine steps at 90 % zeros instead of 1.2, 0.6 at 95 %.
+wait for there, and what a model computes by other means in channels-last needs no conversion.
 
 A convolution of 1x1 is one of a single image, eight columns wide, of all pixels of the batch.
 
@@ -113,11 +112,6 @@ class PixelTile(Geometry):
         return self.planes * self.batch * self.image_bytes
 
     @property
-    def rest_slack(self) -> int:
-        """`codegen.ptx.octet_mma` reads up to three rows more than a piece has."""
-        return 3 * self.line_bytes
-
-    @property
     def _octets_of_row(self) -> int:
         return self.row_bytes // 16
 
@@ -149,8 +143,10 @@ class PixelTile(Geometry):
         return (self._bytes(steps.columns[:, 0]) // 16).astype(np.int32)
 
     def offsets(self, rest: two_four.Rest) -> np.ndarray:
-        """Of the octet."""
-        return self._bytes(rest.columns // two_four.OCTET).astype(np.int32)
+        """Of the chunk's four pairs, twice."""
+        pair = rest.columns[:, :, ::2]
+        found = self._bytes(pair // two_four.OCTET) + pair % two_four.OCTET * 2
+        return np.concatenate([found, found], axis=2).astype(np.int32)
 
     def row_blocks(self, weight: SparseWeight) -> np.ndarray:
         """Neighbours, since they are stored together; each sixteen in the order that `ptx.store_columns` wants."""
@@ -219,10 +215,10 @@ class PixelTile(Geometry):
         return device_function(multiply)
 
     def lane_start(self) -> Any:
-        row_bytes, line_bytes = self.row_bytes, self.line_bytes
+        row_bytes = self.row_bytes
 
         def lane_start(lane):  # type: ignore[no-untyped-def]
-            return (lane & 7) * row_bytes + (lane >> 3) * line_bytes
+            return (lane >> 2) * row_bytes
 
         return device_function(lane_start)
 
@@ -230,7 +226,7 @@ class PixelTile(Geometry):
         from numbasparse.codegen import ptx
 
         pieces = [(displacement, self.rows) for displacement in self._displacements()]
-        return ptx.octet_mma(pieces, self.line_bytes, ptx.SWIZZLES[self.row_bytes].mask, self.spec.dtype)
+        return ptx.pair_mma(pieces, self.line_bytes, ptx.SWIZZLES[self.row_bytes].mask, self.spec.dtype)
 
     def finish(self, split: int, residual: bool, activation: str) -> tuple[Any, Any]:
         from numba import types
@@ -309,16 +305,17 @@ def geometry_of(spec: ConvSpec, config: Config) -> PixelTile:
 def expected_work(channels: int, taps: int, density: float) -> tuple[int, float, float]:
     """Steps of a tile whose zeros are random, its chunks, and their standard deviation.
 
-    Every step has a non-zero.  A quad has more than two non-zeros with probability ``over``; 16 rows have two quads of
-    an octet each; the chunks of a tile are those of the one among four groups of 16 rows that has most.
+    Every step has a non-zero.  A quad has more than two non-zeros with probability ``over``, and leaves one of its two
+    pairs to the rest; the chunks of a tile are those of the one among four groups of 16 rows that has most.
     """
     steps = ceil(channels / 32) * taps
     over = 4 * density**3 * (1 - density) + density**4
-    octets, each = ceil(channels / 8) * taps, 1.0 - (1.0 - over) ** 32
-    deviation = sqrt(octets * each * (1.0 - each))
-    chunks = min(octets * each + 1.03 * deviation, float(octets))
-    # See `two_four.cover_aligned`: a step that is taken twice spares up to four chunks.
-    return (steps, chunks, deviation) if chunks < 2 * steps else (2 * steps, 0.0, 0.0)
+    pairs, each = 4 * ceil(channels / 8) * taps, 1.0 - (1.0 - over / 2) ** 16
+    deviation = sqrt(pairs * each * (1.0 - each))
+    # A chunk is begun for the last pairs.
+    chunks = min(pairs * each + 1.03 * deviation, float(pairs)) / 4 + 0.4 * min(1.0, pairs * each)
+    # See `two_four.cover_aligned`.
+    return (steps, chunks, deviation / 4) if chunks < steps else (2 * steps, 0.0, 0.0)
 
 
 class CudaWgmmaNhwc(WgmmaKernel):

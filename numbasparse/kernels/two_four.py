@@ -305,8 +305,9 @@ class Rest:
         Chunks of part p are ``first[p]`` up to ``first[p + 1]``.
     columns : int32, (chunks, 4, 8)
         For each 16 rows of a block the columns (eight times the octet, plus the place in it); where there are fewer
-        than eight, some of octet 0 with values of zero.  The places of a chunk are different where that is possible:
-        rows of shared memory in different places are in different banks.
+        than eight, some of octet 0 with values of zero.  Where 16 rows have fewer chunks, theirs come first.  The
+        places of a chunk are different where that is possible: rows of shared memory in different places are in
+        different banks.
     values : float32, (chunks, 64, 8)
         Values of row i in the columns of ``i // 16``.
     """
@@ -364,7 +365,7 @@ def cover_aligned(
     parts: int,
     octets: int,
 ) -> tuple[Steps, Rest]:
-    """As `cover_steps`, but a step takes octets 4 i to 4 i + 3, and eight columns of the rest are those of an octet.
+    """As `cover_steps`, but a step takes octets 4 i to 4 i + 3, and the rest takes columns in pairs, 2 i and 2 i + 1.
 
     Returns
     -------
@@ -474,71 +475,137 @@ def _cover_aligned(starts: Any, row: Any, place: Any, parts: int, octets: int) -
     """Of `cover_aligned` what `_cover` gives."""
     first, rest_first = np.zeros(parts + 1, np.int64), np.zeros(parts + 1, np.int64)
     columns = np.empty((octets // 2 * parts, 2), np.int32)
-    rest_columns = np.zeros((octets * parts, 4, REST), np.int32)
+    rest_columns = np.empty((octets * parts, 4, REST), np.int32)
     column_of = np.full(len(row), -1, np.int64)
-    # Of each octet, which groups of 16 rows have a quad of more than two; the chunk of each.
-    over, chunk = np.zeros((octets, 4), np.int64), np.zeros((octets, 4), np.int64)
+    steps = octets // 4
+    # Of each pair of columns and each 16 rows, its place in the rest.
+    known = np.empty((octets * 4, 4), np.int64)
+    keys = np.empty((octets * 4, 4), np.int64)
+    times, width, own = np.empty(steps, np.int64), np.empty(4, np.int64), np.empty((steps, 4), np.int64)
     made = rest = 0
     for part in range(parts):
-        over[:] = 0
-        for u in range(octets):
-            i, end = starts[part * octets + u], starts[part * octets + u + 1]
-            while i < end:
-                j = _run(row, place, i, end)
-                if j - i > 2:
-                    over[u, row[i] // 16] = 1
-                i = j
-        times = np.zeros(octets // 4, np.int64)
-        for q in range(octets // 4):
-            if starts[part * octets + 4 * q + 4] > starts[part * octets + 4 * q]:
-                times[q] = 1
+        offset = part * octets
+        for q in range(steps):
+            times[q] = 1 if starts[offset + 4 * q + 4] > starts[offset + 4 * q] else 0
+        _leave_pairs(starts, row, place, offset, times, known, keys, width, own, column_of)
         while True:
-            chunks = over.sum(axis=0)
-            best, least = -1, chunks.max() - 1
-            for q in range(octets // 4):
-                fewer = (chunks - over[4 * q : 4 * q + 4].sum(axis=0)).max()
-                if fewer < least:
+            best, least = -1, (width.max() + 3) // 4 - 1
+            for q in range(steps):
+                fewer = ((width - own[q]).max() + 3) // 4
+                if times[q] == 1 and fewer < least:
                     best, least = q, fewer
             if best < 0:
                 break
             times[best] = 2
-            over[4 * best : 4 * best + 4] = 0
-        for q in range(octets // 4):
+            width -= own[best]
+            own[best] = 0
+        _leave_pairs(starts, row, place, offset, times, known, keys, width, own, column_of)
+        for q in range(steps):
             for _ in range(times[q]):
                 columns[made, 0], columns[made, 1] = 4 * q, 1
                 made += 1
-        width = np.zeros(4, np.int64)
-        for u in range(octets):
-            for group in range(4):
-                if over[u, group] > 0:
-                    chunk[u, group] = width[group]
-                    for i in range(REST):
-                        rest_columns[rest + width[group], group, i] = u * OCTET + i
-                    width[group] += 1
-        for u in range(octets):
-            i, end = starts[part * octets + u], starts[part * octets + u + 1]
-            while i < end:
-                j = _run(row, place, i, end)
-                if over[u, row[i] // 16] > 0:
-                    for n in range(i + 2, j):
-                        column_of[n] = chunk[u, row[i] // 16] * REST + place[n]
-                i = j
-        # Groups with less of a rest multiply octet 0 by zeros.
-        for group in range(4):
-            for number in range(width[group], width.max()):
-                for i in range(REST):
-                    rest_columns[rest + number, group, i] = i
-        rest += width.max()
+        wanted = (width.max() + 3) // 4
+        slots = _deal_pairs(keys, width, rest_columns[rest : rest + wanted])
+        for n in range(starts[offset], starts[offset + octets]):
+            if column_of[n] >= 0:
+                column_of[n] = slots[column_of[n], row[n] // 16] + place[n] % 2
+        rest += wanted
         first[part + 1], rest_first[part + 1] = made, rest
     return first, columns[:made].copy(), rest_first, rest_columns[:rest].copy(), column_of
 
 
-def _deal(keys: Any, width: Any, columns: Any) -> Any:
-    """Deal the columns of each 16 rows to their chunks, those of one place one by one; returns where each went."""
-    chunks = len(columns)
+def _leave_pairs(
+    starts: Any,
+    row: Any,
+    place: Any,
+    offset: int,
+    times: Any,
+    known: Any,
+    keys: Any,
+    width: Any,
+    own: Any,
+    column_of: Any,
+) -> None:
+    """Which pairs of columns each 16 rows have in the rest, where steps take their octets so many times.
+
+    ``keys`` and ``width`` are those of the groups of 16 rows, ``own`` counts them by step, and ``column_of`` says of
+    every non-zero which it is in. Of a quad of three goes the one whose pair is there already, else the one that is
+    alone in its pair; of four, two that are a pair.
+    """
+    known[:] = -1
+    width[:] = 0
+    own[:] = 0
+    for u in range(4 * len(times)):
+        i, end = starts[offset + u], starts[offset + u + 1]
+        column_of[i:end] = -1
+        while i < end:
+            j = _run(row, place, i, end)
+            if j - i > 2 and times[u // 4] < 2:
+                group = row[i] // 16
+                lower = 4 * u + place[i] // 4 * 2
+                in_lower = 0
+                for n in range(i, j):
+                    in_lower += 1 if place[n] % 4 < 2 else 0
+                if j - i == 4:
+                    upper = known[lower, group] < 0 and known[lower + 1, group] >= 0
+                else:
+                    alone = 0 if in_lower == 1 else 1
+                    upper = alone == 1
+                    if known[lower + alone, group] < 0 and known[lower + 1 - alone, group] >= 0:
+                        upper = not upper
+                key = lower + (1 if upper else 0)
+                if known[key, group] < 0:
+                    known[key, group] = width[group]
+                    keys[width[group], group] = key
+                    width[group] += 1
+                    own[u // 4, group] += 1
+                left = j - i - 2
+                for n in range(i, j):
+                    if left > 0 and 4 * u + place[n] // 2 == key:
+                        column_of[n] = known[key, group]
+                        left -= 1
+            i = j
+
+
+def _deal_pairs(keys: Any, width: Any, columns: Any) -> Any:
+    """Deal the pairs of each 16 rows to the chunks that they need, those of one place of an octet one by one.
+
+    Returns the first column of each there.
+    """
     slots = np.zeros_like(keys)
     for group in range(4):
-        dealt = 0
+        dealt, chunks = 0, (width[group] + 3) // 4
+        for place in range(4):
+            for i in range(width[group]):
+                if keys[i, group] % 4 == place:
+                    chunk, at = dealt % chunks, dealt // chunks
+                    columns[chunk, group, 2 * at] = 2 * keys[i, group]
+                    columns[chunk, group, 2 * at + 1] = 2 * keys[i, group] + 1
+                    slots[i, group] = chunk * REST + 2 * at
+                    dealt += 1
+        # Where there are fewer, those of octet 0 in places that the others do not have.
+        for chunk in range(len(columns)):
+            there = 0 if chunk >= chunks else dealt // chunks + (1 if chunk < dealt % chunks else 0)
+            used = 0
+            for at in range(there):
+                used |= 1 << (columns[chunk, group, 2 * at] // 2 % 4)
+            place = 0
+            for at in range(there, 4):
+                while used >> place & 1:
+                    place += 1
+                columns[chunk, group, 2 * at], columns[chunk, group, 2 * at + 1] = 2 * place, 2 * place + 1
+                used |= 1 << place
+    return slots
+
+
+def _deal(keys: Any, width: Any, columns: Any) -> Any:
+    """Deal the columns of each 16 rows to the chunks that they need, those of one place one by one.
+
+    Returns where each went.
+    """
+    slots = np.zeros_like(keys)
+    for group in range(4):
+        dealt, chunks = 0, (width[group] + REST - 1) // REST
         for place in range(OCTET):
             for i in range(width[group]):
                 if keys[i, group] % OCTET == place:
@@ -715,7 +782,9 @@ def _finish(kept: Any, where: Any, counts: Any) -> Any:
     return kept, metadata
 
 
-_HELPERS = ("_empty", "_keep", "_finish", "_pick", "_run", "_leave", "_deal", "_fill_up")
+_HELPERS = (
+    "_empty", "_keep", "_finish", "_pick", "_run", "_leave", "_deal", "_fill_up", "_leave_pairs", "_deal_pairs",
+)  # fmt: skip
 
 
 @functools.cache

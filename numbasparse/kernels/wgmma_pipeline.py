@@ -109,11 +109,6 @@ class Geometry(ABC):
     def copied_bytes(self) -> int:
         """That a copy brings."""
 
-    @property
-    def rest_slack(self) -> int:
-        """Bytes behind the last stage that the rest may read."""
-        return 0
-
     @abstractmethod
     def cover(
         self, part: np.ndarray, row: np.ndarray, column: np.ndarray, data: np.ndarray, parts: int
@@ -181,10 +176,10 @@ class Packed:
     Attributes
     ----------
     blobs : uint8
-        One behind another, what a job multiplies its tile by: int32 numbers of steps and of chunks and 8 bytes of
-        nothing; of every step 2048 bytes of `two_four.fragments`, 256 of `two_four.Steps.metadata`, one of
-        `Geometry.words` and 12 bytes of nothing; of every chunk of the rest 1024 bytes of `two_four.fragments` and its
-        `Geometry.offsets`.
+        One behind another, what a job multiplies its tile by: int32 numbers of steps and of chunks, for each 16 rows
+        uint8 the number of chunks that have any of them, and 4 bytes of nothing; of every step 2048 bytes of
+        `two_four.fragments`, 256 of `two_four.Steps.metadata`, one of `Geometry.words` and 12 bytes of nothing; of
+        every chunk of the rest 1024 bytes of `two_four.fragments` and its `Geometry.offsets`.
     jobs : int32, (jobs, 4)
         First input channel of the tile, start of the blob in units of 16 bytes, bytes of the blob, 0.
     ranges : int32, (blocks, splits, 2)
@@ -283,10 +278,21 @@ def _blobs(
     starts = np.cumsum(sizes) - sizes
     lines = np.zeros((int(sizes.sum()) // 16, 16), np.uint8)
     lines[starts // 16, :8] = _as_bytes(pieces[:, 1:].astype(np.int32))
+    lines[starts // 16, 8:12] = _own_chunks(rest, rest_counts)
     first = starts + HEADER_BYTES
     _place(lines, first, counts, _units(steps, geometry))
     _place(lines, first + counts * UNIT_BYTES, rest_counts, _chunks(rest, geometry))
     return lines.ravel(), starts, sizes
+
+
+def _own_chunks(rest: two_four.Rest, counts: np.ndarray) -> np.ndarray:
+    """Of every job and 16 rows how many of its chunks, from the first, have values: uint8 (jobs, 4)."""
+    job = np.repeat(np.arange(len(counts)), counts)
+    within = np.arange(rest.count) - np.repeat(np.cumsum(counts) - counts, counts)
+    there = rest.values.reshape(rest.count, 4, 16 * two_four.REST).any(axis=2)
+    own = np.zeros((len(counts), 4), np.uint8)
+    np.maximum.at(own, job, ((within + 1)[:, None] * there).astype(np.uint8))
+    return own
 
 
 def _place(lines: np.ndarray, starts: np.ndarray, counts: np.ndarray, rows: np.ndarray) -> None:
@@ -351,8 +357,7 @@ class Shape(OutputTiles):
     @property
     def shared_bytes(self) -> int:
         """Behind the last stage is room for the steps that are read ahead of the last one."""
-        slack = max(2 * UNIT_BYTES, self.geometry.rest_slack)
-        return 1024 + HEAD_BYTES + self.stages * self.stage_bytes + slack
+        return 1024 + HEAD_BYTES + self.stages * self.stage_bytes + 2 * UNIT_BYTES
 
     @property
     def threads(self) -> int:
@@ -547,7 +552,7 @@ def _compute(shape: Shape) -> Any:
     own_bytes = geometry.group_bytes
     multiply, (leftover, fetch) = geometry.multiply(), _leftover(shape)
     wait_two, settle = ptx.wgmma_wait(2), ptx.wgmma_settle(geometry.sums)
-    load_four, load_two, load_one = (ptx.load_words("shared", n) for n in (4, 2, 1))
+    load_four, load_one = ptx.load_words("shared", 4), ptx.load_words("shared", 1)
 
     def load(unit, values, metadata):  # type: ignore[no-untyped-def]
         """The weight of a step for one thread, and its word."""
@@ -568,7 +573,8 @@ def _compute(shape: Shape) -> Any:
         values, metadata = within * 16, METADATA + ((warp * 8 + (lane >> 2)) * 2 + (lane & 1)) * 4
         own, unit = stage + group * own_bytes, stage + tile_bytes + HEADER_BYTES
         operand = own & WINDOW
-        steps, chunks = load_two(u32(stage + tile_bytes))
+        header = load_four(u32(stage + tile_bytes))
+        steps, chunks = header[0], header[2] >> u32(8 * warp) & u32(255)
         remaining = i32(steps)
         rest = unit + i32(steps) * UNIT_BYTES
         fetched = fetch(rest, within, warp, lane)
