@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from strategies import conv_specs, random_weight, sparse_weights
 
-from numbasparse.kernels import ConfigError, base, cpu_direct, cpu_pointwise, kernel, kernels_for
+from numbasparse.kernels import ConfigError, base, cpu_direct, cpu_pointwise, cpu_vector, kernel, kernels_for
 from numbasparse.kernels.cpu_patches import Geometry
 from numbasparse.kernels.cpu_rows import PackedRows
 from numbasparse.plans import Choice, Plan
@@ -274,6 +274,20 @@ def test_vector_grid_of_codes(lanes: int) -> None:
         dense = next(itertools.islice(weights(spec, rng), i, None))
         config = {"lanes": lanes, "rows": 1 + i, "block": (64, 5)[i % 2], "entries": "coded"}
         check(spec, dense, "cpu_vector", config, "silu", 1 + i % 3, i % 2 == 0, quantization)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_vectors_are_packed_in_ranges(monkeypatch: pytest.MonkeyPatch, quantized: bool) -> None:
+    """Ranges of whole units, the last one shorter, give what all at once does."""
+    rng = np.random.default_rng(0)
+    weight = SparseWeight.from_dense(rng.standard_normal((37, 90, 1, 1)) * (rng.random((37, 90, 1, 1)) < 0.2))
+    if quantized:
+        weight = weight.quantized(QUANTIZATIONS[0])
+    whole = cpu_vector.pack(weight, 8, 4, 32, quantized)
+    monkeypatch.setattr(cpu_vector, "_AT_ONCE", 150)
+    assert len(cpu_vector._ranges(weight, 4)) > 2
+    for array, again in zip(whole, cpu_vector.pack(weight, 8, 4, 32, quantized), strict=True):
+        np.testing.assert_array_equal(array, again)
 
 
 def test_vectors_of_more_channels_than_places_count() -> None:

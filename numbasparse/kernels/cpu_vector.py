@@ -97,25 +97,23 @@ def pack(weight: SparseWeight, lanes: int, rows: int, block: int, coded: bool) -
     table : float32
         Values of codes.
     """
-    k = np.repeat(np.arange(weight.k), np.diff(weight.indptr))
-    column, place = np.divmod(weight.indices.astype(np.int64), block)
     blocks, units = -(-weight.shape[1] // block), -(-weight.k // rows)
-    # Units have all of their rows but the last one, so that a place in the order follows from unit, block and row.
-    unit, row = np.divmod(k, rows)
-    size = np.minimum(rows, weight.k - unit * rows)
-    piece = unit * rows * blocks + column * size + row
-    order = np.argsort(piece, kind="stable")
-    counts = np.bincount(piece, minlength=weight.k * blocks)
-    chunks = -(-counts // lanes)
-    first = np.concatenate([[0], np.cumsum(chunks)])
-    total = int(first[-1]) + 1
-    within = np.arange(len(k)) - np.repeat(np.cumsum(counts) - counts, counts)
-    at, lane = np.repeat(first[:-1], counts) + within // lanes, within % lanes
+    ranges = _ranges(weight, rows)
+    counts = np.concatenate([_counted(weight, rows, block, some) for some in ranges])
+    first = np.concatenate([[0], np.cumsum(-(-counts // lanes))])
     value_bytes = 1 if coded else 4
-    stream = np.zeros((total, (value_bytes + 2) * lanes), np.uint8)
-    values, places = stream[:, : value_bytes * lanes], stream[:, value_bytes * lanes :]
-    values.view(np.uint8 if coded else np.float32)[at, lane] = (weight.codes if coded else weight.data)[order]  # type: ignore[index]
-    places.view(np.uint16)[at, lane] = place[order]
+    stream = np.zeros((int(first[-1]) + 1, (value_bytes + 2) * lanes), np.uint8)
+    values = stream[:, : value_bytes * lanes].view(np.uint8 if coded else np.float32)
+    places, data = stream[:, value_bytes * lanes :].view(np.uint16), weight.codes if coded else weight.data
+    assert data is not None
+    for some in ranges:
+        piece, place = _pieces(weight, rows, block, some)
+        order = np.argsort(piece, kind="stable")
+        there = slice(some.start * blocks, some.stop * blocks)
+        within = np.arange(len(piece)) - np.repeat(np.cumsum(counts[there]) - counts[there], counts[there])
+        at, lane = np.repeat(first[:-1][there], counts[there]) + within // lanes, within % lanes
+        values[at, lane] = data[weight.indptr[some.start] : weight.indptr[some.stop]][order]
+        places[at, lane] = place[order]
     starts = first[np.arange(units) * rows * blocks] * stream.shape[1]
     ones, nothing = np.ones(weight.k, np.float32), np.zeros(weight.k, np.int32)
     own: tuple[np.ndarray, ...] = (nothing, ones, np.zeros(1, np.float32))
@@ -128,6 +126,34 @@ def pack(weight: SparseWeight, lanes: int, rows: int, block: int, coded: bool) -
         counts.astype(np.int32),
         *(np.ascontiguousarray(array) for array in own),
     )
+
+
+_AT_ONCE = 1 << 18
+"""Non-zeros that are packed together: what that takes beside the packed weight is small, and stays so."""
+
+
+def _ranges(weight: SparseWeight, rows: int) -> list[range]:
+    """Rows of whole units, cut so that each range has about `_AT_ONCE` non-zeros."""
+    each = max(1, _AT_ONCE * weight.k // max(1, weight.nnz) // rows) * rows
+    return [range(row, min(row + each, weight.k)) for row in range(0, weight.k, each)]
+
+
+def _pieces(weight: SparseWeight, rows: int, block: int, own: range) -> tuple[np.ndarray, np.ndarray]:
+    """Of the non-zeros of some rows their piece (a row of a block), counted from the first, and place in the block."""
+    blocks = -(-weight.shape[1] // block)
+    begin, end = weight.indptr[own.start], weight.indptr[own.stop]
+    k = np.repeat(np.arange(own.start, own.stop), np.diff(weight.indptr[own.start : own.stop + 1]))
+    column, place = np.divmod(weight.indices[begin:end].astype(np.int64), block)
+    # Units have all of their rows but the last one, so that a place in the order follows from unit, block and row.
+    unit, row = np.divmod(k, rows)
+    size = np.minimum(rows, weight.k - unit * rows)
+    return (unit * rows - own.start) * blocks + column * size + row, place
+
+
+def _counted(weight: SparseWeight, rows: int, block: int, own: range) -> np.ndarray:
+    """Non-zeros of the pieces of some rows."""
+    blocks = -(-weight.shape[1] // block)
+    return np.bincount(_pieces(weight, rows, block, own)[0], minlength=len(own) * blocks)
 
 
 @functools.cache
