@@ -1,4 +1,4 @@
-"""What follows a sparse convolution in its module's ``forward``, computed where the convolution writes its result.
+"""What follows a convolution in its module's ``forward``, computed where the convolution writes its result.
 
 `convert` folds modules by replacing them.  Here the calls between modules go: a product with a number, a sum with a
 residual, and activations that are functions or modules that several layers share.  The module whose ``forward`` makes
@@ -20,6 +20,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from numbasparse.activations import USUAL_SLOPE, Activation, leaky_relu
+from numbasparse.nn.fused import FusedConv2d
 from numbasparse.nn.module import SparseConv2d
 from numbasparse.nn.pooling import SeparableMaxPool2d
 from numbasparse.nn.rewritten import with_forward
@@ -51,6 +52,7 @@ _PURE = (
     nn.Identity,
     nn.Conv2d,
     SparseConv2d,
+    FusedConv2d,
     nn.BatchNorm2d,
     nn.MaxPool2d,
     SeparableMaxPool2d,
@@ -109,7 +111,7 @@ class _Shallow(fx.Tracer):
 def fuse_epilogues(
     model: nn.Module, once: set[str], then: Callable[[fx.Graph, Mapping[str, nn.Module]], bool]
 ) -> tuple[nn.Module, dict[str, Fused]]:
-    """Let sparse convolutions compute the sums and activations after them.
+    """Let sparse convolutions, and dense ones that can, compute the sums and activations after them.
 
     Parameters
     ----------
@@ -157,7 +159,7 @@ def _own_graph(owner: nn.Module) -> fx.Graph | None:
         return copy.deepcopy(owner.graph)
     if type(owner).__module__.startswith("torch.nn.") or _has_hooks(owner):
         return None
-    if not any(isinstance(child, SparseConv2d) for child in owner.children()):
+    if not any(isinstance(child, (SparseConv2d, FusedConv2d)) for child in owner.children()):
         return None
     # To a trace an argument is always a tensor: with more than one, some may be other things when the model runs.
     parameters = list(inspect.signature(owner.forward).parameters.values())
@@ -219,13 +221,14 @@ def _fuse_graph(graph: fx.Graph, owner: nn.Module, once: set[str], prefix: str) 
     for node in list(graph.nodes):
         conv = modules.get(str(node.target)) if node.op == "call_module" else None
         name = f"{prefix}{node.target}"
-        if not isinstance(conv, SparseConv2d) or name not in once or calls[str(node.target)] != 1:
+        if not isinstance(conv, (SparseConv2d, FusedConv2d)) or name not in once or calls[str(node.target)] != 1:
             continue
         match = _match(node, conv, modules)
         if match is None:
             continue
         conv.activation = match.name or "none"
         if match.scale is not None:
+            assert isinstance(conv, SparseConv2d)
             conv.scale(match.scale)
         source = f"{prefix}{match.source}" if match.after[-1].op == "call_module" else match.source
         _rewrite(graph, match)
@@ -233,7 +236,7 @@ def _fuse_graph(graph: fx.Graph, owner: nn.Module, once: set[str], prefix: str) 
     graph.lint()
 
 
-def _match(node: fx.Node, conv: SparseConv2d, modules: Mapping[str, nn.Module]) -> _Match | None:
+def _match(node: fx.Node, conv: SparseConv2d | FusedConv2d, modules: Mapping[str, nn.Module]) -> _Match | None:
     if conv.activation != "none" or _has_hooks(conv) or len(node.args) != 1 or node.kwargs:
         return None
     chain = [node, *_identities_after(node, modules)]
@@ -245,6 +248,9 @@ def _match(node: fx.Node, conv: SparseConv2d, modules: Mapping[str, nn.Module]) 
         chain += [add, *_identities_after(add, modules)]
     name, source, following = _activation_after(chain[-1], modules)
     if add is None and following is None and product is None:
+        return None
+    # cuDNN knows sums with an activation only.
+    if isinstance(conv, FusedConv2d) and (product is not None or name != "relu"):
         return None
     after = chain[1:] if following is None else [*chain[1:], following]
     return _Match(node, tuple(after), scale, add, residual, name, source)

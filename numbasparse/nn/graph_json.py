@@ -13,8 +13,10 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from numbasparse.activations import check_activation
 from numbasparse.nn.concatenation import append, reserve
 from numbasparse.nn.enlarging import interpolate
+from numbasparse.nn.fused import FusedConv2d
 from numbasparse.nn.linear import SparseLinear
 from numbasparse.nn.module import SparseConv2d
 from numbasparse.nn.pooling import SeparableMaxPool2d
@@ -78,6 +80,7 @@ _POOL = ("kernel_size", "stride", "padding", "dilation", "return_indices", "ceil
 _CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 _FIELDS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Conv2d: _CONV,
+    FusedConv2d: _CONV,
     nn.Linear: ("in_features", "out_features"),
     nn.BatchNorm2d: ("num_features", "eps", "momentum", "affine", "track_running_stats"),
     nn.GroupNorm: ("num_groups", "num_channels", "eps", "affine"),
@@ -111,8 +114,8 @@ _FIELDS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.ZeroPad2d: ("padding",),
     nn.ReflectionPad2d: ("padding",),
 }
-_WITH_TENSORS = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.GroupNorm, nn.PReLU)
-_WITH_BIAS = (nn.Conv2d, nn.Linear)
+_WITH_TENSORS = (nn.Conv2d, FusedConv2d, nn.Linear, nn.BatchNorm2d, nn.GroupNorm, nn.PReLU)
+_WITH_BIAS = (nn.Conv2d, FusedConv2d, nn.Linear)
 _KINDS = {kind.__name__: kind for kind in _FIELDS}
 _SPARSE = {kind.__name__: kind for kind in (SparseConv2d, SparseLinear)}
 
@@ -145,6 +148,8 @@ def describe_module(name: str, module: nn.Module) -> Described:
     arguments = {field: _plain(getattr(module, field)) for field in fields}
     if isinstance(module, _WITH_BIAS):
         arguments["bias"] = module.bias is not None
+    if isinstance(module, FusedConv2d):
+        arguments["activation"] = module.activation
     return Described(type(module).__name__, arguments, dict(module.state_dict()))
 
 
@@ -180,6 +185,7 @@ def make_module(described: Described) -> nn.Module:
     if kind is None:
         raise ValueError(f"unknown kind of module {described.kind!r}")
     fields = {*_FIELDS[kind], *(("bias",) if kind in _WITH_BIAS else ())}
+    fields |= {"activation"} if kind is FusedConv2d else set()
     if set(described.arguments) != fields:
         raise ValueError(f"a {described.kind} needs the arguments {sorted(fields)}, got {sorted(described.arguments)}")
     arguments = {name: _unplain(value) for name, value in described.arguments.items()}
@@ -187,8 +193,11 @@ def make_module(described: Described) -> nn.Module:
         if described.tensors:
             raise ValueError(f"a {described.kind} has no tensors, got {sorted(described.tensors)}")
         return kind(**arguments).eval()
+    activation = check_activation(arguments.pop("activation", None))
     # On the meta device nothing is allocated for sizes that a wrong file may ask for.
     made: nn.Module = kind(**arguments, device="meta")
+    if isinstance(made, FusedConv2d):
+        made.activation = activation
     if set(made.state_dict()) != set(described.tensors):
         raise ValueError(f"expected the tensors {sorted(made.state_dict())}, got {sorted(described.tensors)}")
     made.load_state_dict(described.tensors, assign=True)

@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from numbasparse.nn.fused import FusedConv2d
 from numbasparse.nn.module import SparseConv2d
 from numbasparse.nn.pooling import SeparableMaxPool2d
 from numbasparse.runtime.layouts import Layout
@@ -36,7 +37,9 @@ class Tracer(fx.Tracer):
     """A tracer that does not look into the modules of this package."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, (SparseConv2d, SeparableMaxPool2d)) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, (SparseConv2d, FusedConv2d, SeparableMaxPool2d)) or super().is_leaf_module(
+            m, module_qualified_name
+        )
 
 
 def keep_native(

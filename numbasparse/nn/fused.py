@@ -1,0 +1,90 @@
+"""Dense convolutions on a GPU whose bias, residual and ReLU cuDNN computes where it writes their result."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from numbasparse.activations import in_torch
+from numbasparse.runtime.layouts import Layout, has_layout
+
+_DTYPES = (torch.float16, torch.bfloat16)
+
+
+class FusedConv2d(nn.Conv2d):
+    """``nn.Conv2d`` with an activation, and a residual that is added before it.
+
+    For 16-bit values in channels-last and ReLU these are part of cuDNN's convolution (torch's operators
+    ``cudnn_convolution_relu`` and ``cudnn_convolution_add_relu``), with the process's own cuDNN settings. torch itself
+    passes over the whole result for each: once for the bias, once for the sum, once for the activation. For anything
+    else, and where a gradient is asked for, it does what torch does.
+
+    Attributes
+    ----------
+    activation : str
+        "none" or its name, see `numbasparse.activations`.
+    """
+
+    activation: str = "none"
+
+    @classmethod
+    def of(cls, conv: nn.Conv2d, activation: str = "none") -> FusedConv2d:
+        """Take over a convolution's options and parameters."""
+        made = cls(
+            conv.in_channels,
+            conv.out_channels,
+            (conv.kernel_size[0], conv.kernel_size[1]),
+            (conv.stride[0], conv.stride[1]),
+            conv.padding if isinstance(conv.padding, str) else (conv.padding[0], conv.padding[1]),
+            (conv.dilation[0], conv.dilation[1]),
+            conv.groups,
+            conv.bias is not None,
+            conv.padding_mode,
+            device="meta",
+        )
+        made.weight, made.bias, made.activation = conv.weight, conv.bias, activation
+        return made.train(conv.training)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Convolve (N, C, H, W) or (C, H, W), add ``residual``, activate."""
+        if self._fuses(x, residual):
+            padding: Any = self.padding
+            given = (self.bias, self.stride, padding, self.dilation, self.groups)
+            if residual is None:
+                return torch.cudnn_convolution_relu(x, self.weight, *given)
+            return torch.cudnn_convolution_add_relu(x, self.weight, residual, 1.0, *given)
+        y = super().forward(x)
+        return in_torch(self.activation)(y if residual is None else y + residual)
+
+    def _fuses(self, x: Tensor, residual: Tensor | None) -> bool:
+        """Whether cuDNN computes it all."""
+        if not x.is_cuda or x.dtype not in _DTYPES or self.activation != "relu" or x.dim() != 4 or self.groups != 1:
+            return False
+        if isinstance(self.padding, str) or self.padding_mode != "zeros" or torch.compiler.is_compiling():
+            return False
+        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
+            return False
+        if torch.is_autocast_enabled("cuda") or not torch.backends.cudnn.is_available():
+            return False
+        if residual is not None and (residual.dtype != x.dtype or residual.shape != self._out_shape(x)):
+            return False
+        return self.weight.dtype == x.dtype and has_layout(x, "NHWC")
+
+    def _out_shape(self, x: Tensor) -> tuple[int, ...]:
+        assert not isinstance(self.padding, str)
+        sizes = (
+            (size + 2 * p - d * (k - 1) - 1) // s + 1
+            for size, p, d, k, s in zip(
+                x.shape[2:], self.padding, self.dilation, self.kernel_size, self.stride, strict=True
+            )
+        )
+        return (x.shape[0], self.out_channels, *sizes)
+
+
+def worth_fusing(conv: nn.Module, plain: Layout) -> bool:
+    """Whether cuDNN has such convolutions: of a dense layer of a model whose layout is ``plain``."""
+    if type(conv) is not nn.Conv2d or not conv.weight.is_cuda or conv.weight.dtype not in _DTYPES:
+        return False
+    return plain == "NHWC" and conv.groups == 1 and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
