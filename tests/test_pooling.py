@@ -15,7 +15,8 @@ from torch import nn
 
 from numbasparse.nn import convert
 from numbasparse.nn.pooling import SeparableMaxPool2d
-from numbasparse.runtime.layouts import layout_of, to_layout
+from numbasparse.runtime import cuda, max_pool
+from numbasparse.runtime.layouts import Layout, layout_of, to_layout
 
 
 @st.composite
@@ -93,3 +94,40 @@ def conv_of(channels: int) -> nn.Conv2d:
     made = nn.Conv2d(channels, channels, 1)
     nn.init.eye_(made.weight.data.view(channels, channels))
     return made
+
+
+WINDOWS = [
+    max_pool.Window((2, 2), (2, 2), (0, 0)),
+    max_pool.Window((3, 3), (2, 2), (1, 1)),
+    max_pool.Window((3, 2), (1, 3), (1, 0)),
+]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+def test_code_for_gpus(window: max_pool.Window, dtype: str) -> None:
+    for capability in ((8, 0), (9, 0), (12, 0)):
+        with cuda.assumed(capability):
+            ptx = max_pool.ptx_of(dtype, window, capability)
+            assert ".f64" not in ptx.text
+            assert ".local" not in ptx.text
+            assert "max.NaN" in ptx.text
+            assert cuda.assemble(ptx).local_bytes == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(cuda.reason_unavailable() is not None, reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("layout", ["NHWC", "CHWN"])
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize("shape", [(8, 16, 9, 12), (16, 24, 7, 7), (24, 8, 30, 5), (8, 64, 64, 64)], ids=str)
+def test_on_a_gpu(shape: tuple[int, ...], window: max_pool.Window, layout: Layout, dtype: torch.dtype) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to("cuda", dtype)
+    x.view(-1)[::97] = float("nan")
+    x.view(-1)[::13] = float("-inf")
+    x = to_layout(x, layout)
+    assert max_pool.reason_unsupported(x, layout) is None
+    pool = nn.MaxPool2d(window.size, window.stride, window.padding)
+    y = SeparableMaxPool2d.of(pool)(x)
+    assert layout_of(y) == layout
+    torch.testing.assert_close(y, pool(x.contiguous()), rtol=0, atol=0, equal_nan=True, check_stride=False)

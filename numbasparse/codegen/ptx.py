@@ -110,6 +110,7 @@ block_x = _operation("mov.u32 $0, %ctaid.x;", (), types.int32, memory=False)
 block_y = _operation("mov.u32 $0, %ctaid.y;", (), types.int32, memory=False)
 block_z = _operation("mov.u32 $0, %ctaid.z;", (), types.int32, memory=False)
 grid_x = _operation("mov.u32 $0, %nctaid.x;", (), types.int32, memory=False)
+grid_y = _operation("mov.u32 $0, %nctaid.y;", (), types.int32, memory=False)
 
 barrier = _operation("barrier.sync 0;", ())
 warp_barrier = _operation("bar.warp.sync 0xffffffff;", ())
@@ -610,6 +611,65 @@ def store_finished(dtype: str, finish: Finish) -> Any:
         return context.get_dummy_value()
 
     return _intrinsic_of_arity(6, types.void(_G, types.float32, _G, _G, _G, _G), generate)
+
+
+# ---- pieces of 16 bytes ---------------------------------------------------------------------------------------
+
+LEAST = {"float16": 0xFC00FC00, "bfloat16": 0xFF80FF80, "float32": 0xFF800000}
+"""A word of minus infinity."""
+_MAXIMUM = {"float16": "max.NaN.f16x2", "bfloat16": "max.NaN.bf16x2", "float32": "max.NaN.f32"}
+_PIECE = types.UniTuple(types.uint32, 4)
+
+
+def least_piece(dtype: str) -> Any:
+    """Intrinsic ``() -> words``: a piece of minus infinity."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        return context.make_tuple(builder, _PIECE, [ir.Constant(_I32, LEAST[dtype])] * 4)
+
+    return _intrinsic_of_arity(0, _PIECE(), generate)
+
+
+def load_piece_or(default: int) -> Any:
+    """Intrinsic ``(global, wanted) -> words``: what lies there, and nobody writes; ``default`` if it is not wanted."""
+    moves = " ".join(f"mov.b32 ${i}, {default};" for i in range(4))
+    text = f"{{ .reg .pred p; setp.ne.s32 p, $5, 0; {moves} @p ld.global.nc.v4.b32 {{$0, $1, $2, $3}}, [$4]; }}"
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        operands = [(_I64, arguments[0]), (_I32, arguments[1])]
+        # Written before the address is read: the results must have registers of their own.
+        loaded = _asm(builder, ir.LiteralStructType([_I32] * 4), text, "=&r,=&r,=&r,=&r,l,r", operands)
+        return context.make_tuple(builder, _PIECE, [builder.extract_value(loaded, i) for i in range(4)])
+
+    return _intrinsic_of_arity(2, _PIECE(_G, types.int32), generate)
+
+
+def larger_pieces(dtype: str) -> Any:
+    """Intrinsic ``(words, words) -> words``: the larger of each two values, NaN if one is (capability 8.0)."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        words = []
+        for i in range(4):
+            both = [(_I32, builder.extract_value(piece, i)) for piece in arguments]
+            words.append(_asm(builder, _I32, f"{_MAXIMUM[dtype]} $0, $1, $2;", "=r,r,r", both))
+        return context.make_tuple(builder, _PIECE, words)
+
+    return _intrinsic_of_arity(2, _PIECE(_PIECE, _PIECE), generate)
+
+
+def _store_piece() -> Any:
+    """Intrinsic ``(global, words)``."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        words = [(_I32, builder.extract_value(arguments[1], i)) for i in range(4)]
+        text = "st.global.v4.b32 [$0], {$1, $2, $3, $4};"
+        _asm(builder, _VOID, text, "l,r,r,r,r,~{memory}", [(_I64, arguments[0]), *words])
+        return context.get_dummy_value()
+
+    return _intrinsic_of_arity(2, types.void(_G, _PIECE), generate)
+
+
+store_piece = _store_piece()
 
 
 # ---- tensor cores -------------------------------------------------------------------------------------------
