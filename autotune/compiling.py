@@ -80,6 +80,13 @@ class Compilers:
         future = self._futures.get((*problem.identity, candidate.key))
         return None if future is None else future.result()
 
+    def forget(self, problem: LayerProblem) -> None:
+        """Leave out what of a problem no worker has begun: the next one's would wait behind it."""
+        own = [key for key in self._futures if key[:-1] == problem.identity]
+        for key in own:
+            if self._futures[key].cancel():
+                del self._futures[key]
+
     def _task(self, problem: LayerProblem, candidate: Candidate) -> str:
         path = Path(self._folder.name, problem.weight.fingerprint)
         if not path.exists():

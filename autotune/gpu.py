@@ -196,6 +196,10 @@ class GpuBench(Bench):
         if self._compilers is not None:
             self._compilers.submit(self.problem, candidates)
 
+    def no_more(self) -> None:
+        if self._compilers is not None:
+            self._compilers.forget(self.problem)
+
     def prepare(self, candidate: Candidate) -> CudaRunner:
         problem = self.problem
         crashed = None if self._compilers is None else self._compilers.wait(problem, candidate)

@@ -162,6 +162,10 @@ class Bench(ABC):
         """These come next: their compilation may begin."""
         return
 
+    def no_more(self) -> None:
+        """The search is over: what is still to be compiled ahead is not wanted."""
+        return
+
     def check_device(self, candidate: Candidate, reason: str) -> None:
         """Raise `DeviceLost`, with the reason in its text, if a candidate's failure left the device unusable."""
         return

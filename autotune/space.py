@@ -146,8 +146,8 @@ class ProblemSpace:
         All valid ones, by key.
     dense, defaults
         Those that are always measured: the layouts of the dense kernels, and every sparse kernel's default.
-    suggested
-        Those that the sparse kernels themselves find promising.
+    suggestions
+        Of each sparse kernel, in the order of `defaults`, those that it finds promising itself, the best first.
     """
 
     def __init__(self, problem: LayerProblem, threads: int, device: str = "cpu") -> None:
@@ -162,9 +162,10 @@ class ProblemSpace:
         self.candidates = {c.key: c for c in every}
         self.dense = [c for c in every if self.kernels[c.kernel].is_dense]
         sparse = [k for k in self.kernels.values() if not k.is_dense]
-        suggested = [[Candidate(k.name, c) for c in k.suggest(spec, weight, threads, _SUGGESTED)] for k in sparse]
-        self.defaults = [candidates[0] for candidates in suggested]
-        self.suggested = [candidate for candidates in suggested for candidate in candidates]
+        self.suggestions = [
+            [Candidate(k.name, c) for c in k.suggest(spec, weight, threads, _SUGGESTED)] for k in sparse
+        ]
+        self.defaults = [candidates[0] for candidates in self.suggestions]
         self._place = {key: number for number, key in enumerate(self.candidates)}
 
     def check(self, candidate: Candidate) -> str | None:

@@ -337,13 +337,29 @@ class _Search:
     def run(self) -> None:
         """Measure until the budget, the time, the space or the patience is at its end."""
         must = self.space.dense + self.space.defaults
-        then = self.space.candidates.values() if self._all_at_once() else [*self._similar, *self.space.suggested]
-        self._ahead([*must, *then])
+        self._ahead(must)
         self._measure_each(must, always=True)
+        if self._all_at_once():
+            then = list(self.space.candidates.values())
+        else:
+            then = [*self._similar, *self._promising()]
+        self._ahead(then[: max(0, self._run.trials - len(self.seen))])
         self._measure_each(then)
         while not self._enough():
             self._round(self.bench.at_once)
         self._climb()
+        if self._bench is not None:
+            self._bench.no_more()
+
+    def _promising(self) -> list[Candidate]:
+        """What the kernels suggest, a kernel's next the later, the farther its default was from the best of them."""
+        us = {r.candidate.key: r.us for r in self.seen.values() if r.us is not None}
+        best = min((us[c.key] for c in self.space.defaults if c.key in us), default=1.0)
+        order: list[tuple[float, int, Candidate]] = []
+        for number, (default, suggested) in enumerate(zip(self.space.defaults, self.space.suggestions, strict=True)):
+            behind = us.get(default.key, float("inf")) / best
+            order += [((place + 1) * behind**2, number, c) for place, c in enumerate(suggested)]
+        return [candidate for _, _, candidate in sorted(order, key=lambda item: item[:2])]
 
     def _measure_each(self, candidates: Iterable[Candidate], always: bool = False) -> None:
         for candidate in candidates:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from strategies import conv_specs, sparse_weights
 
 from autotune import LayerProblem, TunedModel, load, tune_layers
 from autotune import tuned as files
-from autotune.measure import DeviceLost
+from autotune.measure import DeviceLost, Result
 from autotune.space import Candidate, dtype_on
 from numbasparse.kernels import KERNELS, CudaKernel, CudaRunner, kernels_for
 from numbasparse.kernels.base import Config, Space, check_fields
@@ -36,6 +37,7 @@ torch = pytest.importorskip("torch")
 from autotune import gpu as gpu_module  # noqa: E402
 from autotune.compiling import Compilers  # noqa: E402
 from autotune.gpu import Gpu, GpuBench, bounds, poisoned  # noqa: E402
+from autotune.study import _Search  # noqa: E402
 
 SPEC = ConvSpec.create((3, 8, 6, 6), (8, 8, 3, 3), 1, 1)
 
@@ -335,6 +337,22 @@ def test_what_a_kernel_suggests_is_measured_first(add: Callable[..., None], monk
     assert [m.config for m in tuned_layer(trials=4).top if m.kernel == "fake"] == [best, default]
 
 
+@pytest.mark.parametrize(
+    ("us", "order"),
+    [
+        ((10, 12, None), "a0 b0 a1 b1 a2 c0"),
+        ((10, 20, 40), "a0 a1 a2 b0 b1 c0"),
+        ((None, 8, None), "b0 b1 a0 a1 a2 c0"),
+    ],
+)
+def test_kernels_take_turns_by_how_good_their_defaults_are(us: tuple[float | None, ...], order: str) -> None:
+    suggestions = [[Candidate(name, {"n": i}) for i in range(count)] for name, count in (("a", 3), ("b", 2), ("c", 1))]
+    defaults = [suggested[0] for suggested in suggestions]
+    seen = {c.key: Result(c, time) for c, time in zip(defaults, us, strict=True)}
+    search: Any = SimpleNamespace(seen=seen, space=SimpleNamespace(defaults=defaults, suggestions=suggestions))
+    assert " ".join(f"{c.kernel}{c.config['n']}" for c in _Search._promising(search)) == order
+
+
 # ---- files --------------------------------------------------------------------------------------------------
 
 
@@ -495,6 +513,21 @@ def test_workers_fill_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @can_compile
+def test_what_is_forgotten_is_not_compiled() -> None:
+    """The next problem's first candidate does not wait behind those of one that is done."""
+    p, other = problem(), problem(spec=replace(SPEC, h=9))
+    with cuda.assumed((8, 0)) as device, Compilers(device, workers=1) as compilers:
+        name = _compilable().kernel
+        many = [Candidate(name, config) for config in KERNELS[name].suggest(p.spec, p.weight, 1, 24)]
+        compilers.submit(p, many)
+        compilers.submit(other, many[:1])
+        compilers.forget(p)
+        assert len(compilers._futures) <= 3  # of `other`, what has begun, and what was handed over meanwhile
+        assert compilers.wait(other, many[0]) is None
+        assert compilers.wait(p, many[-1]) is None
+
+
+@can_compile
 def test_a_crashed_worker_costs_its_candidate_only(monkeypatch: pytest.MonkeyPatch) -> None:
     with cuda.assumed((8, 0)) as device, Compilers(device, workers=1) as compilers:
         p = problem()
@@ -608,7 +641,7 @@ def test_a_lost_context_is_told_on_a_gpu(run_python: Callable[..., str]) -> None
 import os, sys
 import numpy as np
 from autotune.gpu import Gpu, GpuBench
-from autotune.measure import DeviceLost
+from autotune.measure import DeviceLost, Result
 from autotune.space import Candidate
 from numbasparse.runtime import cuda
 
