@@ -80,13 +80,15 @@ def gpu_layers(name: str) -> list[str]:
 
 
 def tensor_layers(name: str) -> list[str]:
-    """cuda_wgmma's ratios to the better of cuDNN's layouts in float16, and the geometric means."""
+    """Ratios of a kernel for tensor cores to the better of cuDNN's layouts in float16, and the geometric means."""
     content = load(name)
+    cases = [case.split(" (")[0].split() for case in content["geometric_means"]]
+    batches = sorted({int(n.removeprefix("N=")) for n, _ in cases})
+    sparsities = list(dict.fromkeys(sparsity for _, sparsity in cases))
     versions = ", ".join(f"{key} {value}" for key, value in content["gpu_versions"].items())
     found = {row["layer"]: row for row in content["rows"]}
     names = dict.fromkeys(layer.rsplit(" N=", 1)[0] for layer in found)
-    batches = (32, 128)
-    head = " | ".join(f"N={n}: cuDNN µs | {' / '.join(SPARSITIES)}" for n in batches)
+    head = " | ".join(f"N={n}: cuDNN µs | {' / '.join(sparsities)}" for n in batches)
     lines = [f"{content['gpu']['name']}; {versions}; {content['environment']['date'][:10]}", "", f"| layer | {head} |"]
     lines.append("|---" * (1 + 2 * len(batches)) + "|")
     for layer in names:
@@ -97,7 +99,7 @@ def tensor_layers(name: str) -> list[str]:
                 cells += ["", ""]
                 continue
             cells.append(f"{min(row['times'][f'cudnn {layout}']['us'] for layout in ('NCHW', 'NHWC')):.0f}")
-            cells.append(" / ".join(f"{row['ratios'][f'ours native {s}']:.2f}" for s in SPARSITIES))
+            cells.append(" / ".join(f"{row['ratios'][f'ours native {s}']:.2f}" for s in sparsities))
         lines.append("| " + " | ".join(cells) + " |")
     return [*lines, "", ", ".join(f"{case}: {mean}" for case, mean in content["geometric_means"].items())]
 
@@ -136,15 +138,16 @@ def describe(content: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    for name in ("cpu_layers.json", "cpu_layers_avx512.json"):
+    for name in ("cpu_layers.json", "cpu_layers_avx512.json", "cpu_layers_zen4.json"):
         if (RESULTS / name).exists():
             print(f"\n`benchmarks/results/{name}`: " + "\n".join(layers(name)))
     for name in ("cuda_layers.json", "cuda_layers_n1.json", "cuda_layers_n1b.json"):
         if (RESULTS / name).exists():
             print(f"\n`benchmarks/results/{name}`: " + "\n".join(gpu_layers(name)))
-    if (RESULTS / "tensor_layers.json").exists():
-        print("\n`benchmarks/results/tensor_layers.json`: " + "\n".join(tensor_layers("tensor_layers.json")))
-    for name in ("models.json", "models_more.json"):
+    for name in ("tensor_layers.json", "tensor_nhwc.json"):
+        if (RESULTS / name).exists():
+            print(f"\n`benchmarks/results/{name}`: " + "\n".join(tensor_layers(name)))
+    for name in ("models.json", "models_more.json", "models_avx512.json"):
         if (RESULTS / name).exists():
             print(f"\n`benchmarks/results/{name}`: " + "\n".join(models(name)))
     if (RESULTS / "cpu_awkward.json").exists():
