@@ -10,10 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from numbasparse import SparseWeight
+from numbasparse.kernels import KERNELS
 from numbasparse.nn import conversion_report, convert, load, save
 from numbasparse.nn import convert as convert_function
 from numbasparse.nn.fused import FusedConv2d, worth_fusing
+from numbasparse.plans import Choice
 from numbasparse.runtime import cuda
+from numbasparse.spec import ConvSpec
 
 
 class Block(nn.Module):
@@ -137,12 +141,21 @@ def test_cudnn_computes_it(kernel_size: int, stride: int, with_residual: bool, d
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
 
 
+class Tuned:
+    """Chooses a sparse kernel for the layers in the middle of blocks."""
+
+    def choice(self, spec: ConvSpec, weight: SparseWeight, name: str) -> Choice:
+        if "middle" in name:
+            return Choice("cuda_direct", KERNELS["cuda_direct"].default(spec, weight, 1))
+        return Choice("cuda_dense", {"layout": "nhwc", "precision": "strict"})
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(cuda.reason_unavailable() is not None, reason="needs a GPU")
 def test_a_model_on_a_gpu() -> None:
     model = pruned_model().cuda().to(torch.float16, memory_format=torch.channels_last)
     x = torch.randn(2, 8, 8, 8, device="cuda").to(torch.float16, memory_format=torch.channels_last)
-    converted = convert(model, None, x)
+    converted = convert(model, Tuned(), x)
     assert sum(isinstance(m, FusedConv2d) and m.activation == "relu" for m in converted.modules()) == 5
     with torch.inference_mode():
         expected = copy.deepcopy(model).double()(x.double())
