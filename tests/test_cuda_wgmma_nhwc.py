@@ -50,6 +50,7 @@ class PixelEmulator(Emulator):
 
     def run(self, x: np.ndarray) -> np.ndarray:
         n, c, h, w = self.spec.x_shape
+        x = np.pad(x, ((0, 0), (0, c - x.shape[1]), (0, 0), (0, 0)))
         return super().run(x.transpose(0, 2, 3, 1).reshape(n, h, w, c).transpose(0, 3, 1, 2))
 
     @property
@@ -129,7 +130,10 @@ def problems(draw: st.DrawFn) -> tuple[ConvSpec, Config]:
     groups = draw(st.sampled_from([1, 1, 2]))
     r, s = draw(st.sampled_from([(1, 1), (3, 3), (3, 1), (2, 3), (5, 5)]))
     dilation = draw(st.sampled_from([1, 1, 2]))
-    c, k = draw(st.sampled_from([8, 24, 40, 72, 136])), draw(st.sampled_from([4, 12, 64, 72]))
+    c, k = (
+        draw(st.sampled_from([3, 8, 24, 40, 72, 136] if groups == 1 else [8, 24, 40])),
+        draw(st.sampled_from([4, 12, 64, 72])),
+    )
     h, w = draw(st.integers(5, 17)), draw(st.integers(5, 17))
     padding = draw(st.sampled_from([0, 1, 2]))
     n = draw(st.integers(1, 5))
@@ -181,6 +185,18 @@ def test_a_rest_and_doubled_steps_are_emulated() -> None:
         assert_as_tensor_cores(emulator.run(x), spec, weight, x)
 
 
+def test_pictures_take_few_steps() -> None:
+    """Three channels: a step for each tap, and what is over two of them in the rest, for which there is room."""
+    spec = spec_of(2, 3, 9, 64, 3, padding=1)
+    rng = np.random.default_rng(2)
+    weight = SparseWeight.from_dense(random_weight(spec, 1.0, rng))
+    emulator = PixelEmulator(spec, weight, config_of(tile="9x8"))
+    assert emulator.packed.ranges[..., 1].max() == 1
+    assert emulator.packed.blobs[:8].view(np.int32).tolist() == [9, 3]
+    x = rng.standard_normal(spec.x_shape).astype(np.float32)
+    assert_as_tensor_cores(emulator.run(x), spec, weight, x)
+
+
 # --- configs and code ----------------------------------------------------------------------------------------
 
 
@@ -220,7 +236,12 @@ def test_what_is_not_supported() -> None:
         assert KERNEL.supports(spec, weight) is None
         assert "float16 or bfloat16, got float32" in str(KERNEL.supports(spec_of(3, 8, 14, 16, 3, "float32"), weight))
         assert "got a stride of (2, 2)" in str(KERNEL.supports(spec_of(3, 8, 14, 16, 3, stride=2), weight))
-        assert "got 12 and 16" in str(KERNEL.supports(spec_of(3, 12, 14, 16, 3), weight))
+        grouped = spec_of(3, 24, 14, 16, 3, groups=2)
+        in_groups = SparseWeight.from_dense(random_weight(grouped, 0.2, rng), 2)
+        assert KERNEL.supports(grouped, in_groups) is None
+        grouped = spec_of(3, 20, 14, 16, 3, groups=2)
+        in_groups = SparseWeight.from_dense(random_weight(grouped, 0.2, rng), 2)
+        assert "got 20 and 8" in str(KERNEL.supports(grouped, in_groups))
         assert "got 8 and 6" in str(KERNEL.supports(spec_of(3, 8, 14, 6, 3), weight))
         assert "bytes of shared memory exceed" in str(KERNEL.supports(spec_of(3, 8, 14, 16, 7), weight))
 
@@ -293,6 +314,8 @@ GPU_CASES: list[tuple[ConvSpec, Config, float]] = [
     (spec_of(3, 64, 9, 64, 3, groups=4, **SAME), config_of(), 0.2),
     (spec_of(1, 16, 32, 64, 5, padding=2), config_of(tile="8x16"), 0.2),
     (spec_of(3, 16, 7, 24, 3, **SAME), config_of(batch=2, tile="7x8"), 0.2),
+    (spec_of(3, 3, 17, 64, 3, **SAME), config_of(tile="17x8"), 1.0),
+    (spec_of(8, 12, 8, 64, 1), config_of(tile="16x8"), 0.3),
 ]
 
 

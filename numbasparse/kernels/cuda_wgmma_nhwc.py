@@ -9,7 +9,8 @@ channels, from any tap.
 Against `cuda_wgmma`: the copy engine brings rows of 64 or 128 bytes whatever the batch, which is what small batches
 wait for there, and what a model computes by other means in channels-last needs no conversion.
 
-A convolution of 1x1 is one of a single image, eight columns wide, of all pixels of the batch.
+A convolution of 1x1 is one of a single image, eight columns wide, of all pixels of the batch. Input channels that are
+no multiple of eight, as of pictures, are filled up with zeros, at each call.
 
 Bound: as of `cuda_wgmma`.  Since zeros are multiplied, an infinity in the input reaches outputs that it does not belong
 to, as NaN.
@@ -31,20 +32,25 @@ Search space
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil, sqrt
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from numbasparse.kernels import two_four
-from numbasparse.kernels.base import Config, Space, check_fields
+from numbasparse.kernels.base import Config, CudaRunner, Space, check_fields
 from numbasparse.kernels.cuda_tiles import device_function, parse_tile, row_clocks
-from numbasparse.kernels.wgmma_pipeline import Geometry, Shape, WgmmaKernel, clocks, reason_resources
+from numbasparse.kernels.wgmma_pipeline import Geometry, Packed, Shape, WgmmaKernel, clocks, reason_resources
 from numbasparse.runtime import cuda, layouts
 from numbasparse.spec import ConvSpec
 from numbasparse.weight import SparseWeight
+
+if TYPE_CHECKING:
+    import torch
 
 _EIGHT = 8
 """Pixels that an operand has in neighbouring rows of shared memory."""
@@ -265,8 +271,17 @@ class PixelTile(Geometry):
         return device_function(numbers_of), device_function(finish)
 
 
+def filled(spec: ConvSpec) -> ConvSpec:
+    """The convolution with input channels up to the next multiple of eight, which have no weights.
+
+    The columns of the weight's matrix stay the same: channels come first in their order.
+    """
+    return spec if spec.groups > 1 else dataclasses.replace(spec, c=-(-spec.c // 8) * 8)
+
+
 def flat(spec: ConvSpec) -> ConvSpec:
     """A 1x1 convolution as one of an image, eight columns wide, that has all pixels; others as they are."""
+    spec = filled(spec)
     pixels = spec.n * spec.h * spec.w
     pointwise = (spec.r, spec.s) == (1, 1) and spec.stride == (1, 1) and not any(map(any, spec.padding))
     if not pointwise or pixels % _EIGHT:
@@ -318,6 +333,28 @@ def expected_work(channels: int, taps: int, density: float) -> tuple[int, float,
     return (steps, chunks, deviation / 4) if chunks < steps else (2 * steps, 0.0, 0.0)
 
 
+class _FillingRunner(CudaRunner):
+    """Fills input channels up with zeros before another runner."""
+
+    def __init__(self, spec: ConvSpec, inner: CudaRunner) -> None:
+        self._spec, self._inner = spec, inner
+        self.takes, self.gives = inner.takes, inner.gives
+        self.nbytes, self.functions = inner.nbytes, inner.functions
+        self.workspace = inner.workspace + 2 * int(np.prod(filled(spec).x_shape))
+
+    def apply(
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        residual: torch.Tensor | None = None,
+        out_layout: layouts.Layout | None = None,
+    ) -> torch.Tensor:
+        whole = layouts.empty(filled(self._spec).x_shape, self.takes, dtype=x.dtype, device=x.device)
+        whole[:, self._spec.c :] = 0
+        whole[:, : self._spec.c] = x
+        return self._inner.apply(whole, bias, residual, out_layout)
+
+
 class CudaWgmmaNhwc(WgmmaKernel):
     """Sparse tensor cores of Hopper, channels innermost; see the module's text."""
 
@@ -327,10 +364,10 @@ class CudaWgmmaNhwc(WgmmaKernel):
     def reason_spec(self, spec: ConvSpec) -> str | None:
         if spec.stride != (1, 1):
             return f"eight neighbouring outputs need eight neighbouring inputs, got a stride of {spec.stride}"
-        if spec.c % 8 or spec.k_per_group % 4:
+        if filled(spec).c % 8 or spec.k_per_group % 4:
             return (
-                "pixels are copied and stored in pieces of 16 and 8 bytes: input channels must be a multiple of 8 and "
-                f"output channels (of a group) of 4, got {spec.c} and {spec.k_per_group}"
+                "pixels are copied and stored in pieces of 16 and 8 bytes: input channels (of several groups) must be "
+                f"a multiple of 8 and output channels (of a group) of 4, got {spec.c} and {spec.k_per_group}"
             )
         return None
 
@@ -369,14 +406,19 @@ class CudaWgmmaNhwc(WgmmaKernel):
         self, spec: ConvSpec, config: Config, density: float, activation: str = "none", residual: bool = False
     ) -> Shape:
         geometry = geometry_of(spec, config)
-        steps, chunks, deviation = _work(geometry, density)
+        steps, chunks, deviation = _work(geometry, density * spec.c / filled(spec).c)
         room = steps, ceil(chunks + 2 * deviation) + 1
         blocks = spec.groups * -(-spec.k_per_group // two_four.ROWS)
         return Shape(geometry, room, int(config["stages"]), int(config["split"]), 1, blocks, activation, residual)
 
+    def runner(self, spec: ConvSpec, packed: Packed, make: Callable[..., Shape]) -> CudaRunner:
+        whole = filled(spec)
+        made = super().runner(whole, packed, make)
+        return made if whole == spec else _FillingRunner(spec, made)
+
     def estimate(self, spec: ConvSpec, weight: SparseWeight, config: Config, device: cuda.Device) -> float:
         shape, g = self.shape(spec, config, weight.density), geometry_of(spec, config)
-        steps, chunks, _ = _work(g, weight.density)
+        steps, chunks, _ = _work(g, weight.density * spec.c / filled(spec).c)
         copy = g.planes * g.batch * g.patch_h * g.patch_w * row_clocks(g.row_bytes)
         stores = g.groups * g.sums / 4 * _STORE_CLOCKS
         return clocks(shape, steps, chunks, 64 * g.n * g.pieces * g.groups, copy, stores, device)

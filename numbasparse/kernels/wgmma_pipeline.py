@@ -726,7 +726,11 @@ class WgmmaKernel(CudaKernel):
     ) -> CudaRunner:
         self.require(spec, weight, config)
         packed = self.pack(spec, weight, config)
-        return _Runner(spec, packed, functools.partial(self.shape, spec, config, weight.density, activation))
+        return self.runner(spec, packed, functools.partial(self.shape, spec, config, weight.density, activation))
+
+    def runner(self, spec: ConvSpec, packed: Packed, make: Callable[..., Shape]) -> CudaRunner:
+        """Of a packed weight, and what makes the constants of the code."""
+        return _Runner(spec, packed, make)
 
 
 def reason_resources(geometry: Geometry, make: Callable[[], Shape], stages: int) -> str | None:
