@@ -166,7 +166,7 @@ def coordinates(
     return k, index // (height * width) + group * per_group, index // width % height, index % width
 
 
-_AT_ONCE = 1 << 18
+_AT_ONCE = 1 << 15
 """Non-zeros that are worked on at once, or one row: a large weight needs little memory besides its packed form."""
 
 

@@ -128,7 +128,7 @@ def pack(weight: SparseWeight, lanes: int, rows: int, block: int, coded: bool) -
     )
 
 
-_AT_ONCE = 1 << 18
+_AT_ONCE = 1 << 15
 """Non-zeros that are packed together: what that takes beside the packed weight is small, and stays so."""
 
 
