@@ -28,7 +28,7 @@ KEPT = 1 << 30
 """Bytes of blocks that are kept while nothing uses them, at most."""
 _GRAIN = 1 << 21
 """Sizes are multiples of it: a huge page."""
-_ROOM = 1.25
+_ROOM = 2.0
 """How many times the size asked for a block may have."""
 
 
