@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from numbasparse.kernels import KERNELS
-from numbasparse.runtime import openmp
+from numbasparse.runtime import cuda, openmp
 
 ROOT = Path(__file__).resolve().parent.parent
 _PAGE = mmap.PAGESIZE
@@ -102,3 +102,13 @@ def strict() -> Iterator[None]:
     conv.fp32_precision = "ieee"
     yield
     conv.fp32_precision = before
+
+
+@pytest.fixture
+def a_hopper() -> Iterator[None]:
+    """An H100 to think of where there is none."""
+    if cuda.reason_unavailable() is None and cuda.current().capability == (9, 0):
+        yield
+    else:
+        with cuda.assumed((9, 0)):
+            yield

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -28,14 +27,7 @@ def config_of(**changes: int | str) -> Config:
     return {**BASE, **changes}
 
 
-@pytest.fixture(autouse=True)
-def a_hopper() -> Iterator[None]:
-    """An H100 to think of where there is none."""
-    if cuda.reason_unavailable() is None and cuda.current().capability == (9, 0):
-        yield
-    else:
-        with cuda.assumed((9, 0)):
-            yield
+pytestmark = pytest.mark.usefixtures("a_hopper")
 
 
 # --- the kernel in NumPy -------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ Without one the kernels are assembled, so that an operand of a wrong kind is fou
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -27,13 +27,7 @@ def on_hopper(test: Any) -> Any:
     return pytest.mark.gpu(pytest.mark.skipif(NO_HOPPER, reason="needs an H100 or H200")(test))
 
 
-@pytest.fixture(autouse=True)
-def a_hopper() -> Iterator[None]:
-    if NO_HOPPER:
-        with cuda.assumed((9, 0)):
-            yield
-    else:
-        yield
+pytestmark = pytest.mark.usefixtures("a_hopper")
 
 
 def compiled(code: Callable[..., None], arguments: int, key: object) -> cuda.Ptx:

@@ -41,7 +41,7 @@ import numpy as np
 from numbasparse.kernels import cuda_fragments, two_four
 from numbasparse.kernels.base import Config, Space, check_fields
 from numbasparse.kernels.cuda_tiles import device_function, parse_tile, row_clocks
-from numbasparse.kernels.wgmma_pipeline import Geometry, Shape, WgmmaKernel, clocks, reason_resources
+from numbasparse.kernels.wgmma_pipeline import Geometry, Shape, WgmmaKernel, clocks
 from numbasparse.runtime import cuda, layouts
 from numbasparse.spec import ConvSpec
 from numbasparse.weight import SparseWeight
@@ -262,12 +262,11 @@ class CudaWgmma(WgmmaKernel):
             "groups": (1, 2),
         }
 
-    def check(self, spec: ConvSpec, weight: SparseWeight, config: Config) -> str | None:
-        reason = check_fields(config, _FIELDS) or _reason_shape(spec, config)
-        if reason is not None:
-            return reason
-        make = functools.partial(self.shape, spec, config, weight.density)
-        return reason_resources(geometry_of(spec, config), make, int(config["stages"]))
+    def reason_config(self, spec: ConvSpec, config: Config) -> str | None:
+        return check_fields(config, _FIELDS) or _reason_shape(spec, config)
+
+    def geometry(self, spec: ConvSpec, config: Config) -> ImageTile:
+        return geometry_of(spec, config)
 
     def layouts(self, spec: ConvSpec, config: Config) -> tuple[layouts.Layout, layouts.Layout]:
         return "CHWN", "CHWN"

@@ -44,7 +44,7 @@ import numpy as np
 from numbasparse.kernels import two_four
 from numbasparse.kernels.base import Config, CudaRunner, Space, check_fields
 from numbasparse.kernels.cuda_tiles import device_function, parse_tile, row_clocks
-from numbasparse.kernels.wgmma_pipeline import Geometry, Packed, Shape, WgmmaKernel, clocks, reason_resources
+from numbasparse.kernels.wgmma_pipeline import Geometry, Packed, Shape, WgmmaKernel, clocks
 from numbasparse.runtime import cuda, layouts
 from numbasparse.spec import ConvSpec
 from numbasparse.weight import SparseWeight
@@ -388,12 +388,11 @@ class CudaWgmmaNhwc(WgmmaKernel):
             "groups": (1, 2),
         }
 
-    def check(self, spec: ConvSpec, weight: SparseWeight, config: Config) -> str | None:
-        reason = check_fields(config, _FIELDS) or _reason_shape(spec, config)
-        if reason is not None:
-            return reason
-        make = functools.partial(self.shape, spec, config, weight.density)
-        return reason_resources(geometry_of(spec, config), make, int(config["stages"]))
+    def reason_config(self, spec: ConvSpec, config: Config) -> str | None:
+        return check_fields(config, _FIELDS) or _reason_shape(spec, config)
+
+    def geometry(self, spec: ConvSpec, config: Config) -> PixelTile:
+        return geometry_of(spec, config)
 
     def layouts(self, spec: ConvSpec, config: Config) -> tuple[layouts.Layout, layouts.Layout]:
         return "NHWC", "NHWC"

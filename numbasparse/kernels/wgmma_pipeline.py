@@ -687,6 +687,21 @@ class WgmmaKernel(CudaKernel):
         """Reason why no config can run it."""
 
     @abstractmethod
+    def reason_config(self, spec: ConvSpec, config: Config) -> str | None:
+        """Reason why a config is none, or why the instructions cannot have its operands."""
+
+    @abstractmethod
+    def geometry(self, spec: ConvSpec, config: Config) -> Geometry:
+        """Of a config to which `reason_config` has no objection."""
+
+    def check(self, spec: ConvSpec, weight: SparseWeight, config: Config) -> str | None:
+        reason = self.reason_config(spec, config)
+        if reason is not None:
+            return reason
+        make = functools.partial(self.shape, spec, config, weight.density)
+        return _reason_resources(self.geometry(spec, config), make, int(config["stages"]))
+
+    @abstractmethod
     def shape(
         self, spec: ConvSpec, config: Config, density: float, activation: str = "none", residual: bool = False
     ) -> Shape:
@@ -733,7 +748,7 @@ class WgmmaKernel(CudaKernel):
         return _Runner(spec, packed, make)
 
 
-def reason_resources(geometry: Geometry, make: Callable[[], Shape], stages: int) -> str | None:
+def _reason_resources(geometry: Geometry, make: Callable[[], Shape], stages: int) -> str | None:
     """Reason why a block does not fit a multiprocessor."""
     spec, device, tiles = geometry.spec, cuda.current(), stages * geometry.tile_bytes
     if tiles > device.shared_per_block:  # before its steps are counted, which may take long where tiles are large

@@ -22,7 +22,7 @@ from numbasparse.nn import layout_choice
 from numbasparse.nn.concatenation import share_concatenations
 from numbasparse.nn.enlarging import enlarge_in_kept_memory
 from numbasparse.nn.epilogue import Fused, activation_of, calls_of, fuse_epilogues
-from numbasparse.nn.fused import FusedConv2d, worth_fusing
+from numbasparse.nn.fused import FusedConv2d, empty_like, worth_fusing
 from numbasparse.nn.linear import SparseLinear
 from numbasparse.nn.module import SparseConv2d
 from numbasparse.nn.native import Tracer, keep_native
@@ -432,17 +432,7 @@ def _factors(batch_norm: nn.BatchNorm2d) -> np.ndarray:
 
 def _plain(conv: nn.Conv2d) -> nn.Conv2d:
     """The convolution without parametrizations, masks and the like, sharing nothing with them but the weight."""
-    made = nn.Conv2d(
-        conv.in_channels,
-        conv.out_channels,
-        (conv.kernel_size[0], conv.kernel_size[1]),
-        (conv.stride[0], conv.stride[1]),
-        conv.padding if isinstance(conv.padding, str) else (conv.padding[0], conv.padding[1]),
-        (conv.dilation[0], conv.dilation[1]),
-        conv.groups,
-        bias=conv.bias is not None,
-        device="meta",
-    )
+    made = empty_like(conv, nn.Conv2d)
     made.weight = nn.Parameter(conv.weight.detach(), requires_grad=conv.weight.requires_grad)
     if conv.bias is not None:
         made.bias = nn.Parameter(conv.bias.detach(), requires_grad=conv.bias.requires_grad)

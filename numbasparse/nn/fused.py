@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from numbasparse.activations import in_torch
 from numbasparse.runtime.layouts import Layout, has_layout
 
 _DTYPES = (torch.float16, torch.bfloat16)
+_Conv = TypeVar("_Conv", bound=nn.Conv2d)
 
 
 class FusedConv2d(nn.Conv2d):
@@ -32,18 +33,7 @@ class FusedConv2d(nn.Conv2d):
     @classmethod
     def of(cls, conv: nn.Conv2d, activation: str = "none") -> FusedConv2d:
         """Take over a convolution's options and parameters."""
-        made = cls(
-            conv.in_channels,
-            conv.out_channels,
-            (conv.kernel_size[0], conv.kernel_size[1]),
-            (conv.stride[0], conv.stride[1]),
-            conv.padding if isinstance(conv.padding, str) else (conv.padding[0], conv.padding[1]),
-            (conv.dilation[0], conv.dilation[1]),
-            conv.groups,
-            conv.bias is not None,
-            conv.padding_mode,
-            device="meta",
-        )
+        made = empty_like(conv, cls)
         made.weight, made.bias, made.activation = conv.weight, conv.bias, activation
         return made.train(conv.training)
 
@@ -81,6 +71,22 @@ class FusedConv2d(nn.Conv2d):
             )
         )
         return (x.shape[0], self.out_channels, *sizes)
+
+
+def empty_like(conv: nn.Conv2d, kind: type[_Conv]) -> _Conv:
+    """A convolution of that kind with another one's options, and parameters that hold nothing."""
+    return kind(
+        conv.in_channels,
+        conv.out_channels,
+        (conv.kernel_size[0], conv.kernel_size[1]),
+        (conv.stride[0], conv.stride[1]),
+        conv.padding if isinstance(conv.padding, str) else (conv.padding[0], conv.padding[1]),
+        (conv.dilation[0], conv.dilation[1]),
+        conv.groups,
+        conv.bias is not None,
+        conv.padding_mode,
+        device="meta",
+    )
 
 
 def worth_fusing(conv: nn.Module, plain: Layout) -> bool:
