@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from numbasparse import SparseWeight
 from numbasparse.kernels import KERNELS, Config, ConfigError
 from numbasparse.kernels import cuda_wgmma_nhwc as room
 from numbasparse.runtime import cuda
+from numbasparse.runtime.layouts import Layout, has_layout, to_layout
 from numbasparse.spec import ConvSpec
 
 KERNEL: Any = KERNELS["cuda_wgmma_nhwc"]
@@ -187,6 +189,25 @@ def test_pictures_take_few_steps() -> None:
     assert emulator.packed.blobs[:8].view(np.int32).tolist() == [9, 3]
     x = rng.standard_normal(spec.x_shape).astype(np.float32)
     assert_as_tensor_cores(emulator.run(x), spec, weight, x)
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC", "CHWN"])
+def test_channels_are_filled_up(layout: Layout) -> None:
+    """What is before the kernel, with nothing in its place."""
+    torch = pytest.importorskip("torch")
+    spec = spec_of(2, 3, 5, 8, 3, padding=1)
+    x = to_layout(torch.randn(2, 3, 5, 5, dtype=torch.float16), layout)
+
+    def apply(given: Any, *rest: Any) -> Any:
+        assert has_layout(given, "NHWC")
+        assert torch.equal(given[:, :3], x)
+        assert not given[:, 3:].any()
+        return (given.shape, *rest)
+
+    inner: Any = SimpleNamespace(takes="NHWC", gives="NHWC", nbytes=1, functions=(), workspace=10, apply=apply)
+    runner = room._FillingRunner(spec, inner)
+    assert runner.apply(x, None, None, "NCHW") == ((2, 8, 5, 5), None, None, "NCHW")
+    assert runner.workspace == 10 + 2 * 2 * 8 * 25
 
 
 # --- configs and code ----------------------------------------------------------------------------------------
