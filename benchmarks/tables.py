@@ -147,7 +147,7 @@ def main() -> None:
     for name in ("tensor_layers.json", "tensor_nhwc.json"):
         if (RESULTS / name).exists():
             print(f"\n`benchmarks/results/{name}`: " + "\n".join(tensor_layers(name)))
-    for name in ("models.json", "models_more.json", "models_avx512.json"):
+    for name in ("models.json", "models_more.json", "models_avx512.json", "models_zen4.json"):
         if (RESULTS / name).exists():
             print(f"\n`benchmarks/results/{name}`: " + "\n".join(models(name)))
     if (RESULTS / "cpu_awkward.json").exists():

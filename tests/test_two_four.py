@@ -122,7 +122,7 @@ def covered(dense: np.ndarray, parts: int, aligned: bool = False) -> tuple[two_f
     part = row // 64 * parts + column // 8 // octets
     total = -(-len(dense) // 64) * parts
     arguments = (part, row % 64, column // 8 % octets, column % 8, dense[row, column], total, octets)
-    return (two_four.cover_aligned if aligned else two_four.cover_steps)(*arguments)
+    return two_four.cover_steps(*arguments, aligned)
 
 
 def read_covered(

@@ -632,14 +632,10 @@ def least_piece(dtype: str) -> Any:
 
 def load_piece_or(default: int) -> Any:
     """Intrinsic ``(global, wanted) -> words``: what lies there, and nobody writes; ``default`` if it is not wanted."""
-    moves = " ".join(f"mov.b32 ${i}, {default};" for i in range(4))
-    text = f"{{ .reg .pred p; setp.ne.s32 p, $5, 0; {moves} @p ld.global.nc.v4.b32 {{$0, $1, $2, $3}}, [$4]; }}"
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-        operands = [(_I64, arguments[0]), (_I32, arguments[1])]
-        # Written before the address is read: the results must have registers of their own.
-        loaded = _asm(builder, ir.LiteralStructType([_I32] * 4), text, "=&r,=&r,=&r,=&r,l,r", operands)
-        return context.make_tuple(builder, _PIECE, [builder.extract_value(loaded, i) for i in range(4)])
+        address, wanted = arguments
+        return context.make_tuple(builder, _PIECE, _load_words_if(builder, wanted, address, 4, default))
 
     return _intrinsic_of_arity(2, _PIECE(_G, types.int32), generate)
 
@@ -1074,7 +1070,7 @@ def store_finished_fragments(
                     where, written = builder.add(start, at), builder.and_(inside, there)
                     loaded = []
                     if finish.residual:
-                        loaded = _load_words_if(builder, written, builder.add(extra, where))
+                        loaded = _load_words_if(builder, builder.zext(written, _I32), builder.add(extra, where))
                     some.append((i, half, where, written, loaded))
             for i, half, where, written, loaded in some:
                 added: list[Any] = [None] * 8
@@ -1146,7 +1142,7 @@ def store_columns(
             if finish is not None and finish.residual:
                 for i in some:
                     at, written = whereabouts(i)
-                    added[i] = _load_pair_if(builder, written, builder.add(extra, at))
+                    added[i] = _load_words_if(builder, builder.zext(written, _I32), builder.add(extra, at), 2)
             for i in some:
                 sums = [builder.extract_value(packed, 4 * i + v) for v in range(4)]
                 if finish is None:
@@ -1195,16 +1191,6 @@ def _chosen_bytes(builder: ir.IRBuilder, a: Any, b: Any, pattern: int) -> Any:
     return _asm(builder, _I32, f"prmt.b32 $0, $1, $2, {pattern};", "=r,r,r", [(_I32, a), (_I32, b)])
 
 
-def _load_pair_if(builder: ir.IRBuilder, wanted: Any, address: Any) -> list[Any]:
-    """8 bytes in global memory as two words, zeros where they are not wanted."""
-    text = (
-        "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0; mov.b32 $1, 0; @p ld.global.nc.v2.b32 {$0, $1}, [$3]; }"
-    )
-    operands = [(_I32, builder.zext(wanted, _I32)), (_I64, address)]
-    loaded = _asm(builder, ir.LiteralStructType([_I32] * 2), text, "=&r,=&r,r,l", operands)
-    return [builder.extract_value(loaded, i) for i in range(2)]
-
-
 def _two_rows(builder: ir.IRBuilder, numbers: ir.Value, stride: int) -> list[tuple[Any, Any]]:
     """Of a lane's two rows: whether it is there, and its offset."""
     rows = []
@@ -1223,16 +1209,18 @@ def _all_under(builder: ir.IRBuilder, origin: Sequence[Any], place: Sequence[int
     return functools.reduce(builder.and_, under)
 
 
-def _load_words_if(builder: ir.IRBuilder, wanted: Any, address: Any) -> list[Any]:
-    """16 bytes in global memory as four words, zeros where they are not wanted."""
+def _load_words_if(builder: ir.IRBuilder, wanted: Any, address: Any, count: int = 4, default: int = 0) -> list[Any]:
+    """2 or 4 neighbouring words in global memory that nobody writes; ``default`` each where ``wanted``, i32, is 0."""
+    places = [f"${i}" for i in range(count)]
+    moves = " ".join(f"mov.b32 {place}, {default};" for place in places)
     text = (
-        "{ .reg .pred p; setp.ne.s32 p, $4, 0; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; "
-        "@p ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$5]; }"
+        f"{{ .reg .pred p; setp.ne.s32 p, ${count}, 0; {moves} "
+        f"@p ld.global.nc.v{count}.b32 {{{', '.join(places)}}}, [${count + 1}]; }}"
     )
-    operands = [(_I32, builder.zext(wanted, _I32)), (_I64, address)]
     # Written before the address is read: the results must have registers of their own.
-    loaded = _asm(builder, ir.LiteralStructType([_I32] * 4), text, "=&r,=&r,=&r,=&r,r,l", operands)
-    return [builder.extract_value(loaded, i) for i in range(4)]
+    letters = ",".join(["=&r"] * count + ["r", "l"])
+    loaded = _asm(builder, ir.LiteralStructType([_I32] * count), text, letters, [(_I32, wanted), (_I64, address)])
+    return [builder.extract_value(loaded, i) for i in range(count)]
 
 
 def _trade(builder: ir.IRBuilder, lane: Any, words: Sequence[Any]) -> list[Any]:

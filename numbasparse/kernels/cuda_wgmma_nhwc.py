@@ -54,8 +54,6 @@ if TYPE_CHECKING:
 
 _EIGHT = 8
 """Pixels that an operand has in neighbouring rows of shared memory."""
-_PIECE_BYTES = 64
-"""Of a pixel, what a step takes: 32 channels."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +135,8 @@ class PixelTile(Geometry):
         pixel = tap // spec.s * spec.dilation[0] * self.patch_w + tap % spec.s * spec.dilation[1]
         plane, within = np.divmod(c % self.channels, self.row_bytes // 2)
         octet = plane * (self.octets // self.planes) + pixel * self._octets_of_row + within // 8
-        return two_four.cover_aligned(part, row, octet[column], (within % 8)[column], data, parts, self.octets)
+        arrays = (part, row, octet[column], (within % 8)[column], data)
+        return two_four.cover_steps(*arrays, parts, self.octets, aligned=True)
 
     def _bytes(self, octet: np.ndarray) -> np.ndarray:
         """Where an octet of the first pixel begins."""
@@ -329,7 +328,7 @@ def expected_work(channels: int, taps: int, density: float) -> tuple[int, float,
     deviation = sqrt(pairs * each * (1.0 - each))
     # A chunk is begun for the last pairs.
     chunks = min(pairs * each + 1.03 * deviation, float(pairs)) / 4 + 0.4 * min(1.0, pairs * each)
-    # See `two_four.cover_aligned`.
+    # See `two_four.cover_steps`.
     return (steps, chunks, deviation / 4) if chunks < steps else (2 * steps, 0.0, 0.0)
 
 

@@ -10,8 +10,6 @@ zero, and take one twice.  Here the rows of a weight are cut into *blocks* of 64
 `cover_steps`
     Columns stay where they are, in *octets* of eight; a step takes four octets at equal distances, and what does not
     fit into one step goes into another that takes the octet again, or into a small dense rest.
-`cover_aligned`
-    The same for octets of which only each four that follow one another may make a step.
 
 The loops are compiled by numba; equal input gives equal output.
 """
@@ -330,6 +328,7 @@ def cover_steps(
     data: NDArray[np.float32],
     parts: int,
     octets: int,
+    aligned: bool = False,
 ) -> tuple[Steps, Rest]:
     """Cover the non-zeros of each part by steps of four octets at equal distances, and a rest.
 
@@ -340,42 +339,23 @@ def cover_steps(
         Those of a row and octet follow one another, their columns ascending.
     parts, octets : int
         Numbers of them; a step's octets are from 0 to ``octets - 1``.
+    aligned : bool
+        Steps are octets 4 i to 4 i + 3 only, and the rest takes columns in pairs, 2 i and 2 i + 1; then ``octets`` is a
+        multiple of 4.
 
     Returns
     -------
     steps, rest
         An octet with a non-zero is taken once.  Where a quad of it holds three or four, what is over two goes into the
-        rest, or the octet is taken twice, whichever is less work for a part: a chunk of the rest takes about as long
-        as a step.  Four values are two and two, so there are at most twice as many steps as without zeros.
+        rest, or the octet (if aligned, all four of the step) is taken twice, whichever is less work for a part: a chunk
+        of the rest takes about as long as a step.  Four values are two and two, so there are at most twice as many
+        steps as without zeros.
     """
     order, starts = compiled(_sort)(part * octets + octet, parts * octets)
     row, place, data = (np.ascontiguousarray(a[order]) for a in (row, place, data))
-    first, columns, rest_first, rest_columns, column_of = compiled(_cover)(starts, row, place, parts, octets)
-    arrays = (starts, row, place, data, octets, first, columns, column_of)
-    values, metadata, rest_values = compiled(_fill_covered)(*arrays, rest_first)
-    return Steps(first, columns, values, metadata), Rest(rest_first, rest_columns, rest_values)
-
-
-def cover_aligned(
-    part: NDArray[np.int64],
-    row: NDArray[np.int64],
-    octet: NDArray[np.int64],
-    place: NDArray[np.int64],
-    data: NDArray[np.float32],
-    parts: int,
-    octets: int,
-) -> tuple[Steps, Rest]:
-    """As `cover_steps`, but a step takes octets 4 i to 4 i + 3, and the rest takes columns in pairs, 2 i and 2 i + 1.
-
-    Returns
-    -------
-    steps, rest
-        Four octets with a non-zero are taken once.  Where a quad holds three or four, what is over two goes into the
-        rest, or the four octets are taken twice where that makes the rest more than a chunk shorter.
-    """
-    order, starts = compiled(_sort)(part * octets + octet, parts * octets)
-    row, place, data = (np.ascontiguousarray(a[order]) for a in (row, place, data))
-    first, columns, rest_first, rest_columns, column_of = compiled(_cover_aligned)(starts, row, place, parts, octets)
+    first, columns, rest_first, rest_columns, column_of = compiled(_cover_aligned if aligned else _cover)(
+        starts, row, place, parts, octets
+    )
     arrays = (starts, row, place, data, octets, first, columns, column_of)
     values, metadata, rest_values = compiled(_fill_covered)(*arrays, rest_first)
     return Steps(first, columns, values, metadata), Rest(rest_first, rest_columns, rest_values)
@@ -472,7 +452,7 @@ def _cover(starts: Any, row: Any, place: Any, parts: int, octets: int) -> Any:
 
 
 def _cover_aligned(starts: Any, row: Any, place: Any, parts: int, octets: int) -> Any:
-    """Of `cover_aligned` what `_cover` gives."""
+    """What `_cover` gives, for aligned steps."""
     first, rest_first = np.zeros(parts + 1, np.int64), np.zeros(parts + 1, np.int64)
     columns = np.empty((octets // 2 * parts, 2), np.int32)
     rest_columns = np.empty((octets * parts, 4, REST), np.int32)

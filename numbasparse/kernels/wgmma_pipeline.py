@@ -767,7 +767,7 @@ def _reason_resources(geometry: Geometry, make: Callable[[], Shape], stages: int
     return None
 
 
-BULK_BYTES_PER_CLOCK, _COPY_CLOCKS = 20.0, 700.0
+_BULK_BYTES_PER_CLOCK, _COPY_CLOCKS = 20.0, 700.0
 """Of the copy engine, for what is in one piece; and until the first bytes come (benchmarks/copy_engine.py)."""
 _SHARED_BYTES_PER_CLOCK = 128.0
 _JOB_CLOCKS, _START_CLOCKS, _CHUNK_CLOCKS = 500.0, 4000.0, 100.0
@@ -791,7 +791,7 @@ def clocks(
     blob = steps * UNIT_BYTES + chunks * CHUNK_BYTES
     shared = ((steps + chunks) * operand + g.tile_bytes + (1 + g.groups) * blob) / _SHARED_BYTES_PER_CLOCK
     compute = shared + chunks * _CHUNK_CLOCKS / g.groups + _JOB_CLOCKS
-    copy += blob / BULK_BYTES_PER_CLOCK
+    copy += blob / _BULK_BYTES_PER_CLOCK
     jobs = ceil(ceil(spec.c_per_group / g.channels) / shape.split)
     each, waves = shape.resident(device), ceil(shape.works / shape.grid(device)[0])
     if waves == 1:

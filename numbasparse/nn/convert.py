@@ -185,10 +185,8 @@ def convert(
     records = []
     for name, decision in decisions.items():
         chain = chains.get(name, _Chain(name, None, None))
-        if not decision.sparse and fuse and worth_fusing(converted.get_submodule(name), plain) and name not in kept:
-            converted, record = _apply_fused(converted, name, decision, chain)
-        else:
-            converted, record = _apply(converted, name, decision, chain, weights.get(name))
+        fuses = fuse and name not in kept and worth_fusing(converted.get_submodule(name), plain)
+        converted, record = _apply(converted, name, decision, chain, weights.get(name), fuses)
         records.append(record)
     if fuse and example_input is not None:
         converted, fused = _fuse_epilogues(converted, example_input)
@@ -440,32 +438,27 @@ def _plain(conv: nn.Conv2d) -> nn.Conv2d:
 
 
 def _apply(
-    model: nn.Module, name: str, decision: _Decision, chain: _Chain, weight: SparseWeight | None
+    model: nn.Module, name: str, decision: _Decision, chain: _Chain, weight: SparseWeight | None, fuses: bool
 ) -> tuple[nn.Module, ConvertedLayer]:
+    """Put the layer's new module in its place; ``fuses``: a dense one computes what follows it, as far as it can."""
     record = ConvertedLayer(name, "dense", decision.reason, decision.sparsity, batch_norm=chain.batch_norm)
-    if not decision.sparse:
+    layer = model.get_submodule(name)
+    activation = None if chain.activation is None else activation_of(model.get_submodule(chain.activation))
+    if decision.sparse:
+        make: Any = SparseConv2d.from_conv if isinstance(layer, nn.Conv2d) else SparseLinear.from_linear
+        made = make(layer, weight=weight, choice=decision.choice, activation=activation)
+        chosen = None if decision.choice is None else decision.choice.kernel
+        record = replace(record, decision="sparse", kernel=chosen)
+    elif fuses:
+        assert isinstance(layer, nn.Conv2d)
+        activation = "relu" if activation == "relu" else None
+        made = FusedConv2d.of(layer, activation or "none")
+    else:
         return model, record
-    layer = model.get_submodule(name)
-    activation = None if chain.activation is None else activation_of(model.get_submodule(chain.activation))
-    make: Any = SparseConv2d.from_conv if isinstance(layer, nn.Conv2d) else SparseLinear.from_linear
-    sparse = make(layer, weight=weight, choice=decision.choice, activation=activation)
-    model = _replace(model, name, sparse.eval())
-    if chain.activation is not None:
-        model = _replace(model, chain.activation, nn.Identity().eval())
-    chosen = None if decision.choice is None else decision.choice.kernel
-    return model, replace(record, decision="sparse", kernel=chosen, activation=chain.activation)
-
-
-def _apply_fused(model: nn.Module, name: str, decision: _Decision, chain: _Chain) -> tuple[nn.Module, ConvertedLayer]:
-    """A dense layer that computes what follows it, as far as cuDNN can."""
-    layer = model.get_submodule(name)
-    assert isinstance(layer, nn.Conv2d)
-    record = ConvertedLayer(name, "dense", decision.reason, decision.sparsity, batch_norm=chain.batch_norm)
-    activation = None if chain.activation is None else activation_of(model.get_submodule(chain.activation))
-    if activation != "relu":
-        return _replace(model, name, FusedConv2d.of(layer)), record
-    model = _replace(model, name, FusedConv2d.of(layer, activation))
-    model = _replace(model, str(chain.activation), nn.Identity().eval())
+    model = _replace(model, name, made.eval())
+    if activation is None or chain.activation is None:
+        return model, record
+    model = _replace(model, chain.activation, nn.Identity().eval())
     return model, replace(record, activation=chain.activation)
 
 

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from numbasparse.activations import in_torch
+from numbasparse.activations import check_activation, in_torch
 from numbasparse.runtime.layouts import Layout, has_layout
 
 _DTYPES = (torch.float16, torch.bfloat16)
@@ -28,13 +28,15 @@ class FusedConv2d(nn.Conv2d):
         "none" or its name, see `numbasparse.activations`.
     """
 
-    activation: str = "none"
+    def __init__(self, *args: Any, activation: str = "none", **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.activation: str = check_activation(activation)
 
     @classmethod
     def of(cls, conv: nn.Conv2d, activation: str = "none") -> FusedConv2d:
         """Take over a convolution's options and parameters."""
         made = empty_like(conv, cls)
-        made.weight, made.bias, made.activation = conv.weight, conv.bias, activation
+        made.weight, made.bias, made.activation = conv.weight, conv.bias, check_activation(activation)
         return made.train(conv.training)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -50,9 +52,9 @@ class FusedConv2d(nn.Conv2d):
 
     def _fuses(self, x: Tensor, residual: Tensor | None) -> bool:
         """Whether cuDNN computes it all."""
-        if not x.is_cuda or x.dtype not in _DTYPES or self.activation != "relu" or x.dim() != 4 or self.groups != 1:
+        if not x.is_cuda or x.dim() != 4 or self.activation != "relu" or not _known_to_cudnn(self):
             return False
-        if isinstance(self.padding, str) or self.padding_mode != "zeros" or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return False
         if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
             return False
@@ -91,6 +93,10 @@ def empty_like(conv: nn.Conv2d, kind: type[_Conv]) -> _Conv:
 
 def worth_fusing(conv: nn.Module, plain: Layout) -> bool:
     """Whether cuDNN has such convolutions: of a dense layer of a model whose layout is ``plain``."""
-    if type(conv) is not nn.Conv2d or not conv.weight.is_cuda or conv.weight.dtype not in _DTYPES:
-        return False
-    return plain == "NHWC" and conv.groups == 1 and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+    return type(conv) is nn.Conv2d and conv.weight.is_cuda and plain == "NHWC" and _known_to_cudnn(conv)
+
+
+def _known_to_cudnn(conv: nn.Conv2d) -> bool:
+    """Whether its options and the type of its weight are such as cuDNN computes with what follows."""
+    zeros = conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+    return zeros and conv.groups == 1 and conv.weight.dtype in _DTYPES

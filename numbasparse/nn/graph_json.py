@@ -13,7 +13,6 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from numbasparse.activations import check_activation
 from numbasparse.nn.concatenation import append, reserve
 from numbasparse.nn.enlarging import interpolate
 from numbasparse.nn.fused import FusedConv2d
@@ -80,7 +79,7 @@ _POOL = ("kernel_size", "stride", "padding", "dilation", "return_indices", "ceil
 _CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 _FIELDS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Conv2d: _CONV,
-    FusedConv2d: _CONV,
+    FusedConv2d: (*_CONV, "activation"),
     nn.Linear: ("in_features", "out_features"),
     nn.BatchNorm2d: ("num_features", "eps", "momentum", "affine", "track_running_stats"),
     nn.GroupNorm: ("num_groups", "num_channels", "eps", "affine"),
@@ -148,8 +147,6 @@ def describe_module(name: str, module: nn.Module) -> Described:
     arguments = {field: _plain(getattr(module, field)) for field in fields}
     if isinstance(module, _WITH_BIAS):
         arguments["bias"] = module.bias is not None
-    if isinstance(module, FusedConv2d):
-        arguments["activation"] = module.activation
     return Described(type(module).__name__, arguments, dict(module.state_dict()))
 
 
@@ -185,7 +182,6 @@ def make_module(described: Described) -> nn.Module:
     if kind is None:
         raise ValueError(f"unknown kind of module {described.kind!r}")
     fields = {*_FIELDS[kind], *(("bias",) if kind in _WITH_BIAS else ())}
-    fields |= {"activation"} if kind is FusedConv2d else set()
     if set(described.arguments) != fields:
         raise ValueError(f"a {described.kind} needs the arguments {sorted(fields)}, got {sorted(described.arguments)}")
     arguments = {name: _unplain(value) for name, value in described.arguments.items()}
@@ -193,11 +189,8 @@ def make_module(described: Described) -> nn.Module:
         if described.tensors:
             raise ValueError(f"a {described.kind} has no tensors, got {sorted(described.tensors)}")
         return kind(**arguments).eval()
-    activation = check_activation(arguments.pop("activation", None))
     # On the meta device nothing is allocated for sizes that a wrong file may ask for.
     made: nn.Module = kind(**arguments, device="meta")
-    if isinstance(made, FusedConv2d):
-        made.activation = activation
     if set(made.state_dict()) != set(described.tensors):
         raise ValueError(f"expected the tensors {sorted(made.state_dict())}, got {sorted(described.tensors)}")
     made.load_state_dict(described.tensors, assign=True)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from numbasparse.runtime import max_pool
-from numbasparse.runtime.layouts import layout_of
+from numbasparse.runtime.layouts import Layout, layout_of
 
 
 class SeparableMaxPool2d(nn.MaxPool2d):
@@ -28,8 +28,7 @@ class SeparableMaxPool2d(nn.MaxPool2d):
     def forward(self, x: Tensor) -> Tensor:
         """Pool (N, C, H, W) or (C, H, W)."""
         layout = layout_of(x) if x.dim() == 4 and not x.is_contiguous() and not self.return_indices else None
-        possible = layout is not None and self._plain(x) and self._fits(x) and _on_gpu(x)
-        if possible and layout is not None and max_pool.reason_unsupported(x, layout) is None:
+        if layout is not None and self._known_to_kernel(x, layout):
             window = max_pool.Window(_pair(self.kernel_size), _pair(self.stride), _pair(self.padding))
             return max_pool.max_pool(x, layout, window)
         if layout == "CHWN":
@@ -46,6 +45,14 @@ class SeparableMaxPool2d(nn.MaxPool2d):
     def _usable(self, x: Tensor) -> bool:
         return self._plain(x) and x.is_cpu and x.is_floating_point() and x.is_contiguous() and self._fits(x)
 
+    def _known_to_kernel(self, x: Tensor, layout: Layout) -> bool:
+        """Whether a kernel of ours may run on it: it is a tensor of torch's current GPU, and nobody traces."""
+        if type(x) is not Tensor or not x.is_cuda or torch.compiler.is_compiling():
+            return False
+        if x.device.index != torch.cuda.current_device() or not self._plain(x) or not self._fits(x):
+            return False
+        return max_pool.reason_unsupported(x, layout) is None
+
     def _plain(self, x: Tensor) -> bool:
         """Whether there is nothing to do but to find the largest."""
         kept = not (x.requires_grad and torch.is_grad_enabled())
@@ -56,12 +63,6 @@ class SeparableMaxPool2d(nn.MaxPool2d):
         (r, s), (top, left) = _pair(self.kernel_size), _pair(self.padding)
         fits = x.dim() in (3, 4) and x.shape[-2] + 2 * top >= r and x.shape[-1] + 2 * left >= s
         return fits and 2 * top <= r and 2 * left <= s
-
-
-def _on_gpu(x: Tensor) -> bool:
-    """Whether a kernel of ours may run on it: it is a tensor of torch's current GPU, and nobody traces."""
-    own = type(x) is Tensor and x.is_cuda and not torch.compiler.is_compiling()
-    return own and x.device.index == torch.cuda.current_device()
 
 
 def _windows(x: Tensor, dim: int, size: int, step: int) -> Tensor:
