@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import strategies as st
 
+from numbasparse.quantization import CodebookQuantization, LinearQuantization
 from numbasparse.spec import ConvSpec, Pair
 from numbasparse.weight import SparseWeight
 
@@ -64,6 +65,13 @@ def random_weight(spec: ConvSpec, density: float, rng: np.random.Generator, *, e
     if empty_rows:
         weight[::2] = 0.0
     return weight
+
+
+def quantized(weight: SparseWeight, bits: int, kind: str) -> SparseWeight:
+    """Codes of a codebook, or of linear levels with a scale for each output channel."""
+    if kind == "codebook":
+        return weight.quantized(CodebookQuantization(bits))
+    return weight.quantized(LinearQuantization(bits, granularity="channel"))
 
 
 @st.composite

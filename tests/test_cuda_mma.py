@@ -12,14 +12,14 @@ import pytest
 from compare import assert_as_tensor_cores, assert_right_on_gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import random_weight, tensor_core_specs
+from strategies import quantized, random_weight, tensor_core_specs
 from tensor_emulation import opened_deep, output_tiles, store_tile, swizzled, widened
 
 from numbasparse import SparseWeight
 from numbasparse.kernels import KERNELS, Config, ConfigError, two_four
 from numbasparse.kernels import cuda_mma as room
 from numbasparse.kernels.two_four import narrow
-from numbasparse.quantization import CodebookQuantization, LinearQuantization
+from numbasparse.quantization import CodebookQuantization
 from numbasparse.runtime import cuda
 from numbasparse.spec import ConvSpec
 
@@ -53,13 +53,6 @@ def some_gpu() -> Iterator[None]:
     else:
         with cuda.assumed((8, 0)):
             yield
-
-
-def quantized(weight: SparseWeight, bits: int, kind: str) -> SparseWeight:
-    """Codes of a codebook, or of linear levels with a scale for each output channel."""
-    if kind == "codebook":
-        return weight.quantized(CodebookQuantization(bits))
-    return weight.quantized(LinearQuantization(bits, granularity="channel"))
 
 
 # --- the kernel in NumPy -------------------------------------------------------------------------------------

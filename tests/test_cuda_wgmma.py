@@ -9,7 +9,7 @@ import pytest
 from compare import assert_as_tensor_cores, assert_right_on_gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import random_weight, tensor_core_specs
+from strategies import quantized, random_weight, tensor_core_specs
 from tensor_emulation import OutputTile, box, operand, store_tile, swizzled
 from wgmma_emulation import Emulator
 
@@ -20,7 +20,16 @@ from numbasparse.runtime import cuda
 from numbasparse.spec import ConvSpec
 
 KERNEL: Any = KERNELS["cuda_wgmma"]
-BASE: Config = {"batch": 32, "tile": "2x4", "channels": 16, "stages": 2, "split": 1, "cluster": 1, "groups": 2}
+BASE: Config = {
+    "batch": 32,
+    "tile": "2x4",
+    "channels": 16,
+    "stages": 2,
+    "split": 1,
+    "cluster": 1,
+    "groups": 2,
+    "entries": "wide",
+}
 
 
 def config_of(**changes: int | str) -> Config:
@@ -106,6 +115,7 @@ def problems(draw: st.DrawFn) -> tuple[ConvSpec, Config]:
         "split": draw(st.sampled_from([1, 1, 2])),
         "cluster": draw(st.sampled_from([1, 1, 2])),
         "groups": draw(st.sampled_from([1, 2])),
+        "entries": draw(st.sampled_from(["wide", "coded"])),
     }
     return spec, config
 
@@ -116,10 +126,15 @@ def test_emulated(problem: tuple[ConvSpec, Config], density: float, seed: int) -
     spec, config = problem
     rng = np.random.default_rng(seed)
     weight = SparseWeight.from_dense(random_weight(spec, density, rng, empty_rows=seed % 3 == 0), spec.groups)
+    linear = config["entries"] == "coded" and seed % 2 == 1
+    if config["entries"] == "coded" and weight.nnz:
+        weight = (
+            quantized(weight, 4 + seed % 5, "linear") if linear else quantized(weight, 3 + seed // 2 % 2, "codebook")
+        )
     if KERNEL.check(spec, weight, config) is not None:
         return
     x = rng.standard_normal(spec.x_shape).astype(np.float32)
-    assert_as_tensor_cores(ImageEmulator(spec, weight, config).run(x), spec, weight, x)
+    assert_as_tensor_cores(ImageEmulator(spec, weight, config).run(x), spec, weight, x, exact_weight=linear)
 
 
 def test_a_tile_whose_weight_does_not_fit_is_copied_again() -> None:
@@ -175,6 +190,7 @@ def spec_of(n: int, c: int, h: int, k: int, r: int, dtype: str = "float16", grou
         ({"cluster": 2}, "a cluster of 2 does not divide the 1 blocks"),
         ({"split": 9}, "9 splits exceed the 1 tiles"),
         ({"stages": 1}, "stages must be from 2 to 8"),
+        ({"entries": "coded"}, "coded entries need a quantized weight"),
     ],
 )
 def test_bad_configs(changes: dict[str, Any], words: str) -> None:
@@ -222,14 +238,24 @@ CODES: list[Config] = [
 
 
 @pytest.mark.parametrize(
-    ("config", "dtype"),
-    [(CODES[0], "bfloat16"), *((config, "float16") for config in CODES)],
-    ids=lambda value: value if isinstance(value, str) else str(tuple(value.values())),
+    ("config", "dtype", "form"),
+    [
+        (CODES[0], "bfloat16", None),
+        *((config, "float16", None) for config in CODES),
+        (CODES[2], "float16", (8, "linear")),
+        (CODES[2], "bfloat16", (8, "linear")),
+        (CODES[2], "float16", (4, "linear")),
+        (CODES[2], "float16", (4, "codebook")),
+    ],
+    ids=lambda value: str(tuple(value.values())) if isinstance(value, dict) else str(value),
 )
-def test_code(config: Config, dtype: str) -> None:
+def test_code(config: Config, dtype: str, form: tuple[int, str] | None) -> None:
     """Sums stay in registers, and the tensor cores are given a step before the last one is done."""
     spec = spec_of(64, 64, 28, 128, 3, dtype, padding=1)
     weight = SparseWeight.from_dense(random_weight(spec, 0.1, np.random.default_rng(0)))
+    if form is not None:
+        weight = quantized(weight, *form)
+        config = {**config, "entries": "coded"}
     for ptx in KERNEL.ptx(spec, weight, config, "relu"):  # type: ignore[attr-defined]
         assert ".f64" not in ptx.text
         assert ".local" not in ptx.text
@@ -288,3 +314,18 @@ def test_variants(number: int, with_residual: bool) -> None:
     rng = np.random.default_rng(number)
     weight = SparseWeight.from_dense(random_weight(spec, density, rng, empty_rows=number % 2 == 1), spec.groups)
     assert_right_on_gpu(KERNEL, spec, weight, config, rng, with_residual)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    cuda.reason_unavailable() is not None or cuda.current().capability != (9, 0), reason="needs an H100 or H200"
+)
+@pytest.mark.parametrize(("bits", "kind"), [(8, "linear"), (4, "linear"), (4, "codebook"), (3, "codebook")])
+@pytest.mark.parametrize("number", [*range(6), 9, 18])
+def test_codes(number: int, bits: int, kind: str) -> None:
+    spec, config, density = GPU_CASES[number]
+    rng = np.random.default_rng(number)
+    weight = quantized(SparseWeight.from_dense(random_weight(spec, density, rng), spec.groups), bits, kind)
+    config = {**config, "entries": "coded"}
+    # Linear levels are whole numbers, which 16 bits hold; their scale comes in float32.
+    assert_right_on_gpu(KERNEL, spec, weight, config, rng, number % 2 == 1, exact_weight=kind == "linear")

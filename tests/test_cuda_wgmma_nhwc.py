@@ -10,19 +10,28 @@ import pytest
 from compare import assert_as_tensor_cores, assert_right_on_gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import random_weight
+from strategies import quantized, random_weight
 from tensor_emulation import OutputTile, box, k_major_operand, swizzled
 from wgmma_emulation import Emulator
 
 from numbasparse import SparseWeight
 from numbasparse.kernels import KERNELS, Config, ConfigError
 from numbasparse.kernels import cuda_wgmma_nhwc as room
+from numbasparse.kernels import wgmma_pipeline as pipeline
 from numbasparse.runtime import cuda
 from numbasparse.runtime.layouts import Layout, has_layout, to_layout
 from numbasparse.spec import ConvSpec
 
 KERNEL: Any = KERNELS["cuda_wgmma_nhwc"]
-BASE: Config = {"batch": 1, "tile": "8x8", "channels": 32, "stages": 2, "split": 1, "groups": 1}
+BASE: Config = {
+    "batch": 1,
+    "tile": "8x8",
+    "channels": 32,
+    "stages": 2,
+    "split": 1,
+    "groups": 1,
+    "entries": "wide",
+}
 
 
 def config_of(**changes: int | str) -> Config:
@@ -148,6 +157,7 @@ def problems(draw: st.DrawFn) -> tuple[ConvSpec, Config]:
         "stages": draw(st.integers(2, 3)),
         "split": draw(st.sampled_from([1, 1, 2])),
         "groups": draw(st.sampled_from([1, 2])),
+        "entries": draw(st.sampled_from(["wide", "coded"])),
     }
     return spec, config
 
@@ -158,10 +168,15 @@ def test_emulated(problem: tuple[ConvSpec, Config], density: float, seed: int) -
     spec, config = problem
     rng = np.random.default_rng(seed)
     weight = SparseWeight.from_dense(random_weight(spec, density, rng, empty_rows=seed % 3 == 0), spec.groups)
+    linear = config["entries"] == "coded" and seed % 2 == 1
+    if config["entries"] == "coded" and weight.nnz:
+        weight = (
+            quantized(weight, 4 + seed % 5, "linear") if linear else quantized(weight, 3 + seed // 2 % 2, "codebook")
+        )
     if KERNEL.check(spec, weight, config) is not None:
         return
     x = rng.standard_normal(spec.x_shape).astype(np.float32)
-    assert_as_tensor_cores(PixelEmulator(spec, weight, config).run(x), spec, weight, x)
+    assert_as_tensor_cores(PixelEmulator(spec, weight, config).run(x), spec, weight, x, exact_weight=linear)
 
 
 def test_a_rest_and_doubled_steps_are_emulated() -> None:
@@ -177,6 +192,39 @@ def test_a_rest_and_doubled_steps_are_emulated() -> None:
         assert (max(int(c[1]) for c in counts) > 0) == rest
         assert (max(int(c[0]) for c in counts) == 36) == doubled
         assert_as_tensor_cores(emulator.run(x), spec, weight, x)
+
+
+@pytest.mark.parametrize(
+    ("bits", "kind", "form", "lane_bytes"),
+    [
+        (8, "linear", "integers", 8),
+        (4, "linear", "nibbles", 4),
+        (4, "codebook", "flagged", 8),
+        (3, "codebook", "nibbles", 4),
+    ],
+)
+def test_forms_of_codes(bits: int, kind: str, form: str, lane_bytes: int) -> None:
+    spec = spec_of(2, 64, 7, 64, 3, padding=1)
+    rng = np.random.default_rng(1)
+    single = SparseWeight.from_dense(random_weight(spec, 0.15, rng))
+    weight, config = quantized(single, bits, kind), config_of(entries="coded")
+    entries = pipeline.entries_of(weight, config)
+    assert (entries.form, entries.scaled, entries.metadata) == (form, kind == "linear", 128 * lane_bytes)
+    assert KERNEL.space(spec, weight, 1)["entries"] == ("wide", "coded")
+    assert KERNEL.space(spec, single, 1)["entries"] == ("wide",)
+    emulator = PixelEmulator(spec, weight, config)
+    assert emulator.packed.nbytes < KERNEL.pack(spec, weight, BASE).nbytes * (0.75 if lane_bytes == 8 else 0.55)
+    x = rng.standard_normal(spec.x_shape).astype(np.float32)
+    assert_as_tensor_cores(emulator.run(x), spec, weight, x, exact_weight=kind == "linear")
+
+
+def test_large_codebooks_are_not_decoded() -> None:
+    spec = spec_of(2, 64, 7, 64, 3, padding=1)
+    weight = quantized(SparseWeight.from_dense(random_weight(spec, 0.2, np.random.default_rng(1))), 6, "codebook")
+    assert "the weight has 64 values, coded entries know 16" in str(
+        KERNEL.check(spec, weight, config_of(entries="coded"))
+    )
+    assert KERNEL.space(spec, weight, 1)["entries"] == ("wide",)
 
 
 def test_pictures_take_few_steps() -> None:
@@ -230,6 +278,7 @@ def spec_of(n: int, c: int, h: int, k: int, r: int, dtype: str = "float16", grou
         ({"channels": 256, "stages": 8}, "bytes of shared memory exceed"),
         ({"split": 9}, "9 splits exceed the 1 tiles"),
         ({"stages": 1}, "stages must be from 2 to 8"),
+        ({"entries": "coded"}, "coded entries need a quantized weight"),
     ],
 )
 def test_bad_configs(changes: dict[str, Any], words: str) -> None:
@@ -281,14 +330,24 @@ CODES: list[Config] = [
 
 
 @pytest.mark.parametrize(
-    ("config", "dtype"),
-    [(CODES[0], "bfloat16"), *((config, "float16") for config in CODES)],
-    ids=lambda value: value if isinstance(value, str) else str(tuple(value.values())),
+    ("config", "dtype", "form"),
+    [
+        (CODES[0], "bfloat16", None),
+        *((config, "float16", None) for config in CODES),
+        (CODES[2], "float16", (8, "linear")),
+        (CODES[2], "bfloat16", (8, "linear")),
+        (CODES[2], "float16", (4, "linear")),
+        (CODES[2], "float16", (4, "codebook")),
+    ],
+    ids=lambda value: str(tuple(value.values())) if isinstance(value, dict) else str(value),
 )
-def test_code(config: Config, dtype: str) -> None:
+def test_code(config: Config, dtype: str, form: tuple[int, str] | None) -> None:
     """Sums stay in registers, and the tensor cores are given a step before the last one is done."""
     spec = spec_of(8, 128, 28, 128, 3, dtype, padding=1)
     weight = SparseWeight.from_dense(random_weight(spec, 0.1, np.random.default_rng(0)))
+    if form is not None:
+        weight = quantized(weight, *form)
+        config = {**config, "entries": "coded"}
     for ptx in KERNEL.ptx(spec, weight, config, "relu"):
         assert ".f64" not in ptx.text
         assert ".local" not in ptx.text
@@ -343,3 +402,18 @@ def test_variants(number: int, with_residual: bool) -> None:
     rng = np.random.default_rng(number)
     weight = SparseWeight.from_dense(random_weight(spec, density, rng, empty_rows=number % 2 == 1), spec.groups)
     assert_right_on_gpu(KERNEL, spec, weight, config, rng, with_residual)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    cuda.reason_unavailable() is not None or cuda.current().capability != (9, 0), reason="needs an H100 or H200"
+)
+@pytest.mark.parametrize(("bits", "kind"), [(8, "linear"), (4, "linear"), (4, "codebook"), (3, "codebook")])
+@pytest.mark.parametrize("number", [*range(6), 9, 18])
+def test_codes(number: int, bits: int, kind: str) -> None:
+    spec, config, density = GPU_CASES[number]
+    rng = np.random.default_rng(number)
+    weight = quantized(SparseWeight.from_dense(random_weight(spec, density, rng), spec.groups), bits, kind)
+    config = {**config, "entries": "coded"}
+    # Linear levels are whole numbers, which 16 bits hold; their scale comes in float32.
+    assert_right_on_gpu(KERNEL, spec, weight, config, rng, number % 2 == 1, exact_weight=kind == "linear")

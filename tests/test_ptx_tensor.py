@@ -266,6 +266,40 @@ def gathering_deep(row_bytes: int, n: int, dtype: str) -> cuda.Ptx:
 
 
 @functools.cache
+def decoding(form: str, dtype: str) -> cuda.Ptx:
+    """Kernel ``(out, codes, flags, table)``: of 128 threads the eight 16-bit values of their codes, as whole numbers."""
+    cuda.numba_cuda()
+    from numba import types
+
+    from numbasparse.codegen import ptx
+
+    nibbles, mask, integers = ptx.decode_nibbles(), ptx.mask_words(), ptx.decode_integers(dtype)
+    store = ptx.store_finished("float32", ptx.Finish(False, False, False, "none"))
+    load_one, load_two, load_four = (ptx.load_words("global", n) for n in (1, 2, 4))
+    i64, f32 = types.int64, types.float32
+
+    def of_nibbles(codes, flags, table, thread):  # type: ignore[no-untyped-def]
+        values = nibbles(load_one(i64(codes + 4 * thread)), load_four(i64(table)), load_four(i64(table + 16)))
+        return mask(values, load_one(i64(flags + 4 * thread)))
+
+    def of_integers(codes, flags, table, thread):  # type: ignore[no-untyped-def]
+        return integers(load_two(i64(codes + 8 * thread)))
+
+    jit = cuda.numba_cuda().jit(device=True, inline=True)
+    decode = jit({"nibbles": of_nibbles, "integers": of_integers}[form])
+
+    def decoding(out, codes, flags, table):  # type: ignore[no-untyped-def]
+        thread = ptx.thread_index()
+        values = decode(codes, flags, table, thread)
+        for i in range(4):
+            for half in range(2):
+                at = i64(out + (thread * 8 + 2 * i + half) * 4)
+                store(at, f32(values[i] >> (16 * half) & 0xFFFF), i64(0), i64(0), i64(0), i64(0))
+
+    return compiled(decoding, 4, (form, dtype))
+
+
+@functools.cache
 def finishing(dtype: str) -> cuda.Ptx:
     """Kernel ``(out, values, offsets, rows, residual, bias)``: gathered rows of 64 columns, finished and narrowed."""
     cuda.numba_cuda()
@@ -336,6 +370,9 @@ def test_assembled(row_bytes: int) -> None:
         (gathering_deep(row_bytes, n, "bfloat16"), "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"),
         (stepping(max(64, row_bytes), n, "float16"), "0, p, 1, 1, 0;"),
         (pairs(max(64, row_bytes), n, "float16"), "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32"),
+        (decoding("nibbles", "float16"), "prmt.b32"),
+        (decoding("integers", "float16"), "sub.f16x2"),
+        (decoding("integers", "bfloat16"), "0f4B000080"),
         (storing("bfloat16", "bfloat16"), "movmatrix.sync.aligned.m8n8.trans.b16"),
         (storing("float16", "float32"), "st.global.v4.b32"),
     ):
@@ -497,6 +534,28 @@ def test_gathered_mma_deep(row_bytes: int, n: int, dtype: str) -> None:
         np.testing.assert_array_equal(opened_deep(fragments[warp], dtype), table[codes[0, 16 * warp : 16 * warp + 16]])
     expected = table[codes].reshape(4, 16, 16) @ b_values
     np.testing.assert_array_equal(found.reshape(64, n), expected.reshape(64, n))
+
+
+@on_hopper
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decoded_integers(dtype: str) -> None:
+    codes = np.random.default_rng(0).permutation(np.tile(np.arange(256), 4)).astype(np.uint8)
+    made, nothing = decoding("integers", dtype), to_gpu(np.zeros(1, np.int32))
+    found = Run(128, dtype).launch(made, codes.size, to_gpu(codes.view(np.uint32)), nothing, nothing)
+    np.testing.assert_array_equal(found, two_four.narrow(codes.astype(np.float32) - 128, dtype))
+
+
+@on_hopper
+def test_decoded_nibbles() -> None:
+    rng = np.random.default_rng(0)
+    codes, there = rng.integers(0, 16, (128, 8)), rng.integers(0, 2, (128, 8))
+    table = rng.integers(0, 1 << 16, 16)
+    words = (codes << 4 * np.arange(8)).sum(axis=1).astype(np.uint32)
+    flags = (there << [7, 15, 23, 31, 6, 14, 22, 30]).sum(axis=1).astype(np.uint32)
+    halves = np.concatenate([table & 0xFF, table >> 8]).astype(np.uint8)
+    made = decoding("nibbles", "float16")
+    found = Run(128, "float16").launch(made, 1024, to_gpu(words), to_gpu(flags), to_gpu(halves))
+    np.testing.assert_array_equal(found.reshape(128, 8), table[codes] * there)
 
 
 @on_hopper

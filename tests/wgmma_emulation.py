@@ -11,6 +11,7 @@ from tensor_emulation import OutputTile, opened, opened_dense, output_tiles, wid
 from numbasparse import SparseWeight
 from numbasparse.kernels import Config
 from numbasparse.kernels import wgmma_pipeline as pipeline
+from numbasparse.kernels.cuda_fragments import scale_of
 from numbasparse.kernels.two_four import narrow
 from numbasparse.spec import ConvSpec
 
@@ -22,18 +23,19 @@ class Emulator(ABC):
     """Where the aligned shared memory begins, somewhere."""
 
     def __init__(self, kernel: Any, spec: ConvSpec, weight: SparseWeight, config: Config) -> None:
-        self.shape = kernel.shape(spec, config, weight.density)
+        self.shape = kernel.shape(spec, config, pipeline.facts_of(weight, config))
+        self.scale = scale_of(weight) if self.shape.entries.scaled else np.ones(spec.k, np.float32)
         self.spec, self.g = self.shape.spec, self.shape.geometry
         self.packed = kernel.pack(spec, weight, config)
 
     def run(self, x: np.ndarray) -> np.ndarray:
-        """Sums of all blocks and splits, (N, K, OH, OW) float32, without bias; NaN where none was written."""
+        """Sums of all blocks and splits, (N, K, OH, OW) float32, scaled, without bias; NaN where none was written."""
         halves = narrow(x, self.spec.dtype).reshape(x.shape)
         y = np.full((self.shape.split, *self.out_shape), np.nan, np.float32)
         for tile in output_tiles(self.shape):
             sums = self._sums(halves, tile.image, tile.corner, tile.block, tile.part)
             self.store(y, sums, self.packed.rows[tile.block], tile)
-        return self.result(y.sum(axis=0))
+        return self.result(y.sum(axis=0)) * self.scale[:, None, None]
 
     @property
     @abstractmethod
@@ -82,11 +84,12 @@ class Emulator(ABC):
             steps, chunks = (int(v) for v in blob[:8].view(np.int32))
             assert steps <= self.shape.room[0]
             assert chunks <= self.shape.room[1]
-            units = blob[pipeline.HEADER_BYTES :][: steps * pipeline.UNIT_BYTES].reshape(steps, pipeline.UNIT_BYTES)
+            entries = self.shape.entries
+            units = blob[pipeline.HEADER_BYTES :][: steps * entries.unit_bytes].reshape(steps, entries.unit_bytes)
             rest = blob[pipeline.HEADER_BYTES + units.size :][: chunks * pipeline.CHUNK_BYTES]
             for unit in units:
-                word = int(unit[2304:2308].view(np.int32)[0])
-                registers, metadata = unit[:2048].view(np.uint32).reshape(128, 4), unit[2048:2304].view(np.uint32)
+                word = int(unit[entries.word :][:4].view(np.int32)[0])
+                registers, metadata = self._registers(unit), unit[entries.metadata : entries.word].view(np.uint32)
                 sums += opened(registers, metadata, self.spec.dtype) @ self._values(self.operands(memory, stage, word))
             for number, chunk in enumerate(rest.reshape(chunks, pipeline.CHUNK_BYTES)):
                 a = opened_dense(chunk[:1024].view(np.uint32).reshape(128, 2), self.spec.dtype).reshape(4, 16, 8)
@@ -96,6 +99,21 @@ class Emulator(ABC):
                 products = a @ self._values(self.rest_operands(memory, stage, offsets))
                 sums += products.reshape(sums.shape)
         return sums
+
+    def _registers(self, unit: np.ndarray) -> np.ndarray:
+        """A step's values as 128 threads get them, (128, 4) of uint32."""
+        form, lanes = self.shape.entries.form, unit[: self.shape.entries.metadata].reshape(128, -1)
+        if form == "wide":
+            return lanes.view(np.uint32)
+        if form == "integers":
+            return narrow(lanes.astype(np.float32) - 128, self.spec.dtype).view(np.uint32)
+        table = self.packed.table[:16] | self.packed.table[16:].astype(np.uint16) << 8
+        codes = np.stack([lanes[:, :4] & 15, lanes[:, :4] >> 4], axis=2).reshape(128, 8)
+        values = table[codes]
+        if form == "flagged":
+            flags = lanes[:, 4:]
+            values = values * np.concatenate([flags >> 7 & 1, flags >> 6 & 1], axis=1)
+        return np.ascontiguousarray(values, np.uint16).view(np.uint32)
 
     @property
     @abstractmethod

@@ -966,6 +966,104 @@ _PAIRS_AT_ONCE = 8
 """Loads that `pair_mma` has under way."""
 
 
+def decode_integers(dtype: str) -> Any:
+    """Intrinsic ``(codes) -> values``: 16-bit values of eight bytes that are 128 more, the lowest of a word first.
+
+    Notes
+    -----
+    PTX ISA, "prmt".  A byte below the byte 0x64 is the float16 of 1024 and the byte, from which 1152 is taken.  bfloat16
+    has too few digits for that: a byte below 0x4B0000 is the float32 of 2**23 and the byte; the upper half of the
+    difference is exact.
+    """
+    kind, made = types.UniTuple(types.uint32, 2), types.UniTuple(types.uint32, 4)
+    half = (
+        "{ .reg .b32 a; prmt.b32 a, $1, 0x64646464, $2; sub.f16x2 $0, a, $3; }",
+        "=r,r,n,r",
+        (0x4140, 0x4342),
+    )
+    wide = (
+        "{ .reg .b32 a, b; .reg .f32 f, g; prmt.b32 a, $1, 0x4B000000, $2; prmt.b32 b, $1, 0x4B000000, $3; "
+        "mov.b32 f, a; mov.b32 g, b; sub.rn.f32 f, f, 0f4B000080; sub.rn.f32 g, g, 0f4B000080; mov.b32 a, f; "
+        "mov.b32 b, g; prmt.b32 $0, a, b, 0x7632; }",
+        "=r,r,n,n",
+        ((0x7550, 0x7551), (0x7552, 0x7553)),
+    )
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        words = []
+        for i in range(4):
+            code = (_I32, builder.extract_value(arguments[0], i // 2))
+            if dtype == "float16":
+                text, letters, selectors = half
+                operands = [code, (_I32, ir.Constant(_I32, selectors[i % 2])), (_I32, ir.Constant(_I32, 0x64806480))]
+            else:
+                text, letters, pairs = wide
+                operands = [code, *((_I32, ir.Constant(_I32, selector)) for selector in pairs[i % 2])]
+            words.append(_asm(builder, _I32, text, letters, operands))
+        return context.make_tuple(builder, made, words)
+
+    return _intrinsic_of_arity(1, made(kind), generate)
+
+
+def decode_nibbles() -> Any:
+    """Intrinsic ``(codes, low, high) -> values``: 16-bit values of eight nibbles, the lowest first.
+
+    ``codes`` is a word; ``low`` and ``high`` have the lower and the upper bytes of the 16 values that nibbles stand for.
+
+    Notes
+    -----
+    PTX ISA, "prmt": each of four nibbles of a selector takes one of eight bytes by its lower three bits.  So four
+    nibbles without their upper bits take from the first and from the second eight values, and the upper bits, moved
+    down by one and added to 0, 1, 2, 3, say which of both it is.
+    """
+    kind, made = types.UniTuple(types.uint32, 4), types.UniTuple(types.uint32, 4)
+    # Places: s takes a byte, t chooses; l and h are the lower and upper bytes of four values.
+    text = (
+        "{ .reg .b32 c, s, t, a, b, l, h; shr.b32 c, $2, $3; and.b32 s, c, 0x7777; shr.b32 t, c, 1; "
+        "and.b32 t, t, 0x4444; or.b32 t, t, 0x3210; "
+        "prmt.b32 a, $4, $5, s; prmt.b32 b, $6, $7, s; prmt.b32 l, a, b, t; "
+        "prmt.b32 a, $8, $9, s; prmt.b32 b, $10, $11, s; prmt.b32 h, a, b, t; "
+        "prmt.b32 $0, l, h, 0x5140; prmt.b32 $1, l, h, 0x7362; }"
+    )
+    letters = "=r,=r,r,n,r,r,r,r,r,r,r,r"
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        code, *halves = arguments
+        table = [(_I32, builder.extract_value(half, i)) for half in halves for i in range(4)]
+        words = []
+        for shift in (0, 16):
+            operands = [(_I32, code), (_I32, ir.Constant(_I32, shift)), *table]
+            pair = _asm(builder, ir.LiteralStructType([_I32, _I32]), text, letters, operands)
+            words += [builder.extract_value(pair, i) for i in range(2)]
+        return context.make_tuple(builder, made, words)
+
+    return _intrinsic_of_arity(3, made(types.uint32, kind, kind), generate)
+
+
+def mask_words() -> Any:
+    """Intrinsic ``(values, flags) -> values``: eight 16-bit values, those zero whose flag is not set.
+
+    The flag of value i is bit 7 of byte i of ``flags``, from the fifth on bit 6 of byte i - 4.
+
+    Notes
+    -----
+    PTX ISA, "prmt": a nibble of the selector with its upper bit set gives the sign of a byte eight times.
+    """
+    kind = types.UniTuple(types.uint32, 4)
+    text = "{ .reg .b32 m; shl.b32 m, $2, $3; prmt.b32 m, m, m, $4; and.b32 $0, $1, m; }"
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        values, flags = arguments
+        words = []
+        for i in range(4):
+            numbers = [(_I32, ir.Constant(_I32, n)) for n in (i // 2, (0x9988, 0xBBAA)[i % 2])]
+            operands = [(_I32, builder.extract_value(values, i)), (_I32, flags), *numbers]
+            words.append(_asm(builder, _I32, text, "=r,r,r,n,n", operands))
+        return context.make_tuple(builder, kind, words)
+
+    return _intrinsic_of_arity(2, kind(kind, types.uint32), generate)
+
+
 def decode_bytes(words: int) -> Any:
     """Intrinsic ``(codes, table) -> values``: the 16-bit value of every byte, the lowest of a word first.
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from numbasparse.kernels.cuda_tiles import device_function
 from numbasparse.runtime import cuda
@@ -24,6 +26,35 @@ def reason_values(spec: ConvSpec, weight: SparseWeight) -> str | None:
     if spec.dtype == "float16" and weight.nnz and float(np.abs(weight.data).max()) >= _FLOAT16_LIMIT:
         return f"a weight of {float(np.abs(weight.data).max()):g} is too large for float16"
     return None
+
+
+_codings: weakref.WeakKeyDictionary[SparseWeight, tuple[NDArray[np.float32], NDArray[np.int64]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def coding_of(weight: SparseWeight) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Values of a quantized weight, before the scale, behind a zero; and the place of each non-zero's among them."""
+    found = _codings.get(weight)
+    if found is None:
+        assert weight.levels is not None
+        assert weight.codes is not None
+        channels = np.repeat(np.arange(weight.k), np.diff(weight.indptr))
+        table = np.asarray(weight.levels.tables()[0], np.float32)
+        values, places = np.unique(table[weight.levels.places(weight.codes, channels)], return_inverse=True)
+        found = _codings[weight] = np.concatenate([np.zeros(1, np.float32), values]), places.reshape(-1) + 1
+    return found
+
+
+def is_scaled(weight: SparseWeight) -> bool:
+    """Whether output channels of a quantized weight have factors."""
+    return weight.levels is not None and bool((weight.levels.scale != 1).any())
+
+
+def scale_of(weight: SparseWeight) -> NDArray[np.float32]:
+    """Factor of each output channel, (K,)."""
+    scale = np.ones(1, np.float32) if weight.levels is None else weight.levels.scale
+    return np.broadcast_to(np.asarray(scale, np.float32), weight.k)
 
 
 def finish(

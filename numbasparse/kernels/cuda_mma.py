@@ -57,7 +57,7 @@ from numbasparse.activations import Activation
 from numbasparse.kernels import cuda_fragments, cuda_reduce, two_four
 from numbasparse.kernels.base import Config, CudaKernel, CudaRunner, Space, check_fields
 from numbasparse.kernels.cpu_rows import coordinates
-from numbasparse.kernels.cuda_fragments import reason_values
+from numbasparse.kernels.cuda_fragments import coding_of, is_scaled, reason_values, scale_of
 from numbasparse.kernels.cuda_packed import Finish, PackedRunner, Size
 from numbasparse.kernels.cuda_tiles import (
     OutputTiles,
@@ -323,24 +323,6 @@ def _order_banks(starts: Any, line: Any) -> Any:
             place[at] = places[bank, taken[bank]]
             taken[bank] += 1
     return place
-
-
-_codings: weakref.WeakKeyDictionary[SparseWeight, tuple[NDArray[np.float32], NDArray[np.int64]]] = (
-    weakref.WeakKeyDictionary()
-)
-
-
-def coding_of(weight: SparseWeight) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Values of a quantized weight, before the scale, behind a zero; and the place of each non-zero's among them."""
-    found = _codings.get(weight)
-    if found is None:
-        assert weight.levels is not None
-        assert weight.codes is not None
-        channels = np.repeat(np.arange(weight.k), np.diff(weight.indptr))
-        table = np.asarray(weight.levels.tables()[0], np.float32)
-        values, places = np.unique(table[weight.levels.places(weight.codes, channels)], return_inverse=True)
-        found = _codings[weight] = np.concatenate([np.zeros(1, np.float32), values]), places.reshape(-1) + 1
-    return found
 
 
 def _written(values: np.ndarray, offsets: NDArray[np.int32], dtype: str) -> NDArray[np.uint8]:
@@ -819,7 +801,7 @@ def _shape(
         jobs=jobs,
         box=config["copy"] == "box",
         coded=coded,
-        scaled=coded and weight.levels is not None and bool((weight.levels.scale != 1).any()),
+        scaled=coded and is_scaled(weight),
         activation=activation,
         residual=residual,
     )
@@ -843,8 +825,7 @@ class _Runner(PackedRunner):
             packed.channels,
             two_four.narrow(table, spec.dtype),
         )
-        scale = np.ones(1) if weight.levels is None else weight.levels.scale
-        super().__init__(spec, arrays, "CHWN", int(config["split"]), make, _compile, np.broadcast_to(scale, spec.k))
+        super().__init__(spec, arrays, "CHWN", int(config["split"]), make, _compile, scale_of(weight))
 
     def _size(self, shape: _Shape) -> Size:
         return shape.grid(self._facts), shape.threads, shape.shared_bytes

@@ -26,7 +26,9 @@ Search space
     second cache.
 ``groups``
     Warpgroups of a block.  Blocks of one may be two on a multiprocessor, so that one stores while the other computes.
-
+``entries``
+    ``"wide"``: 16-bit values.  ``"coded"``, for quantized weights with at most 16 values or with whole numbers of a
+    byte: codes, which are decoded on the way to the tensor cores.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ import numpy as np
 from numbasparse.kernels import cuda_fragments, two_four
 from numbasparse.kernels.base import Config, Space, check_fields
 from numbasparse.kernels.cuda_tiles import device_function, parse_tile, row_clocks
-from numbasparse.kernels.wgmma_pipeline import Geometry, Shape, WgmmaKernel, clocks
+from numbasparse.kernels.wgmma_pipeline import Facts, Geometry, Shape, WgmmaKernel, clocks, facts_of
 from numbasparse.runtime import cuda, layouts
 from numbasparse.spec import ConvSpec
 from numbasparse.weight import SparseWeight
@@ -194,12 +196,14 @@ class ImageTile(Geometry):
         ]
         return ptx.gathered_mma(displacements, ptx.SWIZZLES[self.row_bytes].mask, self.spec.dtype)
 
-    def finish(self, split: int, residual: bool, activation: str) -> tuple[Any, Any]:
+    def finish(self, split: int, residual: bool, activation: str, scaled: bool) -> tuple[Any, Any]:
         rows = self.rows
-        numbers_of, store = cuda_fragments.finish(self.spec, rows, self.tile_w, self.batch, split, residual, activation)
+        numbers_of, store = cuda_fragments.finish(
+            self.spec, rows, self.tile_w, self.batch, split, residual, activation, scaled
+        )
 
-        def finish(sums, y, residual, bias, numbers, part, image, oy, ox, group, lane):  # type: ignore[no-untyped-def]
-            store(sums, y, residual, bias, bias, numbers, part, image, oy + group * rows, ox, lane)
+        def finish(sums, y, residual, bias, scale, numbers, part, image, oy, ox, group, lane):  # type: ignore[no-untyped-def]
+            store(sums, y, residual, bias, scale, numbers, part, image, oy + group * rows, ox, lane)
 
         return numbers_of, device_function(finish)
 
@@ -246,7 +250,7 @@ class CudaWgmma(WgmmaKernel):
     """Sparse tensor cores of Hopper, images innermost; see the module's text."""
 
     name = "cuda_wgmma"
-    version = 2
+    version = 3
 
     def reason_spec(self, spec: ConvSpec) -> str | None:
         return f"the copy engine needs a batch of a multiple of 8, got {spec.n}" if spec.n % 8 else None
@@ -260,6 +264,7 @@ class CudaWgmma(WgmmaKernel):
             "split": (1, 2, 4, 8),
             "cluster": (1, 2),
             "groups": (1, 2),
+            "entries": self.entries(weight),
         }
 
     def reason_config(self, spec: ConvSpec, config: Config) -> str | None:
@@ -276,16 +281,17 @@ class CudaWgmma(WgmmaKernel):
         return dict(_FALLBACK)
 
     def shape(
-        self, spec: ConvSpec, config: Config, density: float, activation: str = "none", residual: bool = False
+        self, spec: ConvSpec, config: Config, facts: Facts, activation: str = "none", residual: bool = False
     ) -> Shape:
         geometry = geometry_of(spec, config)
-        steps, chunks = expected_work(geometry, density)
+        steps, chunks = expected_work(geometry, facts.density)
         blocks = spec.groups * -(-spec.k_per_group // two_four.ROWS)
         stages, split, cluster = (int(config[f]) for f in ("stages", "split", "cluster"))
-        return Shape(geometry, (steps, ceil(chunks) + 1), stages, split, cluster, blocks, activation, residual)
+        room = steps, ceil(chunks) + 1
+        return Shape(geometry, room, stages, split, cluster, blocks, facts.entries, activation, residual)
 
     def estimate(self, spec: ConvSpec, weight: SparseWeight, config: Config, device: cuda.Device) -> float:
-        shape = self.shape(spec, config, weight.density)
+        shape = self.shape(spec, config, facts_of(weight, config))
         g = geometry_of(spec, config)
         steps, chunks = expected_work(g, weight.density)
         row = row_clocks(g.row_bytes) * (1.0 if shape.cluster == 1 else 1.3)
@@ -303,6 +309,7 @@ _FIELDS: dict[str, Any] = {
     "split": (1, 64),
     "cluster": (1, 8),
     "groups": (1, 2),
+    "entries": ("wide", "coded"),
 }
 _TILES = (
     "1x4",
@@ -325,7 +332,16 @@ _TILES = (
     "8x4",
     "8x8",
 )
-_FALLBACK: Config = {"batch": 8, "tile": "2x4", "channels": 8, "stages": 2, "split": 1, "cluster": 1, "groups": 1}
+_FALLBACK: Config = {
+    "batch": 8,
+    "tile": "2x4",
+    "channels": 8,
+    "stages": 2,
+    "split": 1,
+    "cluster": 1,
+    "groups": 1,
+    "entries": "wide",
+}
 
 
 def _reason_shape(spec: ConvSpec, config: Config) -> str | None:

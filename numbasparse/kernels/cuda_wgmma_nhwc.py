@@ -28,6 +28,9 @@ Search space
     Blocks that share the input channels of one tile; a second kernel adds up their sums.
 ``groups``
     Warpgroups of a block, which share its images, or columns, or rows.
+``entries``
+    ``"wide"``: 16-bit values.  ``"coded"``, for quantized weights with at most 16 values or with whole numbers of a
+    byte: codes, which are decoded on the way to the tensor cores.
 """
 
 from __future__ import annotations
@@ -44,7 +47,7 @@ import numpy as np
 from numbasparse.kernels import two_four
 from numbasparse.kernels.base import Config, CudaRunner, Space, check_fields
 from numbasparse.kernels.cuda_tiles import device_function, parse_tile, row_clocks
-from numbasparse.kernels.wgmma_pipeline import Geometry, Packed, Shape, WgmmaKernel, clocks
+from numbasparse.kernels.wgmma_pipeline import Facts, Geometry, Packed, Shape, WgmmaKernel, clocks, facts_of
 from numbasparse.runtime import cuda, layouts
 from numbasparse.spec import ConvSpec
 from numbasparse.weight import SparseWeight
@@ -233,7 +236,7 @@ class PixelTile(Geometry):
         pieces = [(displacement, self.rows) for displacement in self._displacements()]
         return ptx.pair_mma(pieces, self.line_bytes, ptx.SWIZZLES[self.row_bytes].mask, self.spec.dtype)
 
-    def finish(self, split: int, residual: bool, activation: str) -> tuple[Any, Any]:
+    def finish(self, split: int, residual: bool, activation: str, scaled: bool) -> tuple[Any, Any]:
         from numba import types
 
         from numbasparse.codegen import ptx
@@ -242,7 +245,7 @@ class PixelTile(Geometry):
         spec, strips = self.spec, self.strips
         dtype = "float32" if split > 1 else spec.dtype
         size = ptx.element_bytes(dtype)
-        last = None if split > 1 else ptx.Finish(bias=True, scaled=False, residual=residual, activation=activation)
+        last = None if split > 1 else ptx.Finish(bias=True, scaled=scaled, residual=residual, activation=activation)
         places = [(i // strips, j, i % strips * _EIGHT) for i in range(self.pieces) for j in range(self.rows)]
         pixel = spec.k * size
         strides = (pixel * spec.out_w * spec.out_h, pixel * spec.out_w, pixel)
@@ -256,16 +259,23 @@ class PixelTile(Geometry):
             own, quad = table + (first + (lane >> 2)) * i64(4), table + (first + 2 * (lane & 3)) * i64(4)
             return i32(load_one(i64(quad))), i32(load_one(i64(own))), i32(load_one(i64(own + 32)))
 
-        def finish(sums, y, residual, bias, numbers, part, image, oy, ox, group, lane):  # type: ignore[no-untyped-def]
+        def both(values, numbers):  # type: ignore[no-untyped-def]
+            """Of a lane's two rows the float32 of their channels."""
+            return (
+                ptx.load_global_f32(i64(values + max(numbers[1], i32(0)) * i64(4))),
+                ptx.load_global_f32(i64(values + max(numbers[2], i32(0)) * i64(4))),
+            )
+
+        both = device_function(both)
+
+        def finish(sums, y, residual, bias, scale, numbers, part, image, oy, ox, group, lane):  # type: ignore[no-untyped-def]
             image, oy, ox = image + group * group_image, oy + group * group_row, ox + group * group_column + (lane >> 2)
             at = image * i64(strides[0]) + oy * i64(strides[1]) + ox * i64(strides[2])
             at += max(numbers[0], i32(0)) * i64(size) + part * i64(total)
             there = i32(1) if numbers[0] >= 0 else i32(0)
-            shifts = (
-                ptx.load_global_f32(i64(bias + max(numbers[1], i32(0)) * i64(4))),
-                ptx.load_global_f32(i64(bias + max(numbers[2], i32(0)) * i64(4))),
-            )
-            store(sums, i64(y + at), i64(residual + at), there, shifts, shifts, i32(image), i32(oy), i32(ox))
+            shifts = both(bias, numbers)
+            factors = both(scale, numbers) if scaled else shifts
+            store(sums, i64(y + at), i64(residual + at), there, shifts, factors, i32(image), i32(oy), i32(ox))
 
         return device_function(numbers_of), device_function(finish)
 
@@ -358,7 +368,7 @@ class CudaWgmmaNhwc(WgmmaKernel):
     """Sparse tensor cores of Hopper, channels innermost; see the module's text."""
 
     name = "cuda_wgmma_nhwc"
-    version = 1
+    version = 2
 
     def reason_spec(self, spec: ConvSpec) -> str | None:
         if spec.stride != (1, 1):
@@ -385,6 +395,7 @@ class CudaWgmmaNhwc(WgmmaKernel):
             "stages": (2, 3, 4),
             "split": tuple(s for s in (1, 2, 4, 8, 16) if s == 1 or 32 * s <= spec.c_per_group),
             "groups": (1, 2),
+            "entries": self.entries(weight),
         }
 
     def reason_config(self, spec: ConvSpec, config: Config) -> str | None:
@@ -401,21 +412,22 @@ class CudaWgmmaNhwc(WgmmaKernel):
         return dict(_FALLBACK)
 
     def shape(
-        self, spec: ConvSpec, config: Config, density: float, activation: str = "none", residual: bool = False
+        self, spec: ConvSpec, config: Config, facts: Facts, activation: str = "none", residual: bool = False
     ) -> Shape:
         geometry = geometry_of(spec, config)
-        steps, chunks, deviation = _work(geometry, density * spec.c / filled(spec).c)
+        steps, chunks, deviation = _work(geometry, facts.density * spec.c / filled(spec).c)
         room = steps, ceil(chunks + 2 * deviation) + 1
         blocks = spec.groups * -(-spec.k_per_group // two_four.ROWS)
-        return Shape(geometry, room, int(config["stages"]), int(config["split"]), 1, blocks, activation, residual)
+        stages, split = int(config["stages"]), int(config["split"])
+        return Shape(geometry, room, stages, split, 1, blocks, facts.entries, activation, residual)
 
-    def runner(self, spec: ConvSpec, packed: Packed, make: Callable[..., Shape]) -> CudaRunner:
+    def runner(self, spec: ConvSpec, packed: Packed, scale: np.ndarray, make: Callable[..., Shape]) -> CudaRunner:
         whole = filled(spec)
-        made = super().runner(whole, packed, make)
+        made = super().runner(whole, packed, scale, make)
         return made if whole == spec else _FillingRunner(spec, made)
 
     def estimate(self, spec: ConvSpec, weight: SparseWeight, config: Config, device: cuda.Device) -> float:
-        shape, g = self.shape(spec, config, weight.density), geometry_of(spec, config)
+        shape, g = self.shape(spec, config, facts_of(weight, config)), geometry_of(spec, config)
         steps, chunks, _ = _work(g, weight.density * spec.c / filled(spec).c)
         copy = g.planes * g.batch * g.patch_h * g.patch_w * row_clocks(g.row_bytes)
         stores = g.groups * g.sums / 4 * _STORE_CLOCKS
@@ -437,8 +449,17 @@ _FIELDS: dict[str, Any] = {
     "stages": (2, 8),
     "split": (1, 64),
     "groups": (1, 2),
+    "entries": ("wide", "coded"),
 }
-_FALLBACK: Config = {"batch": 1, "tile": "8x8", "channels": 32, "stages": 2, "split": 1, "groups": 1}
+_FALLBACK: Config = {
+    "batch": 1,
+    "tile": "8x8",
+    "channels": 32,
+    "stages": 2,
+    "split": 1,
+    "groups": 1,
+    "entries": "wide",
+}
 
 
 def _reason_shape(spec: ConvSpec, config: Config) -> str | None:

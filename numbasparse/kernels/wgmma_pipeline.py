@@ -17,6 +17,9 @@ two warps of 255, or for three of 168, and nvJitLink ignores ``setmaxnreg`` in P
 
 How a tile lies in shared memory, which is what activations in CHWN and in NHWC differ in, is a `Geometry`.
 
+Values of a quantized weight may be stored as codes, which the threads decode on their way to the tensor cores: copies
+and reads of weights are a fifth of what shared memory does.
+
 The idea of sparse tensor cores for unstructured masks is that of Pool and Yu ("Channel Permutations for N:M
 Sparsity", NeurIPS 2021), without loss; the pipeline is that of CUTLASS's warp-specialised kernels.
 """
@@ -26,7 +29,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
@@ -35,7 +38,7 @@ import numpy as np
 from numbasparse.activations import Activation
 from numbasparse.kernels import cuda_reduce, two_four
 from numbasparse.kernels.base import Config, CudaKernel, CudaRunner
-from numbasparse.kernels.cuda_fragments import reason_values
+from numbasparse.kernels.cuda_fragments import coding_of, is_scaled, reason_values, scale_of
 from numbasparse.kernels.cuda_packed import Finish, PackedRunner, Size
 from numbasparse.kernels.cuda_tiles import OutputTiles, device_function, locate, ranked, split_clocks
 from numbasparse.runtime import cuda, layouts
@@ -49,10 +52,88 @@ WINDOW = 0x3FFFF
 (PTX ISA, "Matrix descriptor format")."""
 HEAD_BYTES = 1024
 """Of shared memory: the barriers, and so much that the stages are aligned to the swizzle's pattern."""
-UNIT_BYTES, CHUNK_BYTES, HEADER_BYTES = 2320, 1152, 16
-"""Of a step in a blob, of a chunk of the rest, and of what is before them."""
-METADATA, WORD, OFFSETS = 2048, 2304, 1024
-"""Where a step has its metadata and its word, and a chunk the offsets of its rows."""
+CHUNK_BYTES, HEADER_BYTES = 1152, 16
+"""Of a chunk of the rest in a blob, and of what is before steps and chunks."""
+OFFSETS = 1024
+"""Where a chunk has the offsets of its rows."""
+
+
+# ---- values -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Entries:
+    """How the values of a step are stored, before its 256 bytes of metadata, its word and 12 bytes of nothing.
+
+    Attributes
+    ----------
+    form
+        ``"wide"``: 16-bit values.  ``"integers"``: bytes, 128 more than the value.  ``"nibbles"``: four bits, the place
+        of the value in a table of 16 that every thread has in registers.  ``"flagged"``: the same of a table without
+        zero, and a word for eight values that says which are zero.
+    scaled
+        Whether sums are multiplied by a factor of their output channel.
+    """
+
+    form: str = "wide"
+    scaled: bool = False
+
+    @property
+    def lane_words(self) -> int:
+        """Words of eight values, what a thread has of a step."""
+        return {"wide": 4, "integers": 2, "flagged": 2, "nibbles": 1}[self.form]
+
+    @property
+    def metadata(self) -> int:
+        """Where a step has its metadata."""
+        return 128 * 4 * self.lane_words
+
+    @property
+    def word(self) -> int:
+        """Where a step has its word."""
+        return self.metadata + 256
+
+    @property
+    def unit_bytes(self) -> int:
+        """Of a step."""
+        return self.word + 16
+
+
+def entries_of(weight: SparseWeight, config: Config) -> Entries:
+    """How a config stores the values of a weight."""
+    if config["entries"] == "wide":
+        return Entries()
+    count = len(coding_of(weight)[0])
+    form = "nibbles" if count <= _NIBBLES else "flagged" if count == _NIBBLES + 1 else "integers"
+    return Entries(form, is_scaled(weight))
+
+
+def reason_coded(weight: SparseWeight) -> str | None:
+    """Reason why a weight's values cannot be stored as codes."""
+    if weight.levels is None:
+        return "coded entries need a quantized weight"
+    values = coding_of(weight)[0]
+    whole = (values == np.rint(values)).all() and values.min() >= -128 and values.max() <= 127
+    if len(values) <= _NIBBLES + 1 or whole:
+        return None
+    return f"the weight has {len(values) - 1} values, coded entries know {_NIBBLES}, or whole numbers from -128 to 127"
+
+
+_NIBBLES = 16
+"""Places of a table."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the code depends on of a weight and how it is stored."""
+
+    density: float
+    entries: Entries
+
+
+def facts_of(weight: SparseWeight, config: Config) -> Facts:
+    """Those of a weight that a config has no objection to."""
+    return Facts(weight.density, entries_of(weight, config))
 
 
 # ---- geometry -----------------------------------------------------------------------------------------------
@@ -159,10 +240,10 @@ class Geometry(ABC):
         """Intrinsic ``(sums, values, address) -> sums`` of a chunk."""
 
     @abstractmethod
-    def finish(self, split: int, residual: bool, activation: str) -> tuple[Any, Any]:
+    def finish(self, split: int, residual: bool, activation: str, scaled: bool) -> tuple[Any, Any]:
         """Device functions: ``(rows, first, lane)`` gives a lane's output channels, those of a warp being
-        ``rows[first]`` and on; ``(sums, y, residual, bias, numbers, part, image, oy, ox, group, lane)`` finishes sums
-        and stores them.
+        ``rows[first]`` and on; ``(sums, y, residual, bias, scale, numbers, part, image, oy, ox, group, lane)`` finishes
+        sums and stores them.
         """
 
 
@@ -177,51 +258,77 @@ class Packed:
     ----------
     blobs : uint8
         One behind another, what a job multiplies its tile by: int32 numbers of steps and of chunks, for each 16 rows
-        uint8 the number of chunks that have any of them, and 4 bytes of nothing; of every step 2048 bytes of
-        `two_four.fragments`, 256 of `two_four.Steps.metadata`, one of `Geometry.words` and 12 bytes of nothing; of
-        every chunk of the rest 1024 bytes of `two_four.fragments` and its `Geometry.offsets`.
+        uint8 the number of chunks that have any of them, and 4 bytes of nothing; of every step its values (2048 bytes
+        of `two_four.fragments`, or what `Entries` says), 256 bytes of `two_four.Steps.metadata`, one of
+        `Geometry.words` and 12 bytes of nothing; of every chunk of the rest 1024 bytes of `two_four.fragments` and its
+        `Geometry.offsets`.
     jobs : int32, (jobs, 4)
         First input channel of the tile, start of the blob in units of 16 bytes, bytes of the blob, 0.
     ranges : int32, (blocks, splits, 2)
         What a block does: its first job and its number of jobs, which is the same in all blocks of a cluster.
     rows : int32, (blocks, 64)
         Output channel of every row, -1 where there is none.
+    table : uint8, (32,)
+        Of 16 values the lower bytes, then the upper ones.
     """
 
     blobs: np.ndarray
     jobs: np.ndarray
     ranges: np.ndarray
     rows: np.ndarray
+    table: np.ndarray
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """All of them, in the order of the kernel's parameters."""
+        return self.rows, self.blobs, self.jobs, self.ranges, self.table
 
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
-        return sum(a.nbytes for a in (self.blobs, self.jobs, self.ranges, self.rows))
+        return sum(a.nbytes for a in self.arrays)
 
 
-def pack(weight: SparseWeight, geometry: Geometry, split: int, cluster: int, room: tuple[int, int]) -> Packed:
+def pack(weight: SparseWeight, shape: Shape) -> Packed:
     """Cut a weight into blocks of 64 output channels and tiles of input channels, and write their steps.
 
     A tile with more steps or chunks than there is room for is copied again for the others.
     """
+    geometry, form, split, cluster = shape.geometry, shape.entries.form, shape.split, shape.cluster
     spec, rows = geometry.spec, geometry.row_blocks(weight)
     per_block = -(-spec.c_per_group // geometry.channels)
-    steps, rest = _steps(weight, geometry, rows, per_block)
+    if form == "wide":
+        values, data = np.zeros(1, np.float32), weight.data
+    else:
+        values, places = coding_of(weight)
+        data = places.astype(np.float32)
+    steps, rest = _steps(data, weight, geometry, rows, per_block)
+    if form != "wide":
+        rest = replace(rest, values=values[rest.values.astype(np.int64)])
     live = _live(np.diff(steps.first), per_block, cluster)
-    pieces, ranges = _pieces(np.diff(steps.first), np.diff(rest.first), room, live, split, cluster)
+    pieces, ranges = _pieces(np.diff(steps.first), np.diff(rest.first), shape.room, live, split, cluster)
     block, tile = np.divmod(pieces[:, 0], per_block)
     group = block // (len(rows) // spec.groups)
-    blobs, starts, sizes = _blobs(steps, rest, geometry, pieces)
+    units = _units(steps, geometry, shape.entries, values)
+    blobs, starts, sizes = _blobs(units, _chunks(rest, geometry), rest, pieces)
     jobs = np.zeros((len(pieces), 4), np.int32)
     jobs[:, 0] = group * spec.c_per_group + tile * geometry.channels
     jobs[:, 1], jobs[:, 2] = starts // 16, sizes
-    return Packed(blobs, jobs, ranges, rows)
+    return Packed(blobs, jobs, ranges, rows, _table(values, form, spec.dtype))
+
+
+def _table(values: np.ndarray, form: str, dtype: str) -> np.ndarray:
+    """`Packed.table` of values behind a zero."""
+    listed = {"nibbles": values, "flagged": values[1:]}.get(form, values[:1])
+    words = np.zeros(_NIBBLES, np.uint16)
+    words[: len(listed)] = two_four.narrow(listed, dtype)
+    return np.concatenate([words & 0xFF, words >> 8]).astype(np.uint8)
 
 
 def _steps(
-    weight: SparseWeight, geometry: Geometry, rows: np.ndarray, per_block: int
+    data: np.ndarray, weight: SparseWeight, geometry: Geometry, rows: np.ndarray, per_block: int
 ) -> tuple[two_four.Steps, two_four.Rest]:
-    """Steps of every block and tile of input channels; part ``block * per_block + tile``."""
+    """Steps of every block and tile of input channels; part ``block * per_block + tile``.  ``data`` is not zero."""
     spec = geometry.spec
     place = np.empty(spec.k, np.int64)
     place[rows[rows >= 0]] = np.flatnonzero(rows.ravel() >= 0)
@@ -230,7 +337,7 @@ def _steps(
     # Of every column of a weight's matrix, and then of every non-zero.
     tile = np.arange(spec.c_per_group * spec.r * spec.s) // (spec.r * spec.s) // geometry.channels
     part = (block * per_block)[k] + tile[column]
-    return geometry.cover(part, row[k], column, weight.data, len(rows) * per_block)
+    return geometry.cover(part, row[k], column, data, len(rows) * per_block)
 
 
 def _live(counts: np.ndarray, per_block: int, cluster: int) -> list[np.ndarray]:
@@ -267,21 +374,21 @@ def _pieces(
 
 
 def _blobs(
-    steps: two_four.Steps, rest: two_four.Rest, geometry: Geometry, pieces: np.ndarray
+    units: np.ndarray, chunks: np.ndarray, rest: two_four.Rest, pieces: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The blobs of all jobs, their starts and their sizes in bytes.
+    """The blobs of all jobs from the bytes of steps and chunks, their starts and their sizes in bytes.
 
     Jobs are in the order of their parts, and a part is some job's: so are steps and chunks in their order.
     """
     counts, rest_counts = pieces[:, 1], pieces[:, 2]
-    sizes = HEADER_BYTES + counts * UNIT_BYTES + rest_counts * CHUNK_BYTES
+    sizes = HEADER_BYTES + counts * units.shape[1] + rest_counts * CHUNK_BYTES
     starts = np.cumsum(sizes) - sizes
     lines = np.zeros((int(sizes.sum()) // 16, 16), np.uint8)
     lines[starts // 16, :8] = _as_bytes(pieces[:, 1:].astype(np.int32))
     lines[starts // 16, 8:12] = _own_chunks(rest, rest_counts)
     first = starts + HEADER_BYTES
-    _place(lines, first, counts, _units(steps, geometry))
-    _place(lines, first + counts * UNIT_BYTES, rest_counts, _chunks(rest, geometry))
+    _place(lines, first, counts, units)
+    _place(lines, first + counts * units.shape[1], rest_counts, chunks)
     return lines.ravel(), starts, sizes
 
 
@@ -305,12 +412,29 @@ def _place(lines: np.ndarray, starts: np.ndarray, counts: np.ndarray, rows: np.n
     lines[at[:, None] + np.arange(width // 16)] = rows.reshape(len(rows), -1, 16)
 
 
-def _units(steps: two_four.Steps, geometry: Geometry) -> np.ndarray:
-    units = np.zeros((steps.count, UNIT_BYTES), np.uint8)
-    units[:, :METADATA] = _as_bytes(two_four.fragments(steps.values, geometry.spec.dtype))
-    units[:, METADATA:WORD] = _as_bytes(steps.metadata)
-    units[:, WORD:].view(np.int32)[:, 0] = geometry.words(steps)
+def _units(steps: two_four.Steps, geometry: Geometry, entries: Entries, values: np.ndarray) -> np.ndarray:
+    """Of every step its bytes; ``values`` are those that codes stand for."""
+    units = np.zeros((steps.count, entries.unit_bytes), np.uint8)
+    if entries.form == "wide":
+        units[:, : entries.metadata] = _as_bytes(two_four.fragments(steps.values, geometry.spec.dtype))
+    else:
+        units[:, : entries.metadata] = _as_bytes(_codes(two_four.lanes(steps.values), entries, values))
+    units[:, entries.metadata : entries.word] = _as_bytes(steps.metadata)
+    units[:, entries.word :].view(np.int32)[:, 0] = geometry.words(steps)
     return units
+
+
+def _codes(places: np.ndarray, entries: Entries, values: np.ndarray) -> np.ndarray:
+    """Codes of the places of values, (steps, 128, 8), as bytes (steps, 128, 4 * lane_words)."""
+    places = places.astype(np.uint8)
+    if entries.form == "integers":
+        return (values + 128).astype(np.uint8)[places]
+    if entries.form == "nibbles":
+        return places[:, :, ::2] | places[:, :, 1::2] << 4
+    there, codes = (places != 0).astype(np.uint8), np.maximum(places, 1) - 1
+    # `ptx.mask_words` wants flags in the upper bits of bytes.
+    flags = there[:, :, :4] << 7 | there[:, :, 4:] << 6
+    return np.concatenate([codes[:, :, ::2] | codes[:, :, 1::2] << 4, flags], axis=2)
 
 
 def _chunks(rest: two_four.Rest, geometry: Geometry) -> np.ndarray:
@@ -332,7 +456,8 @@ def _as_bytes(array: np.ndarray) -> np.ndarray:
 class Shape(OutputTiles):
     """All constants of the kernel's code: what the compiled code depends on, and nothing else.
 
-    ``room`` is that of a stage, steps and chunks; ``blocks`` those of output channels.
+    ``room`` is that of a stage, steps and chunks; ``blocks`` those of output channels; ``entries`` say how values are
+    stored.
     """
 
     geometry: Geometry
@@ -341,6 +466,7 @@ class Shape(OutputTiles):
     split: int
     cluster: int
     blocks: int
+    entries: Entries
     activation: str
     residual: bool
 
@@ -351,13 +477,13 @@ class Shape(OutputTiles):
     @property
     def stage_bytes(self) -> int:
         """An input tile and behind it a blob, up to the next multiple of 1024."""
-        blob = HEADER_BYTES + self.room[0] * UNIT_BYTES + self.room[1] * CHUNK_BYTES
+        blob = HEADER_BYTES + self.room[0] * self.entries.unit_bytes + self.room[1] * CHUNK_BYTES
         return -(-(self.geometry.tile_bytes + blob) // 1024) * 1024
 
     @property
     def shared_bytes(self) -> int:
         """Behind the last stage is room for the steps that are read ahead of the last one."""
-        return 1024 + HEAD_BYTES + self.stages * self.stage_bytes + 2 * UNIT_BYTES
+        return 1024 + HEAD_BYTES + self.stages * self.stage_bytes + 2 * self.entries.unit_bytes
 
     @property
     def threads(self) -> int:
@@ -386,14 +512,16 @@ def _code(shape: Shape) -> Callable[..., None]:
         ptx.shared_base(1024),
         locate(shape),
         _compute(shape),
-        shape.geometry.finish(shape.split, shape.residual, shape.activation),
+        shape.geometry.finish(shape.split, shape.residual, shape.activation, shape.entries.scaled),
     )
+    load_table, _ = _decoder(shape)
     (jobs_of, advance), (copy_first, copy_next) = _cursor(shape), _copies(shape)
     zeros, load_job = ptx.zeros(shape.geometry.sums), ptx.load_words("global", 4)
     stage_bytes = shape.stage_bytes
 
-    def cuda_wgmma(y, residual, bias, rows, blobs, jobs, ranges):  # type: ignore[no-untyped-def]
+    def cuda_wgmma(y, residual, bias, scale, rows, blobs, jobs, ranges, table):  # type: ignore[no-untyped-def]
         base = i64(shared_base())
+        values = load_table(table)
         thread = ptx.thread_index()
         group, within, warp, lane = thread >> 7, thread & 127, (thread >> 5) & 3, thread & 31
         # For each stage 8 bytes of barrier; behind them 4 that count the warps that have left it; behind these 4 that
@@ -427,7 +555,7 @@ def _code(shape: Shape) -> Callable[..., None]:
                 following = load_job(job)
                 ptx.mbarrier_wait(u32(base + 8 * slot), phase)
                 stage = base + HEAD_BYTES + slot * stage_bytes
-                sums = compute(sums, stage, group, within, warp, lane)
+                sums = compute(sums, stage, values, group, within, warp, lane)
                 # Every lane has read the stage when the first one counts.
                 ptx.warp_barrier()
                 # Where nothing follows nobody counts, so that no block is asked which may have ended.
@@ -441,7 +569,7 @@ def _code(shape: Shape) -> Callable[..., None]:
                 if slot == i32(stages):
                     slot = i32(0)
                     phase ^= i32(1)
-            finish(sums, y, residual, bias, numbers, part, first_image, oy, ox, group, lane)
+            finish(sums, y, residual, bias, scale, numbers, part, first_image, oy, ox, group, lane)
             work += step
         # A block ends when all of its cluster have got their last tile.
         if cluster > 1:
@@ -541,6 +669,43 @@ def _copies(shape: Shape) -> tuple[Any, Any]:
     return device_function(copy_first), device_function(copy_next)
 
 
+def _decoder(shape: Shape) -> tuple[Any, Any]:
+    """Device functions: ``(table)``, the values of codes for one thread, and ``(codes, values)``, those of a step."""
+    from numba import types
+
+    from numbasparse.codegen import ptx
+
+    i64, form = types.int64, shape.entries.form
+    load_four, nibbles, mask = ptx.load_words("global", 4), ptx.decode_nibbles(), ptx.mask_words()
+    integers = ptx.decode_integers(shape.spec.dtype)
+
+    def load_table(table):  # type: ignore[no-untyped-def]
+        return load_four(i64(table)), load_four(i64(table + 16))
+
+    def load_nothing(table):  # type: ignore[no-untyped-def]
+        return table
+
+    def decode_nibbles(codes, values):  # type: ignore[no-untyped-def]
+        return nibbles(codes, values[0], values[1])
+
+    def decode_flagged(codes, values):  # type: ignore[no-untyped-def]
+        return mask(nibbles(codes[0], values[0], values[1]), codes[1])
+
+    def decode_integers(codes, values):  # type: ignore[no-untyped-def]
+        return integers(codes)
+
+    def keep(codes, values):  # type: ignore[no-untyped-def]
+        return codes
+
+    load, decode = {
+        "wide": (load_nothing, keep),
+        "integers": (load_nothing, decode_integers),
+        "flagged": (load_table, decode_flagged),
+        "nibbles": (load_table, decode_nibbles),
+    }[form]
+    return device_function(load), device_function(decode)
+
+
 def _compute(shape: Shape) -> Any:
     """Device function: a warpgroup adds what the tile and the weight of a stage give to its sums."""
     from numba import types
@@ -548,56 +713,58 @@ def _compute(shape: Shape) -> Any:
     from numbasparse.codegen import ptx
 
     i32, u32, i64 = types.int32, types.uint32, types.int64
-    geometry, tile_bytes = shape.geometry, shape.geometry.tile_bytes
-    own_bytes = geometry.group_bytes
-    multiply, (leftover, fetch) = geometry.multiply(), _leftover(shape)
+    geometry, tile_bytes, entries = shape.geometry, shape.geometry.tile_bytes, shape.entries
+    own_bytes, unit_bytes, lane_bytes = geometry.group_bytes, entries.unit_bytes, 4 * entries.lane_words
+    metadata_at, word_at = entries.metadata, entries.word
+    multiply, (leftover, fetch), (_, decode) = geometry.multiply(), _leftover(shape), _decoder(shape)
     wait_two, settle = ptx.wgmma_wait(2), ptx.wgmma_settle(geometry.sums)
-    load_four, load_one = ptx.load_words("shared", 4), ptx.load_words("shared", 1)
+    load_own, load_one = ptx.load_words("shared", entries.lane_words), ptx.load_words("shared", 1)
+    load_four = ptx.load_words("shared", 4)
 
-    def load(unit, values, metadata):  # type: ignore[no-untyped-def]
+    def load(unit, own, metadata):  # type: ignore[no-untyped-def]
         """The weight of a step for one thread, and its word."""
-        return load_four(u32(unit + values)), load_one(u32(unit + metadata)), i32(load_one(u32(unit + WORD)))
+        return load_own(u32(unit + own)), load_one(u32(unit + metadata)), i32(load_one(u32(unit + word_at)))
 
     load = device_function(load)
 
-    def step(sums, weight, operand, following, values, metadata):  # type: ignore[no-untyped-def]
+    def step(sums, weight, values, operand, following, own, metadata):  # type: ignore[no-untyped-def]
         """Order a step, and read the weight of one that follows."""
-        sums = multiply(sums, weight[0], weight[1], weight[2], operand)
-        loaded = load(following, values, metadata)
+        sums = multiply(sums, decode(weight[0], values), weight[1], weight[2], operand)
+        loaded = load(following, own, metadata)
         wait_two()
         return sums, loaded
 
     step = device_function(step)
 
-    def compute(sums, stage, group, within, warp, lane):  # type: ignore[no-untyped-def]
-        values, metadata = within * 16, METADATA + ((warp * 8 + (lane >> 2)) * 2 + (lane & 1)) * 4
+    def compute(sums, stage, values, group, within, warp, lane):  # type: ignore[no-untyped-def]
+        lane_at, metadata = within * lane_bytes, metadata_at + ((warp * 8 + (lane >> 2)) * 2 + (lane & 1)) * 4
         own, unit = stage + group * own_bytes, stage + tile_bytes + HEADER_BYTES
         operand = own & WINDOW
         header = load_four(u32(stage + tile_bytes))
         steps, chunks = header[0], header[2] >> u32(8 * warp) & u32(255)
         remaining = i32(steps)
-        rest = unit + i32(steps) * UNIT_BYTES
+        rest = unit + i32(steps) * unit_bytes
         fetched = fetch(rest, within, warp, lane)
-        w0 = load(unit, values, metadata)
-        w1 = load(unit + UNIT_BYTES, values, metadata)
+        w0 = load(unit, lane_at, metadata)
+        w1 = load(unit + unit_bytes, lane_at, metadata)
         # Nothing but wgmma may write sums in this loop, or ptxas waits for each before the next (C7515).  A step's
         # weight is read two steps ahead, since reads queue behind the tensor cores' own of shared memory, and two steps
         # are under way when the next is ordered: five sets of registers.
         while remaining > 0:
-            sums, w2 = step(sums, w0, operand, unit + 2 * UNIT_BYTES, values, metadata)
+            sums, w2 = step(sums, w0, values, operand, unit + 2 * unit_bytes, lane_at, metadata)
             if remaining == 1:
                 break
-            sums, w3 = step(sums, w1, operand, unit + 3 * UNIT_BYTES, values, metadata)
+            sums, w3 = step(sums, w1, values, operand, unit + 3 * unit_bytes, lane_at, metadata)
             if remaining == 2:
                 break
-            sums, w4 = step(sums, w2, operand, unit + 4 * UNIT_BYTES, values, metadata)
+            sums, w4 = step(sums, w2, values, operand, unit + 4 * unit_bytes, lane_at, metadata)
             if remaining == 3:
                 break
-            sums, w0 = step(sums, w3, operand, unit + 5 * UNIT_BYTES, values, metadata)
+            sums, w0 = step(sums, w3, values, operand, unit + 5 * unit_bytes, lane_at, metadata)
             if remaining == 4:
                 break
-            sums, w1 = step(sums, w4, operand, unit + 6 * UNIT_BYTES, values, metadata)
-            unit += i64(5 * UNIT_BYTES)
+            sums, w1 = step(sums, w4, values, operand, unit + 6 * unit_bytes, lane_at, metadata)
+            unit += i64(5 * unit_bytes)
             remaining -= i32(5)
         sums = settle(sums)
         return leftover(sums, i32(chunks), own, fetched, rest, within, warp, lane)
@@ -641,7 +808,7 @@ def compile_shape(shape: Shape, capability: tuple[int, int]) -> tuple[cuda.Ptx, 
     cuda.numba_cuda()  # prepares NumPy for it, before codegen.ptx imports it
     main = cuda.compile_ptx(
         _code(shape),
-        7,
+        9,
         repr(shape),
         capability=capability,
         threads=shape.threads,
@@ -651,7 +818,13 @@ def compile_shape(shape: Shape, capability: tuple[int, int]) -> tuple[cuda.Ptx, 
     if shape.split == 1:
         return main, None
     return main, cuda_reduce.reduce_ptx(
-        shape.spec, shape.split, shape.geometry.layout, False, shape.residual, shape.activation, capability
+        shape.spec,
+        shape.split,
+        shape.geometry.layout,
+        shape.entries.scaled,
+        shape.residual,
+        shape.activation,
+        capability,
     )
 
 
@@ -659,17 +832,19 @@ def compile_shape(shape: Shape, capability: tuple[int, int]) -> tuple[cuda.Ptx, 
 
 
 class _Runner(PackedRunner):
-    def __init__(self, spec: ConvSpec, packed: Packed, make: Callable[..., Shape]) -> None:
-        arrays = (packed.rows, packed.blobs, packed.jobs, packed.ranges)
+    def __init__(self, spec: ConvSpec, packed: Packed, scale: np.ndarray, make: Callable[..., Shape]) -> None:
         shape = make()
-        super().__init__(spec, arrays, shape.geometry.layout, shape.split, make, compile_shape)
+        layout, split = shape.geometry.layout, shape.split
+        super().__init__(
+            spec, packed.arrays, layout, split, make, compile_shape, scale if shape.entries.scaled else None
+        )
 
     def _size(self, shape: Shape) -> Size:
         return shape.grid(self._facts), shape.threads, shape.shared_bytes
 
     def _start(self, main: cuda.Function, shape: Shape, size: Size, x: int, finish: Finish, stream: int) -> None:
         tensor_map = self._map(x, shape.geometry.tensor_map)
-        arguments = (*finish[:3], *self._pointers)
+        arguments = (*finish, *self._pointers)
         main.launch(*size, stream, arguments, cluster=shape.cluster, tensor_map=tensor_map)
 
 
@@ -681,6 +856,11 @@ class WgmmaKernel(CudaKernel):
         if capability != (9, 0):
             return f"its instructions exist on compute capability 9.0 only, this GPU is {capability[0]}.{capability[1]}"
         return self.reason_spec(spec) or reason_values(spec, weight)
+
+    @staticmethod
+    def entries(weight: SparseWeight) -> tuple[str, ...]:
+        """How a weight may be stored."""
+        return ("wide",) if reason_coded(weight) else ("wide", "coded")
 
     @abstractmethod
     def reason_spec(self, spec: ConvSpec) -> str | None:
@@ -696,14 +876,16 @@ class WgmmaKernel(CudaKernel):
 
     def check(self, spec: ConvSpec, weight: SparseWeight, config: Config) -> str | None:
         reason = self.reason_config(spec, config)
+        if reason is None and config["entries"] == "coded":
+            reason = reason_coded(weight)
         if reason is not None:
             return reason
-        make = functools.partial(self.shape, spec, config, weight.density)
+        make = functools.partial(self.shape, spec, config, facts_of(weight, config))
         return _reason_resources(self.geometry(spec, config), make, int(config["stages"]))
 
     @abstractmethod
     def shape(
-        self, spec: ConvSpec, config: Config, density: float, activation: str = "none", residual: bool = False
+        self, spec: ConvSpec, config: Config, facts: Facts, activation: str = "none", residual: bool = False
     ) -> Shape:
         """The constants of the code, of a config whose fields have been checked."""
 
@@ -713,8 +895,7 @@ class WgmmaKernel(CudaKernel):
 
     def pack(self, spec: ConvSpec, weight: SparseWeight, config: Config) -> Packed:
         """The weight as a config's kernel reads it."""
-        shape = self.shape(spec, config, weight.density)
-        return pack(weight, shape.geometry, shape.split, shape.cluster, shape.room)
+        return pack(weight, self.shape(spec, config, facts_of(weight, config)))
 
     def default(self, spec: ConvSpec, weight: SparseWeight, threads: int) -> Config:
         return self.suggest(spec, weight, threads, 1)[0]
@@ -733,19 +914,19 @@ class WgmmaKernel(CudaKernel):
         self, spec: ConvSpec, weight: SparseWeight, config: Config, activation: Activation = "none"
     ) -> tuple[cuda.Ptx, ...]:
         self.require(spec, weight, config)
-        shape = self.shape(spec, config, weight.density, activation)
+        shape = self.shape(spec, config, facts_of(weight, config), activation)
         return tuple(p for p in compile_shape(shape, cuda.current().capability) if p is not None)
 
     def prepare(
         self, spec: ConvSpec, weight: SparseWeight, config: Config, activation: Activation = "none"
     ) -> CudaRunner:
         self.require(spec, weight, config)
-        packed = self.pack(spec, weight, config)
-        return self.runner(spec, packed, functools.partial(self.shape, spec, config, weight.density, activation))
+        make = functools.partial(self.shape, spec, config, facts_of(weight, config), activation)
+        return self.runner(spec, self.pack(spec, weight, config), scale_of(weight), make)
 
-    def runner(self, spec: ConvSpec, packed: Packed, make: Callable[..., Shape]) -> CudaRunner:
-        """Of a packed weight, and what makes the constants of the code."""
-        return _Runner(spec, packed, make)
+    def runner(self, spec: ConvSpec, packed: Packed, scale: np.ndarray, make: Callable[..., Shape]) -> CudaRunner:
+        """Of a packed weight, factors of its output channels, and what makes the constants of the code."""
+        return _Runner(spec, packed, scale, make)
 
 
 def _reason_resources(geometry: Geometry, make: Callable[[], Shape], stages: int) -> str | None:
@@ -788,7 +969,7 @@ def clocks(
         Clocks that the copy engine takes for a job, and that an output tile takes to be stored.
     """
     spec, g = shape.spec, shape.geometry
-    blob = steps * UNIT_BYTES + chunks * CHUNK_BYTES
+    blob = steps * shape.entries.unit_bytes + chunks * CHUNK_BYTES
     shared = ((steps + chunks) * operand + g.tile_bytes + (1 + g.groups) * blob) / _SHARED_BYTES_PER_CLOCK
     compute = shared + chunks * _CHUNK_CLOCKS / g.groups + _JOB_CLOCKS
     copy += blob / _BULK_BYTES_PER_CLOCK
