@@ -40,8 +40,9 @@ from autotune.measure import measure
 from autotune.space import Candidate, LayerProblem
 from numbasparse import ConvSpec, SparseWeight
 from numbasparse.kernels import Config, cuda_mma, kernel, wgmma_pipeline
-from numbasparse.quantization import LinearQuantization
+from numbasparse.quantization import CodebookQuantization, LinearQuantization
 from numbasparse.runtime import cuda
+from numbasparse.weight import Quantization
 
 NAME, PIXELS, GATHERING = "cuda_wgmma", "cuda_wgmma_nhwc", "cuda_mma"
 TARGET = Case((3, 256, 56, 256), 32, "float16")
@@ -51,7 +52,13 @@ RACED, SUGGESTED, BEST_FEW = 5, 1, 2
 GATHERED = 5
 """Configs of cuda_mma measured for each mask."""
 CODED = ("98%", "16x1 90%")
-"""Masks whose weights are measured as codes too."""
+"""Masks of `gathered` whose weights are measured as codes too."""
+CODES = {
+    "int8": LinearQuantization(8, granularity="channel"),
+    "int4": LinearQuantization(4, granularity="channel"),
+    "codebook of 16": CodebookQuantization(4),
+}
+"""Quantized weights of `nhwc --codes`."""
 
 
 def of_each_shape(
@@ -84,8 +91,9 @@ def pixel_configs(problem: LayerProblem, count: int) -> list[Candidate]:
 
 # ---- right --------------------------------------------------------------------------------------------------
 
-SMALL: list[tuple[ConvSpec, Config]] = [
+SMALL: list[tuple[str, ConvSpec, Config]] = [
     (
+        NAME,
         ConvSpec.create((n, c, h, h), (k, c, r, r), stride, r // 2, dtype="float16"),
         {
             "batch": batch,
@@ -95,6 +103,7 @@ SMALL: list[tuple[ConvSpec, Config]] = [
             "split": split,
             "cluster": cluster,
             "groups": groups,
+            "entries": "wide",
         },
     )
     for (n, c, h, k, r, stride), (batch, tile, channels, stages, split, cluster, groups) in (
@@ -107,6 +116,51 @@ SMALL: list[tuple[ConvSpec, Config]] = [
         ((32, 160, 4, 64, 1, 1), (32, "2x4", 64, 2, 1, 1, 2)),
     )
 ]
+SMALL += [
+    (
+        PIXELS,
+        ConvSpec.create((n, c, h, h), (k, c, r, r), 1, r // 2, dtype="float16"),
+        {
+            "batch": batch,
+            "tile": tile,
+            "channels": channels,
+            "stages": 2,
+            "split": split,
+            "groups": groups,
+            "entries": entries,
+        },
+    )
+    for (n, c, h, k, r), (batch, tile, channels, split, groups, entries) in (
+        ((3, 72, 14, 76, 3), (1, "14x8", 32, 1, 1, "wide")),
+        ((4, 72, 7, 72, 3), (2, "7x8", 64, 1, 2, "wide")),
+        ((2, 128, 9, 64, 3), (1, "4x16", 32, 2, 2, "wide")),
+        ((4, 160, 4, 64, 1), (1, "8x8", 64, 1, 1, "wide")),
+        ((2, 3, 12, 64, 3), (1, "12x8", 32, 1, 1, "wide")),
+        ((3, 72, 14, 76, 3), (1, "14x8", 32, 1, 1, "coded")),
+    )
+]
+SMALL += [
+    (
+        GATHERING,
+        ConvSpec.create((n, c, h, h), (k, c, 3, 3), stride, 1, dtype="float16"),
+        {
+            "batch": batch,
+            "tile": tile,
+            "warps": 4,
+            "parts": 2,
+            "channels": 8,
+            "stages": 2,
+            "copy": copy,
+            "split": split,
+            "entries": entries,
+        },
+    )
+    for (n, c, h, k, stride), (batch, tile, copy, split, entries) in (
+        ((32, 40, 6, 72, 1), (32, "2x4", "box", 1, "wide")),
+        ((32, 40, 6, 72, 2), (16, "4x4", "async", 1, "wide")),
+        ((32, 40, 6, 72, 1), (32, "2x4", "box", 2, "coded")),
+    )
+]
 
 
 def grid(args: argparse.Namespace) -> None:
@@ -116,18 +170,19 @@ def grid(args: argparse.Namespace) -> None:
     wgmma_pipeline.Shape.shared_bytes = property(lambda shape: exact(shape) + 16384)  # type: ignore[method-assign]
     wrong = 0
     with session(args) as (gpu, _):
-        for number, (spec, config) in enumerate(SMALL):
+        for number, (name, spec, config) in enumerate(SMALL):
             for density in (0.02, 0.2, 0.6):
                 rng = np.random.default_rng(number)
                 dense = rng.standard_normal(spec.weight_shape) * (rng.random(spec.weight_shape) < density)
-                problem = LayerProblem(
-                    "small", spec, SparseWeight.from_dense(dense.astype(np.float32)), activation="relu"
-                )
+                weight = SparseWeight.from_dense(dense.astype(np.float32))
+                if config["entries"] == "coded":
+                    weight = weight.quantized(CODES["int8"] if density == 0.2 else CODES["codebook of 16"])
+                problem = LayerProblem("small", spec, weight, activation="relu")
                 bench = GpuBench(problem, gpu)
-                candidate = Candidate(NAME, config)
+                candidate = Candidate(name, config)
                 reason = bench.wrong(candidate, bench.prepare(candidate))
                 wrong += reason is not None
-                print(spec.key, config, f"density {density}:", reason or "right", flush=True)
+                print(name, spec.key, config, f"density {density}:", reason or "right", flush=True)
     sys.exit(min(wrong, 1))
 
 
@@ -230,6 +285,10 @@ def of_sparsities(
                 bench, label = GpuBench(case.problem(sparsity), gpu, compilers), f"{sparsity:.0%}"
                 own = unique([*few, *choose(bench.problem, SUGGESTED)])
                 raced[label] = race(bench, compilers, own, row, label)
+                if args.codes and raced[label][0]["us"]:
+                    for code, quantization in CODES.items():
+                        winner = Candidate(own[0].kernel, raced[label][0]["config"])
+                        add_coded(row, bench.problem, winner, quantization, gpu, f"{code} {label}")
                 few = [Candidate(own[0].kernel, f["config"]) for f in raced[f"{sparsities[0]:.0%}"][:BEST_FEW]]
             return raced
 
@@ -272,20 +331,23 @@ def gathered(args: argparse.Namespace) -> None:
                 bench = GpuBench(problems[case, mask], gpu, compilers)
                 raced[mask] = race(bench, compilers, gathering_configs(bench.problem, GATHERED), row, mask)
                 if raced[mask][0]["us"] and mask in CODED:
-                    add_coded(row, bench.problem, raced[mask][0]["config"], gpu, mask)
+                    winner = Candidate(GATHERING, raced[mask][0]["config"])
+                    add_coded(row, bench.problem, winner, CODES["int8"], gpu, f"coded {mask}")
             return raced
 
         timed(args, gpu, wanted, "tensor_gathered", tuple(MASKS), race_all)
 
 
-def add_coded(row: Row, problem: LayerProblem, config: Config, gpu: Any, label: str) -> None:
-    """The same config with weights that are bytes."""
-    weight = problem.weight.quantized(LinearQuantization(8, granularity="channel"))
-    candidate = Candidate(GATHERING, {**config, "entries": "coded"})
-    if kernel(GATHERING).check(problem.spec, weight, dict(candidate.config)) is None:
+def add_coded(
+    row: Row, problem: LayerProblem, wide: Candidate, quantization: Quantization, gpu: Any, label: str
+) -> None:
+    """The same config with weights that are codes."""
+    weight = problem.weight.quantized(quantization)
+    candidate = Candidate(wide.kernel, {**wide.config, "entries": "coded"})
+    if kernel(wide.kernel).check(problem.spec, weight, dict(candidate.config)) is None:
         bench = GpuBench(dataclasses.replace(problem, weight=weight), gpu)
         ready = bench.prepare(candidate)
-        row.add(f"ours coded {label}", bench.call(ready, ready.takes, ready.gives), bench.wrong(candidate, ready))
+        row.add(f"ours {label}", bench.call(ready, ready.takes, ready.gives), bench.wrong(candidate, ready))
 
 
 def means(rows: list[dict[str, Any]], labels: tuple[str, ...]) -> dict[str, float]:
@@ -455,6 +517,7 @@ def main() -> None:
     parser.add_argument("--config", help='once: as "batch=32,tile=4x4,channels=32,stages=3,split=1,cluster=1,groups=2"')
     parser.add_argument("--batch", type=int, nargs="+", help="other batch sizes")
     parser.add_argument("--sparsity", type=float, nargs="+", default=list(SPARSITIES))
+    parser.add_argument("--codes", action="store_true", help="layers, nhwc: quantized weights too")
     parser.add_argument("--raced", type=int, default=RACED, help="configs measured at the first sparsity")
     parser.add_argument("--out", default="benchmarks/results/tensor", help="checks: folder of the logs")
     parser.add_argument("--workers", type=int, help="compiling processes; all cores but one if not given")

@@ -267,7 +267,7 @@ def gathering_deep(row_bytes: int, n: int, dtype: str) -> cuda.Ptx:
 
 @functools.cache
 def decoding(form: str, dtype: str) -> cuda.Ptx:
-    """Kernel ``(out, codes, flags, table)``: of 128 threads the eight 16-bit values of their codes, as whole numbers."""
+    """Kernel ``(out, codes, flags, table)``: the eight 16-bit values of codes of 128 threads, as whole numbers."""
     cuda.numba_cuda()
     from numba import types
 

@@ -971,9 +971,9 @@ def decode_integers(dtype: str) -> Any:
 
     Notes
     -----
-    PTX ISA, "prmt".  A byte below the byte 0x64 is the float16 of 1024 and the byte, from which 1152 is taken.  bfloat16
-    has too few digits for that: a byte below 0x4B0000 is the float32 of 2**23 and the byte; the upper half of the
-    difference is exact.
+    PTX ISA, "prmt".  With 0x64 as its upper byte, a byte is the float16 of 1024 and itself, from which 1152 is taken.
+    bfloat16 has too few digits for that: behind 0x4B0000 a byte is the float32 of 2**23 and itself; the upper half of
+    the difference is exact.
     """
     kind, made = types.UniTuple(types.uint32, 2), types.UniTuple(types.uint32, 4)
     half = (
@@ -1008,7 +1008,7 @@ def decode_integers(dtype: str) -> Any:
 def decode_nibbles() -> Any:
     """Intrinsic ``(codes, low, high) -> values``: 16-bit values of eight nibbles, the lowest first.
 
-    ``codes`` is a word; ``low`` and ``high`` have the lower and the upper bytes of the 16 values that nibbles stand for.
+    ``codes`` is a word; ``low`` and ``high`` have the lower and the upper bytes of 16 values, which nibbles stand for.
 
     Notes
     -----
