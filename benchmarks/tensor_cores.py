@@ -80,13 +80,15 @@ def gathering_configs(problem: LayerProblem, count: int) -> list[Candidate]:
 
 def configs(problem: LayerProblem, count: int, clusters: int) -> list[Candidate]:
     """Those of cuda_wgmma."""
-    fields = ("batch", "tile", "split", "cluster", "groups")
+    fields = ("batch", "tile", "split", "cluster", "groups", "turns")
     return of_each_shape(problem, NAME, fields, count, lambda config: int(config["cluster"]) <= clusters)
 
 
 def pixel_configs(problem: LayerProblem, count: int) -> list[Candidate]:
     """Those of cuda_wgmma_nhwc."""
-    return of_each_shape(problem, PIXELS, ("batch", "tile", "split", "groups", "channels"), count, lambda config: True)
+    return of_each_shape(
+        problem, PIXELS, ("batch", "tile", "split", "groups", "turns", "channels"), count, lambda config: True
+    )
 
 
 # ---- right --------------------------------------------------------------------------------------------------
@@ -103,6 +105,7 @@ SMALL: list[tuple[str, ConvSpec, Config]] = [
             "split": split,
             "cluster": cluster,
             "groups": groups,
+            "turns": 1,
             "entries": "wide",
         },
     )
@@ -127,16 +130,19 @@ SMALL += [
             "stages": 2,
             "split": split,
             "groups": groups,
+            "turns": turns,
             "entries": entries,
         },
     )
-    for (n, c, h, k, r), (batch, tile, channels, split, groups, entries) in (
-        ((3, 72, 14, 76, 3), (1, "14x8", 32, 1, 1, "wide")),
-        ((4, 72, 7, 72, 3), (2, "7x8", 64, 1, 2, "wide")),
-        ((2, 128, 9, 64, 3), (1, "4x16", 32, 2, 2, "wide")),
-        ((4, 160, 4, 64, 1), (1, "8x8", 64, 1, 1, "wide")),
-        ((2, 3, 12, 64, 3), (1, "12x8", 32, 1, 1, "wide")),
-        ((3, 72, 14, 76, 3), (1, "14x8", 32, 1, 1, "coded")),
+    for (n, c, h, k, r), (batch, tile, channels, split, groups, turns, entries) in (
+        ((3, 72, 14, 76, 3), (1, "14x8", 32, 1, 1, 1, "wide")),
+        ((4, 72, 7, 72, 3), (2, "7x8", 64, 1, 2, 1, "wide")),
+        ((2, 128, 9, 64, 3), (1, "4x16", 32, 2, 2, 1, "wide")),
+        ((4, 160, 4, 64, 1), (1, "8x8", 64, 1, 1, 1, "wide")),
+        ((2, 3, 12, 64, 3), (1, "12x8", 32, 1, 1, 1, "wide")),
+        ((3, 72, 14, 76, 3), (1, "14x8", 32, 1, 1, 1, "coded")),
+        ((3, 160, 14, 76, 3), (1, "7x16", 32, 1, 1, 2, "wide")),
+        ((3, 160, 14, 76, 3), (1, "7x16", 32, 1, 1, 2, "coded")),
     )
 ]
 SMALL += [

@@ -28,6 +28,7 @@ BASE: Config = {
     "split": 1,
     "cluster": 1,
     "groups": 2,
+    "turns": 1,
     "entries": "wide",
 }
 
@@ -115,6 +116,7 @@ def problems(draw: st.DrawFn) -> tuple[ConvSpec, Config]:
         "split": draw(st.sampled_from([1, 1, 2])),
         "cluster": draw(st.sampled_from([1, 1, 2])),
         "groups": draw(st.sampled_from([1, 2])),
+        "turns": draw(st.sampled_from([1, 2])),
         "entries": draw(st.sampled_from(["wide", "coded"])),
     }
     return spec, config
@@ -190,6 +192,7 @@ def spec_of(n: int, c: int, h: int, k: int, r: int, dtype: str = "float16", grou
         ({"cluster": 2}, "a cluster of 2 does not divide the 1 blocks"),
         ({"split": 9}, "9 splits exceed the 1 tiles"),
         ({"stages": 1}, "stages must be from 2 to 8"),
+        ({"turns": 2}, "at most 2 warpgroups have registers enough, got 2 times 2"),
         ({"entries": "coded"}, "coded entries need a quantized weight"),
     ],
 )
@@ -234,6 +237,7 @@ CODES: list[Config] = [
     config_of(batch=8, tile="8x8"),
     config_of(tile="2x7", split=2, cluster=2),
     config_of(groups=1),
+    config_of(groups=1, turns=2, stages=3),
 ]
 
 
@@ -284,6 +288,8 @@ GPU_CASES: list[tuple[ConvSpec, Config, float]] = [
             ({"tile": "4x4", "split": 3}, 0.1),
             ({"cluster": 2}, 0.1),
             ({"groups": 1}, 0.1),
+            ({"groups": 1, "turns": 2}, 0.1),
+            ({"groups": 1, "turns": 2, "cluster": 2, "stages": 3, "tile": "1x8", "split": 2}, 0.2),
             ({"groups": 1, "tile": "1x8", "cluster": 2, "stages": 3}, 0.2),
             ({"cluster": 2, "tile": "4x4", "split": 2, "stages": 3}, 0.2),
         )

@@ -30,6 +30,7 @@ BASE: Config = {
     "stages": 2,
     "split": 1,
     "groups": 1,
+    "turns": 1,
     "entries": "wide",
 }
 
@@ -157,6 +158,7 @@ def problems(draw: st.DrawFn) -> tuple[ConvSpec, Config]:
         "stages": draw(st.integers(2, 3)),
         "split": draw(st.sampled_from([1, 1, 2])),
         "groups": draw(st.sampled_from([1, 2])),
+        "turns": draw(st.sampled_from([1, 2])),
         "entries": draw(st.sampled_from(["wide", "coded"])),
     }
     return spec, config
@@ -278,6 +280,7 @@ def spec_of(n: int, c: int, h: int, k: int, r: int, dtype: str = "float16", grou
         ({"channels": 256, "stages": 8}, "bytes of shared memory exceed"),
         ({"split": 9}, "9 splits exceed the 1 tiles"),
         ({"stages": 1}, "stages must be from 2 to 8"),
+        ({"tile": "8x16", "groups": 2, "turns": 2}, "at most 2 warpgroups have registers enough, got 2 times 2"),
         ({"entries": "coded"}, "coded entries need a quantized weight"),
     ],
 )
@@ -326,6 +329,8 @@ CODES: list[Config] = [
     config_of(tile="14x16", channels=64),
     config_of(tile="7x8", batch=4, groups=2, channels=64),
     config_of(tile="16x8", groups=2, split=2, stages=3),
+    config_of(tile="14x16", turns=2, stages=3),
+    config_of(tile="7x8", turns=2, channels=64, split=2),
 ]
 
 
@@ -374,6 +379,9 @@ GPU_CASES: list[tuple[ConvSpec, Config, float]] = [
             ({"tile": "14x8", "batch": 2, "split": 2}, 0.1),
             ({"tile": "16x8", "groups": 2, "split": 3, "stages": 3}, 0.2),
             ({"tile": "5x16", "channels": 64, "stages": 3}, 0.1),
+            ({"tile": "7x16", "turns": 2}, 0.1),
+            ({"tile": "14x16", "turns": 2, "stages": 3}, 0.2),
+            ({"tile": "7x8", "batch": 2, "turns": 2, "split": 2}, 0.1),
         )
     ),
     (spec_of(5, 72, 14, 76, 3, **SAME), BASE, 0.0),
@@ -383,6 +391,9 @@ GPU_CASES: list[tuple[ConvSpec, Config, float]] = [
     (spec_of(2, 160, 8, 132, 1), config_of(channels=128, tile="16x8"), 0.1),
     (spec_of(8, 512, 8, 132, 1), config_of(channels=64, tile="64x8", groups=2, split=2), 0.1),
     (spec_of(1, 64, 7, 64, 1), config_of(tile="7x8"), 0.1),
+    # Works of an odd number of jobs, one behind another.
+    (spec_of(40, 160, 14, 512, 3, **SAME), config_of(tile="14x16", turns=2), 0.02),
+    (spec_of(24, 288, 16, 1024, 1), config_of(tile="16x8", channels=32, turns=2, stages=4), 0.1),
     (spec_of(3, 64, 9, 64, 3, groups=4, **SAME), config_of(), 0.2),
     (spec_of(1, 16, 32, 64, 5, padding=2), config_of(tile="8x16"), 0.2),
     (spec_of(3, 16, 7, 24, 3, **SAME), config_of(batch=2, tile="7x8"), 0.2),
@@ -409,7 +420,7 @@ def test_variants(number: int, with_residual: bool) -> None:
     cuda.reason_unavailable() is not None or cuda.current().capability != (9, 0), reason="needs an H100 or H200"
 )
 @pytest.mark.parametrize(("bits", "kind"), [(8, "linear"), (4, "linear"), (4, "codebook"), (3, "codebook")])
-@pytest.mark.parametrize("number", [*range(6), 9, 18])
+@pytest.mark.parametrize("number", [*range(6), 9, 11, 13, 21])
 def test_codes(number: int, bits: int, kind: str) -> None:
     spec, config, density = GPU_CASES[number]
     rng = np.random.default_rng(number)

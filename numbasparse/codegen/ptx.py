@@ -857,6 +857,45 @@ def wgmma_settle(total: int) -> Any:
     return _intrinsic_of_arity(1, kind(kind), generate)
 
 
+def store_sums(total: int) -> Any:
+    """Intrinsic ``(sums, address) -> void``: a thread's sums in fours to shared memory, 2048 bytes apart.
+
+    Of 128 threads, whose addresses are 16 bytes apart, the fours lie side by side.  ``total`` is a multiple of 4.
+    """
+    signature = types.void(types.UniTuple(types.float32, total), types.uint32)
+    text = "st.shared.v4.f32 [$0], {$1, $2, $3, $4};"
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        packed, base = arguments
+        for i in range(0, total, 4):
+            own = [(_F32, builder.extract_value(packed, i + j)) for j in range(4)]
+            address = builder.add(base, ir.Constant(_I32, 512 * i))
+            _asm(builder, _VOID, text, "r,f,f,f,f,~{memory}", [(_I32, address), *own])
+        return context.get_dummy_value()
+
+    return _intrinsic_of_arity(2, signature, generate)
+
+
+def add_sums(total: int) -> Any:
+    """Intrinsic ``(sums, address) -> sums``: adds what `store_sums` of another thread has stored."""
+    kind = types.UniTuple(types.float32, total)
+    text = "ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];"
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        packed, base = arguments
+        sums = []
+        for i in range(0, total, 4):
+            address = builder.add(base, ir.Constant(_I32, 512 * i))
+            four = ir.LiteralStructType([_F32] * 4)
+            loaded = _asm(builder, four, text, "=f,=f,=f,=f,r,~{memory}", [(_I32, address)])
+            for j in range(4):
+                own = builder.extract_value(packed, i + j)
+                sums.append(builder.fadd(own, builder.extract_value(loaded, j)))
+        return context.make_tuple(builder, kind, sums)
+
+    return _intrinsic_of_arity(2, kind(kind, types.uint32), generate)
+
+
 def gathered_mma(displacements: Sequence[int], mask: int, dtype: str, depth: int = 8) -> Any:
     """Intrinsic ``(sums, values, address) -> sums``: a 16 x depth matrix times gathered rows, for each warp its own.
 

@@ -26,6 +26,8 @@ Search space
     second cache.
 ``groups``
     Warpgroups of a block.  Blocks of one may be two on a multiprocessor, so that one stores while the other computes.
+``turns``
+    Warpgroups that take turns with the input channels of a tile, and whose sums are added up in shared memory.
 ``entries``
     ``"wide"``: 16-bit values.  ``"coded"``, for quantized weights with at most 16 values or with whole numbers of a
     byte: codes, which are decoded on the way to the tensor cores.
@@ -264,6 +266,7 @@ class CudaWgmma(WgmmaKernel):
             "split": (1, 2, 4, 8),
             "cluster": (1, 2),
             "groups": (1, 2),
+            "turns": (1, 2),
             "entries": self.entries(weight),
         }
 
@@ -286,9 +289,9 @@ class CudaWgmma(WgmmaKernel):
         geometry = geometry_of(spec, config)
         steps, chunks = expected_work(geometry, facts.density)
         blocks = spec.groups * -(-spec.k_per_group // two_four.ROWS)
-        stages, split, cluster = (int(config[f]) for f in ("stages", "split", "cluster"))
+        stages, split, cluster, turns = (int(config[f]) for f in ("stages", "split", "cluster", "turns"))
         room = steps, ceil(chunks) + 1
-        return Shape(geometry, room, stages, split, cluster, blocks, facts.entries, activation, residual)
+        return Shape(geometry, room, stages, split, cluster, blocks, turns, facts.entries, activation, residual)
 
     def estimate(self, spec: ConvSpec, weight: SparseWeight, config: Config, device: cuda.Device) -> float:
         shape = self.shape(spec, config, facts_of(weight, config))
@@ -309,6 +312,7 @@ _FIELDS: dict[str, Any] = {
     "split": (1, 64),
     "cluster": (1, 8),
     "groups": (1, 2),
+    "turns": (1, 2),
     "entries": ("wide", "coded"),
 }
 _TILES = (
@@ -340,6 +344,7 @@ _FALLBACK: Config = {
     "split": 1,
     "cluster": 1,
     "groups": 1,
+    "turns": 1,
     "entries": "wide",
 }
 

@@ -28,6 +28,8 @@ Search space
     Blocks that share the input channels of one tile; a second kernel adds up their sums.
 ``groups``
     Warpgroups of a block, which share its images, or columns, or rows.
+``turns``
+    Warpgroups that take turns with the input channels of a tile, and whose sums are added up in shared memory.
 ``entries``
     ``"wide"``: 16-bit values.  ``"coded"``, for quantized weights with at most 16 values or with whole numbers of a
     byte: codes, which are decoded on the way to the tensor cores.
@@ -395,6 +397,7 @@ class CudaWgmmaNhwc(WgmmaKernel):
             "stages": (2, 3, 4),
             "split": tuple(s for s in (1, 2, 4, 8, 16) if s == 1 or 32 * s <= spec.c_per_group),
             "groups": (1, 2),
+            "turns": (1, 2),
             "entries": self.entries(weight),
         }
 
@@ -418,8 +421,8 @@ class CudaWgmmaNhwc(WgmmaKernel):
         steps, chunks, deviation = _work(geometry, facts.density * spec.c / filled(spec).c)
         room = steps, ceil(chunks + 2 * deviation) + 1
         blocks = spec.groups * -(-spec.k_per_group // two_four.ROWS)
-        stages, split = int(config["stages"]), int(config["split"])
-        return Shape(geometry, room, stages, split, 1, blocks, facts.entries, activation, residual)
+        stages, split, turns = (int(config[f]) for f in ("stages", "split", "turns"))
+        return Shape(geometry, room, stages, split, 1, blocks, turns, facts.entries, activation, residual)
 
     def runner(self, spec: ConvSpec, packed: Packed, scale: np.ndarray, make: Callable[..., Shape]) -> CudaRunner:
         whole = filled(spec)
@@ -449,6 +452,7 @@ _FIELDS: dict[str, Any] = {
     "stages": (2, 8),
     "split": (1, 64),
     "groups": (1, 2),
+    "turns": (1, 2),
     "entries": ("wide", "coded"),
 }
 _FALLBACK: Config = {
@@ -458,6 +462,7 @@ _FALLBACK: Config = {
     "stages": 2,
     "split": 1,
     "groups": 1,
+    "turns": 1,
     "entries": "wide",
 }
 

@@ -7,7 +7,9 @@ a sparse ``wgmma`` of 64 output channels, 32 columns of the weight and all pixel
 in the tile, so that nothing is copied or gathered; and the *rest*, where four neighbouring channels hold more than two
 non-zeros, which is added to the same sums by ``mma.sync``.
 
-One or two warpgroups compute the tile's pixels, each its share.  Blocks stay, and take one output tile after another:
+One or two warpgroups compute the tile's pixels, each its share; or two take turns with the input channels, and add up
+their sums in shared memory, so that one can wait while the other computes where there is no second block for a
+multiprocessor.  Blocks stay, and take one output tile after another:
 the warp that is the last to leave a stage orders the next copy into it, which may be of the next output tile, so that
 copies go on while sums are stored.  In a cluster that is the last warp of all its blocks, whose copy of a tile goes to
 all of them.
@@ -456,8 +458,8 @@ def _as_bytes(array: np.ndarray) -> np.ndarray:
 class Shape(OutputTiles):
     """All constants of the kernel's code: what the compiled code depends on, and nothing else.
 
-    ``room`` is that of a stage, steps and chunks; ``blocks`` those of output channels; ``entries`` say how values are
-    stored.
+    ``room`` is that of a stage, steps and chunks; ``blocks`` those of output channels; ``turns`` the warpgroups that
+    take turns with input channels; ``entries`` say how values are stored.
     """
 
     geometry: Geometry
@@ -466,6 +468,7 @@ class Shape(OutputTiles):
     split: int
     cluster: int
     blocks: int
+    turns: int
     entries: Entries
     activation: str
     residual: bool
@@ -482,16 +485,26 @@ class Shape(OutputTiles):
 
     @property
     def shared_bytes(self) -> int:
-        """Behind the last stage is room for the steps that are read ahead of the last one."""
-        return 1024 + HEAD_BYTES + self.stages * self.stage_bytes + 2 * self.entries.unit_bytes
+        """Of a block."""
+        return 1024 + self.sums_at + (512 * self.geometry.sums if self.turns > 1 else 0)
+
+    @property
+    def sums_at(self) -> int:
+        """Where sums are added up.  Behind the last stage is room for the steps that are read ahead of the last one."""
+        return HEAD_BYTES + self.stages * self.stage_bytes + 2 * self.entries.unit_bytes
+
+    @property
+    def groups(self) -> int:
+        """Warpgroups of a block."""
+        return self.geometry.groups * self.turns
 
     @property
     def threads(self) -> int:
-        return 128 * self.geometry.groups
+        return 128 * self.groups
 
     def resident(self, device: cuda.Device) -> int:
         """Blocks that are on a multiprocessor at once."""
-        return min(2 // self.geometry.groups, device.shared_per_multiprocessor // (self.shared_bytes + 1024))
+        return min(2 // self.groups, device.shared_per_multiprocessor // (self.shared_bytes + 1024))
 
     def grid(self, device: cuda.Device) -> tuple[int, int, int]:
         """As many blocks as are on the device at once, a multiple of the cluster; fewer where there is less work."""
@@ -507,7 +520,7 @@ def _code(shape: Shape) -> Callable[..., None]:
     from numbasparse.codegen import ptx
 
     i32, u32, i64 = types.int32, types.uint32, types.int64
-    stages, cluster, works = shape.stages, shape.cluster, shape.works
+    stages, cluster, works, turns, sums_at = shape.stages, shape.cluster, shape.works, shape.turns, shape.sums_at
     shared_base, place_of, compute, (numbers_of, finish) = (
         ptx.shared_base(1024),
         locate(shape),
@@ -517,6 +530,7 @@ def _code(shape: Shape) -> Callable[..., None]:
     load_table, _ = _decoder(shape)
     (jobs_of, advance), (copy_first, copy_next) = _cursor(shape), _copies(shape)
     zeros, load_job = ptx.zeros(shape.geometry.sums), ptx.load_words("global", 4)
+    store_sums, add_sums = ptx.store_sums(shape.geometry.sums), ptx.add_sums(shape.geometry.sums)
     stage_bytes = shape.stage_bytes
 
     def cuda_wgmma(y, residual, bias, scale, rows, blobs, jobs, ranges, table):  # type: ignore[no-untyped-def]
@@ -524,6 +538,9 @@ def _code(shape: Shape) -> Callable[..., None]:
         values = load_table(table)
         thread = ptx.thread_index()
         group, within, warp, lane = thread >> 7, thread & 127, (thread >> 5) & 3, thread & 31
+        turn = i32(0)
+        if turns > 1:
+            turn, group = group, group - group
         # For each stage 8 bytes of barrier; behind them 4 that count the warps that have left it; behind these 4 that
         # count the blocks, those in the first block of a cluster.
         if thread == 0:
@@ -551,17 +568,18 @@ def _code(shape: Shape) -> Callable[..., None]:
             sums = zeros()
             block, part, first_image, oy, ox, _, _ = place_of(work)
             numbers = numbers_of(rows, block * i64(two_four.ROWS) + warp * 16, lane)
-            for _ in range(jobs_of(ranges, work)[1]):
+            for number in range(jobs_of(ranges, work)[1]):
                 following = load_job(job)
-                ptx.mbarrier_wait(u32(base + 8 * slot), phase)
-                stage = base + HEAD_BYTES + slot * stage_bytes
-                sums = compute(sums, stage, values, group, within, warp, lane)
-                # Every lane has read the stage when the first one counts.
-                ptx.warp_barrier()
-                # Where nothing follows nobody counts, so that no block is asked which may have ended.
-                if ahead < works:
-                    if lane == 0:
+                if turns == 1 or i32(number) % i32(turns) == turn:
+                    ptx.mbarrier_wait(u32(base + 8 * slot), phase)
+                    stage = base + HEAD_BYTES + slot * stage_bytes
+                    sums = compute(sums, stage, values, group, within, warp, lane)
+                    # Every lane has read the stage when the first one counts.
+                    ptx.warp_barrier()
+                    # Where nothing follows nobody counts, so that no block is asked which may have ended.
+                    if ahead < works and lane == 0:
                         copy_next(base, slot, blobs, following, origin)
+                if ahead < works:
                     job, left, ahead, origin = advance(jobs, ranges, job, left, ahead, step, origin)
                 # The next instructions want all lanes together.
                 ptx.warp_barrier()
@@ -569,7 +587,17 @@ def _code(shape: Shape) -> Callable[..., None]:
                 if slot == i32(stages):
                     slot = i32(0)
                     phase ^= i32(1)
-            finish(sums, y, residual, bias, scale, numbers, part, first_image, oy, ox, group, lane)
+            if turns > 1:
+                own = u32(base + sums_at + within * 16)
+                if turn == 1:
+                    store_sums(sums, own)
+                ptx.barrier()
+                if turn == 0:
+                    sums = add_sums(sums, own)
+                # They have been read when the next ones are stored.
+                ptx.barrier()
+            if turn == 0:
+                finish(sums, y, residual, bias, scale, numbers, part, first_image, oy, ox, group, lane)
             work += step
         # A block ends when all of its cluster have got their last tile.
         if cluster > 1:
@@ -935,6 +963,8 @@ def _reason_resources(geometry: Geometry, make: Callable[[], Shape], stages: int
     if tiles > device.shared_per_block:  # before its steps are counted, which may take long where tiles are large
         return f"{tiles} bytes of shared memory exceed a block's {device.shared_per_block}"
     shape = make()
+    if shape.groups > 2:
+        return f"at most 2 warpgroups have registers enough, got {geometry.groups} times {shape.turns}"
     if shape.shared_bytes > device.shared_per_block:
         return f"{shape.shared_bytes} bytes of shared memory exceed a block's {device.shared_per_block}"
     tiles = -(-spec.c_per_group // geometry.channels)
@@ -951,7 +981,7 @@ def _reason_resources(geometry: Geometry, make: Callable[[], Shape], stages: int
 _BULK_BYTES_PER_CLOCK, _COPY_CLOCKS = 20.0, 700.0
 """Of the copy engine, for what is in one piece; and until the first bytes come (benchmarks/copy_engine.py)."""
 _SHARED_BYTES_PER_CLOCK = 128.0
-_JOB_CLOCKS, _START_CLOCKS, _CHUNK_CLOCKS = 500.0, 4000.0, 100.0
+_JOB_CLOCKS, _START_CLOCKS, _CHUNK_CLOCKS, _TURN_CLOCKS = 500.0, 4000.0, 100.0, 200.0
 
 
 def clocks(
@@ -969,7 +999,7 @@ def clocks(
         Clocks that the copy engine takes for a job, and that an output tile takes to be stored.
     """
     spec, g = shape.spec, shape.geometry
-    blob = steps * shape.entries.unit_bytes + chunks * CHUNK_BYTES
+    blob = steps * shape.entries.unit_bytes + chunks * CHUNK_BYTES  # which each warpgroup reads, or one
     shared = ((steps + chunks) * operand + g.tile_bytes + (1 + g.groups) * blob) / _SHARED_BYTES_PER_CLOCK
     compute = shared + chunks * _CHUNK_CLOCKS / g.groups + _JOB_CLOCKS
     copy += blob / _BULK_BYTES_PER_CLOCK
@@ -978,6 +1008,8 @@ def clocks(
     if waves == 1:
         each = min(each, ceil(shape.works / device.multiprocessors))
     # A stage is filled while the others are computed.  Blocks share the copy engine and shared memory.
-    job = max(each * shared, each * copy, (compute + copy + _COPY_CLOCKS) / shape.stages, compute)
+    job = max(each * shared, each * copy, (compute + copy + _COPY_CLOCKS) / shape.stages, compute / shape.turns)
     exposed = stores if each == 1 else 0.0
+    if shape.turns > 1:
+        exposed += _TURN_CLOCKS + 3 * 512 * g.sums / _SHARED_BYTES_PER_CLOCK
     return _START_CLOCKS + copy + waves * (jobs * job + exposed) + split_clocks(spec, shape.split, device)
