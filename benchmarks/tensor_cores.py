@@ -4,6 +4,7 @@
     python benchmarks/tensor_cores.py layers   # cuda_wgmma on the ten layers against cuDNN's float16, N = 32, 128 and
                                                # 8, and what the kernel's own estimate says of each config measured
     python benchmarks/tensor_cores.py nhwc     # cuda_wgmma_nhwc the same way, N = 1, 8, 32 and 128
+    python benchmarks/tensor_cores.py codes    # the same kernel with quantized weights as codes
     python benchmarks/tensor_cores.py gathered # cuda_mma the same way: unstructured masks, and masks of 16 x 1 vectors
     python benchmarks/tensor_cores.py grid     # a small grid against float64, as compute-sanitizer gets it
     python benchmarks/tensor_cores.py pack     # milliseconds of packing 512x512x3x3; needs no GPU
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -58,7 +60,7 @@ CODES = {
     "int4": LinearQuantization(4, granularity="channel"),
     "codebook of 16": CodebookQuantization(4),
 }
-"""Quantized weights of `nhwc --codes`."""
+"""Quantized weights of `codes`."""
 
 
 def of_each_shape(
@@ -291,14 +293,39 @@ def of_sparsities(
                 bench, label = GpuBench(case.problem(sparsity), gpu, compilers), f"{sparsity:.0%}"
                 own = unique([*few, *choose(bench.problem, SUGGESTED)])
                 raced[label] = race(bench, compilers, own, row, label)
-                if args.codes and raced[label][0]["us"]:
-                    for code, quantization in CODES.items():
-                        winner = Candidate(own[0].kernel, raced[label][0]["config"])
-                        add_coded(row, bench.problem, winner, quantization, gpu, f"{code} {label}")
                 few = [Candidate(own[0].kernel, f["config"]) for f in raced[f"{sparsities[0]:.0%}"][:BEST_FEW]]
             return raced
 
         timed(args, gpu, wanted, name, tuple(f"{sparsity:.0%}" for sparsity in args.sparsity), race_all)
+
+
+def codes(args: argparse.Namespace) -> None:
+    """cuda_wgmma_nhwc with 16-bit values and with codes, one config for all of a layer."""
+    wanted = [Case(layer, n, "float16") for n in args.batch or (32, 8) for layer in SQUARE]
+    found = {}
+    with session(args) as (gpu, compilers):
+        for case in wanted:
+            for sparsity in args.sparsity:
+                problem = case.problem(sparsity)
+                (wide,) = pixel_configs(problem, 1)
+                compilers.submit(problem, [wide])
+                found[case, sparsity] = problem, wide
+                for quantization in CODES.values():
+                    compilers.submit(*coded(problem, wide, quantization))
+
+        def race_all(case: Case, row: Row) -> dict[str, list[dict[str, Any]]]:
+            raced = {}
+            for sparsity in args.sparsity:
+                (problem, wide), label = found[case, sparsity], f"{sparsity:.0%}"
+                raced[label] = race(GpuBench(problem, gpu, compilers), compilers, [wide], row, label)
+                for name, quantization in CODES.items():
+                    compilers.wait(coded(problem, wide, quantization)[0], coded(problem, wide, quantization)[1][0])
+                    add_coded(row, problem, wide, quantization, gpu, f"native {name} {label}")
+            return raced
+
+        labels = (*(f"{sparsity:.0%}" for sparsity in args.sparsity),)
+        names = (*labels, *(f"{code} {label}" for code in CODES for label in labels))
+        timed(args, gpu, wanted, "tensor_codes", names, race_all)
 
 
 MASKS = {
@@ -348,12 +375,23 @@ def add_coded(
     row: Row, problem: LayerProblem, wide: Candidate, quantization: Quantization, gpu: Any, label: str
 ) -> None:
     """The same config with weights that are codes."""
-    weight = problem.weight.quantized(quantization)
-    candidate = Candidate(wide.kernel, {**wide.config, "entries": "coded"})
-    if kernel(wide.kernel).check(problem.spec, weight, dict(candidate.config)) is None:
-        bench = GpuBench(dataclasses.replace(problem, weight=weight), gpu)
+    problem, (candidate,) = coded(problem, wide, quantization)
+    if kernel(wide.kernel).check(problem.spec, problem.weight, dict(candidate.config)) is None:
+        bench = GpuBench(problem, gpu)
         ready = bench.prepare(candidate)
         row.add(f"ours {label}", bench.call(ready, ready.takes, ready.gives), bench.wrong(candidate, ready))
+
+
+@functools.cache
+def quantized(weight: SparseWeight, quantization: Quantization) -> SparseWeight:
+    """A weight as codes."""
+    return weight.quantized(quantization)
+
+
+def coded(problem: LayerProblem, wide: Candidate, quantization: Quantization) -> tuple[LayerProblem, list[Candidate]]:
+    """The problem with codes for weights, and the config for it."""
+    weight = quantized(problem.weight, quantization)
+    return dataclasses.replace(problem, weight=weight), [Candidate(wide.kernel, {**wide.config, "entries": "coded"})]
 
 
 def means(rows: list[dict[str, Any]], labels: tuple[str, ...]) -> dict[str, float]:
@@ -514,7 +552,7 @@ def tests(name: str, path: str, seconds: float, out: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    steps = {f.__name__: f for f in (checks, layers, nhwc, gathered, grid, pack, once, dry)}
+    steps = {f.__name__: f for f in (checks, layers, nhwc, codes, gathered, grid, pack, once, dry)}
     parser.add_argument("what", choices=steps)
     parser.add_argument(
         "--seconds", type=float, default=100.0, help="layers: end before this time is over; checks: of a sanitizer"
@@ -523,7 +561,6 @@ def main() -> None:
     parser.add_argument("--config", help='once: as "batch=32,tile=4x4,channels=32,stages=3,split=1,cluster=1,groups=2"')
     parser.add_argument("--batch", type=int, nargs="+", help="other batch sizes")
     parser.add_argument("--sparsity", type=float, nargs="+", default=list(SPARSITIES))
-    parser.add_argument("--codes", action="store_true", help="layers, nhwc: quantized weights too")
     parser.add_argument("--raced", type=int, default=RACED, help="configs measured at the first sparsity")
     parser.add_argument("--out", default="benchmarks/results/tensor", help="checks: folder of the logs")
     parser.add_argument("--workers", type=int, help="compiling processes; all cores but one if not given")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from numbasparse.choices import Choice, Measured
-from numbasparse.nn.layout_choice import Layer, choose_together
+from numbasparse.nn.layout_choice import Layer, choose_together, least_time
 from numbasparse.nn.native import Tracer
 from numbasparse.spec import ConvSpec
 
@@ -82,7 +82,8 @@ def subsets() -> list[frozenset[str]]:
 def test_equals_the_best_of_all(times: list[tuple[int, int]], convert_us: int) -> None:
     layers = {name: layer(dense, own, convert_us) for name, (dense, own) in zip(NAMES, times, strict=True)}
     model = Chain()
-    chosen = choose_together(Tracer().trace(model), dict(model.named_modules()), layers, "NCHW")
+    together = least_time(Tracer().trace(model), dict(model.named_modules()), layers, "NCHW")
+    chosen = together.choices
     assert set(chosen) == set(NAMES)
     chwn = frozenset(name for name, choice in chosen.items() if choice == CHWN)
     assert {choice.kernel for choice in chosen.values()} <= {CHWN.kernel, DENSE.kernel}
@@ -90,6 +91,7 @@ def test_equals_the_best_of_all(times: list[tuple[int, int]], convert_us: int) -
     found = min(energy(chwn, outputs, layers, convert_us) for outputs in subsets())
     best = min(energy(c, o, layers, convert_us) for c in subsets() for o in subsets() if o <= c)
     assert found == pytest.approx(best, abs=0.06)
+    assert together.us == pytest.approx(best, abs=0.2)
 
 
 def test_neighbours_share_what_one_would_pay() -> None:
@@ -98,20 +100,49 @@ def test_neighbours_share_what_one_would_pay() -> None:
     model = Chain()
     modules = dict(model.named_modules())
     graph = Tracer().trace(model)
-    assert choose_together(graph, modules, layers, "NCHW") == dict.fromkeys(NAMES, CHWN)
-    alone = choose_together(graph, modules, {"c": layers["c"]}, "NCHW")
-    assert alone == {"c": DENSE}
+    assert least_time(graph, modules, layers, "NCHW").choices == dict.fromkeys(NAMES, CHWN)
+    alone = least_time(graph, modules, {"c": layers["c"]}, "NCHW")
+    assert alone.choices == {"c": DENSE}
+
+
+def test_a_model_may_run_in_channels_last() -> None:
+    """Where that saves more than it costs to convert the model's input."""
+    model = Chain()
+    arguments = Tracer().trace(model), dict(model.named_modules())
+    for gain, plain, choice in ((0.5, "NCHW", DENSE), (2.0, "NHWC", OTHER)):
+        layers = {name: layer(30.0, 100.0, 5.0, 30.0 - gain) for name in NAMES}
+        together = choose_together(*arguments, layers, "NCHW")
+        assert (together.plain, together.choices) == (plain, dict.fromkeys(NAMES, choice))
+    kept = choose_together(*arguments, {name: layer(30.0, 100.0, 5.0, 40.0) for name in NAMES}, "NHWC")
+    assert (kept.plain, kept.choices) == ("NHWC", dict.fromkeys(NAMES, OTHER))
+
+
+def test_kernels_for_another_layout_pay_for_conversions() -> None:
+    """Whatever they cost alone, which is in the layout that they like best."""
+    model = Chain()
+    arguments = Tracer().trace(model), dict(model.named_modules())
+    spec, pixels = layer(1, 1, 1).spec, Choice("cuda_wgmma_nhwc", {"batch": 1})
+    for conversion, choice in ((1.0, pixels), (9.0, DENSE)):
+        measured = [
+            Measured(pixels, 15.0, 15.0),
+            Measured(DENSE, 30.0, 30.0),
+            Measured(CHWN, 99.0, 99 + 2 * conversion),
+        ]
+        assert least_time(*arguments, {"c": Layer(spec, measured)}, "NCHW").choices == {"c": choice}
+    # None was converted: what is usual.
+    measured = [Measured(pixels, 15.0, 15.0), Measured(DENSE, 16.0, 16.0)]
+    assert least_time(*arguments, {"c": Layer(spec, measured)}, "NCHW").choices == {"c": DENSE}
 
 
 def test_what_is_not_decided() -> None:
     model = Chain()
     modules, graph = dict(model.named_modules()), Tracer().trace(model)
-    assert choose_together(graph, modules, {}, "NCHW") == {}
+    assert least_time(graph, modules, {}, "NCHW").choices == {}
     plain = Layer(layer(1, 1, 1).spec, [Measured(DENSE, 10.0, 10.0)])
-    assert choose_together(graph, modules, {"a": plain}, "NCHW") == {}
+    assert least_time(graph, modules, {"a": plain}, "NCHW").choices == {"a": DENSE}
     # Only a kernel for CHWN was measured: the dense ones failed.
     only = Layer(plain.spec, [Measured(CHWN, 50.0, 60.0)])
-    assert choose_together(graph, modules, {"a": only}, "NCHW") == {"a": CHWN}
+    assert least_time(graph, modules, {"a": only}, "NCHW").choices == {"a": CHWN}
 
     class Twice(Chain):
         def forward(self, x: Tensor) -> Any:
@@ -119,4 +150,4 @@ def test_what_is_not_decided() -> None:
 
     model = Twice()
     graph = Tracer().trace(model)
-    assert choose_together(graph, dict(model.named_modules()), {"a": layer(30.0, 10.0, 1.0)}, "NCHW") == {}
+    assert choose_together(graph, dict(model.named_modules()), {"a": layer(30.0, 10.0, 1.0)}, "NCHW").choices == {}

@@ -162,8 +162,9 @@ def convert(
     The converted model is for inference: sparse weights have no gradient (inputs and biases do). Call it under
     ``torch.inference_mode()``, which is also fastest. Between sparse layers whose GPU kernels write CHWN, tensors keep
     that layout where torch.fx can see that nothing but elementwise operations and max pooling is between; a tuned file
-    of a GPU then chooses for all layers together (`numbasparse.nn.layout_choice`). A channels-last example makes
-    channels-last the layout of everything else.
+    of a GPU then chooses for all layers together (`numbasparse.nn.layout_choice`). Everything else runs in the layout
+    of the example, or in channels-last if by the measured times of a tuned file that takes less time: then the model
+    may be given images in NCHW all the same, and a result of four dimensions may be channels-last.
     """
     _check_arguments(model, tuned)
     converted = _copy(model).eval()
@@ -179,8 +180,8 @@ def convert(
         chains = {chain.conv: chain for chain in found.chains if chain.conv not in kept}
         converted = _separate_pools(_fold_batch_norms(converted, chains, weights))
     decisions = _decide(converted, list(layers), kept, weights, tuned, example_input)
-    plain = _plain_layout(example_input)
-    decisions |= _decide_together(converted, decisions, plain)
+    plain, together = _decide_together(converted, decisions, example_input)
+    decisions |= together
     _check_decisions(decisions, tuned)
     records = []
     for name, decision in decisions.items():
@@ -593,20 +594,29 @@ def _measured(tuned: Any, spec: ConvSpec, weight: SparseWeight, name: str) -> la
     return layout_choice.Layer(spec, found) if found else None
 
 
-def _decide_together(model: nn.Module, decisions: Mapping[str, _Decision], plain: Layout) -> dict[str, _Decision]:
-    """New decisions for layers of a GPU that are better off with the layout of their neighbours."""
+def _decide_together(
+    model: nn.Module, decisions: Mapping[str, _Decision], example_input: Any
+) -> tuple[Layout, dict[str, _Decision]]:
+    """The layout of a model on a GPU, and new decisions for layers that are better off with that of their neighbours.
+
+    The model's own weights get the layout too, so that its dense layers have it.
+    """
+    given = _plain_layout(example_input)
     layers = {name: d.measured for name, d in decisions.items() if d.measured is not None}
     if not layers:
-        return {}
+        return given, {}
     try:
         graphs = _trace(model)
     except Exception:
-        return {}  # `convert` has warned; each layer keeps what is best for it alone
+        return given, {}  # `convert` has warned; each layer keeps what is best for it alone
     if len(graphs) != 1:
-        return {}  # with optional arguments there is more than one order of things
-    chosen = layout_choice.choose_together(graphs[0], dict(model.named_modules()), layers, plain)
+        return given, {}  # with optional arguments there is more than one order of things
+    arguments = graphs[0], dict(model.named_modules()), layers
+    together = layout_choice.choose_together(*arguments, given)
+    if together.plain != given and not _runs_in_channels_last(model, example_input):
+        together = layout_choice.least_time(*arguments, given)
     made = {}
-    for name, choice in chosen.items():
+    for name, choice in together.choices.items():
         dense = kernel(choice.kernel).is_dense
         made[name] = replace(
             decisions[name],
@@ -615,7 +625,19 @@ def _decide_together(model: nn.Module, decisions: Mapping[str, _Decision], plain
             choice=None if dense else choice,
             gives=_gives(choice, layers[name].spec),
         )
-    return made
+    return together.plain, made
+
+
+def _runs_in_channels_last(model: nn.Module, example_input: Any) -> bool:
+    """Bring the weights to channels-last, unless the model's own code cannot work with such tensors (``view``)."""
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    try:
+        with torch.no_grad():
+            _call(model, example_input)
+    except RuntimeError:
+        model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        return False
+    return True
 
 
 def _plain_layout(example_input: Any) -> Layout:

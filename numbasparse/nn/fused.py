@@ -17,10 +17,10 @@ _Conv = TypeVar("_Conv", bound=nn.Conv2d)
 class FusedConv2d(nn.Conv2d):
     """``nn.Conv2d`` with an activation, and a residual that is added before it.
 
-    For 16-bit values in channels-last and ReLU these are part of cuDNN's convolution (torch's operators
-    ``cudnn_convolution_relu`` and ``cudnn_convolution_add_relu``), with the process's own cuDNN settings. torch itself
-    passes over the whole result for each: once for the bias, once for the sum, once for the activation. For anything
-    else, and where a gradient is asked for, it does what torch does.
+    For 16-bit values, ReLU, and a weight or an input in channels-last, these are part of cuDNN's convolution (torch's
+    operators ``cudnn_convolution_relu`` and ``cudnn_convolution_add_relu``), with the process's own cuDNN settings.
+    torch itself passes over the whole result for each: once for the bias, once for the sum, once for the activation.
+    For anything else, and where a gradient is asked for, it does what torch does.
 
     Attributes
     ----------
@@ -43,6 +43,7 @@ class FusedConv2d(nn.Conv2d):
         """Convolve (N, C, H, W) or (C, H, W), add ``residual``, activate."""
         if self._fuses(x, residual):
             padding: Any = self.padding
+            x = x.contiguous(memory_format=torch.channels_last)
             given = (self.bias, self.stride, padding, self.dilation, self.groups)
             if residual is None:
                 return torch.cudnn_convolution_relu(x, self.weight, *given)
@@ -62,7 +63,8 @@ class FusedConv2d(nn.Conv2d):
             return False
         if residual is not None and (residual.dtype != x.dtype or residual.shape != self._out_shape(x)):
             return False
-        return self.weight.dtype == x.dtype and has_layout(x, "NHWC")
+        in_channels_last = has_layout(x, "NHWC") or has_layout(self.weight, "NHWC")
+        return self.weight.dtype == x.dtype and in_channels_last
 
     def _out_shape(self, x: Tensor) -> tuple[int, ...]:
         assert not isinstance(self.padding, str)

@@ -1,10 +1,11 @@
-"""Which layers of a model on a GPU run in CHWN: chosen for all of them at once, from measured times.
+"""Which layout a model on a GPU runs in, and which of its layers in CHWN: chosen for all at once, from measured times.
 
 A layer by itself pays for bringing its input into the order of its kernel and its output back; between neighbours of
 the same order nothing is paid. So the least time of a whole model is a minimum cut: every layer and every tensor is on
 one of two sides, "plain" (the order of the rest of the model) or CHWN; a layer costs what it costs on its side, and a
 tensor whose maker and reader are on different sides costs a conversion. All costs between two sides are positive, so
 that the cut is exact (Kolmogorov and Zabih, "What energy functions can be minimized via graph cuts?", 2004).
+The plain order may be NCHW or NHWC: whichever cut costs less.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ _NEVER = 1 << 28
 """A capacity above all that can be cut; in the unit below."""
 _PER_US = 100
 """Capacities are integers: hundredths of a microsecond."""
+_USUAL_RATE = 2.5e-6
+"""Microseconds for each byte of a tensor that is converted, where none was."""
 _BYTES = {"float32": 4, "float64": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -53,10 +56,29 @@ class Layer:
         return _BYTES[self.spec.dtype] * int(np.prod(self.spec.out_shape))
 
 
+@dataclass(frozen=True)
+class Together:
+    """What is chosen for all layers of a model.
+
+    Attributes
+    ----------
+    us
+        What they cost, with all conversions; not what is the same for every choice.
+    plain
+        The layout of everything that does not run in CHWN.
+    choices
+        Of every layer that the graph calls once and that has a kernel for a side.
+    """
+
+    us: float
+    plain: Layout
+    choices: dict[str, Choice]
+
+
 def choose_together(
-    graph: fx.Graph, modules: Mapping[str, nn.Module], layers: Mapping[str, Layer], plain: Layout
-) -> dict[str, Choice]:
-    """The choices of those layers that should not have the one that is best for them alone.
+    graph: fx.Graph, modules: Mapping[str, nn.Module], layers: Mapping[str, Layer], given: Layout
+) -> Together:
+    """The choices of layers and the plain layout that take least time together.
 
     Parameters
     ----------
@@ -66,30 +88,48 @@ def choose_together(
         Of the model, by name.
     layers
         Those that were measured, by name.
-    plain
-        Layout of the model's input, in which its dense layers and everything else run.
-
-    Returns
-    -------
-    dict of str to Choice
-        Of every layer that the graph calls once and that has a kernel for each side, or only for CHWN.
+    given
+        Layout of the model's input.  NHWC is kept: what dense layers get in it they give back in it.
     """
+    kept = least_time(graph, modules, layers, given)
+    if given == "NHWC":
+        return kept
+    other = least_time(graph, modules, layers, "NHWC")
+    conversion = _rate(layers.values()) * sum(_input_bytes(graph, layers))
+    return other if other.us + conversion < kept.us else kept
+
+
+def least_time(
+    graph: fx.Graph, modules: Mapping[str, nn.Module], layers: Mapping[str, Layer], plain: Layout
+) -> Together:
+    """The same where the plain layout is known."""
     calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
-    sides = {name: _sides(layer, plain) for name, layer in layers.items() if calls[name] == 1}
-    rate = _conversion_rate(layers.values())
-    if rate is None or not any(s.chwn is not None for s in sides.values()):
-        return {}
+    rate = _rate(layers.values())
+    sides = {name: _sides(layer, plain, rate) for name, layer in layers.items() if calls[name] == 1}
+    sides = {name: side for name, side in sides.items() if side.plain is not None or side.chwn is not None}
+    if not sides:
+        return Together(0.0, plain, {})
     cut = _Cut()
     for name, side in sides.items():
         cut.add(name, side, layers[name], rate)
     _join(graph, modules, cut)
-    chwn = cut.solve()
+    us, chwn = cut.solve()
     chosen = {}
     for name, side in sides.items():
         best = side.chwn if name in chwn else side.plain
         if best is not None:
             chosen[name] = best.choice
-    return chosen
+    return Together(us, plain, chosen)
+
+
+def _input_bytes(graph: fx.Graph, layers: Mapping[str, Layer]) -> list[int]:
+    """Of the model's inputs that layers read."""
+    found = []
+    for node in graph.nodes:
+        readers = [layers[str(user.target)] for user in node.users if str(user.target) in layers]
+        if node.op == "placeholder" and readers:
+            found.append(max(layer.in_bytes for layer in readers))
+    return found
 
 
 @dataclass(frozen=True)
@@ -101,15 +141,16 @@ class _Sides:
     chwn: Measured | None
 
 
-def _sides(layer: Layer, plain: Layout) -> _Sides:
+def _sides(layer: Layer, plain: Layout, rate: float) -> _Sides:
     costs = []
     for found in layer.measured:
-        layouts = _layouts(found.choice, layer.spec)
-        if layouts == (plain, plain):
+        takes, gives = _layouts(found.choice, layer.spec)
+        if takes == gives == plain:
             costs.append((found.native_us, found))
         # A dense layer stays the model's own, which works in the model's layout.
-        elif layouts != ("CHWN", "CHWN") and not kernel(found.choice.kernel).is_dense:
-            costs.append((found.alone_us, found))
+        elif (takes, gives) != ("CHWN", "CHWN") and not kernel(found.choice.kernel).is_dense:
+            converted = (takes != plain) * layer.in_bytes + (gives != plain) * layer.out_bytes
+            costs.append((found.native_us + rate * converted, found))
     native = [m for m in layer.measured if _layouts(m.choice, layer.spec) == ("CHWN", "CHWN")]
     chwn = min(native, key=lambda m: m.native_us, default=None)
     if not costs:
@@ -124,7 +165,7 @@ def _layouts(choice: Choice, spec: ConvSpec) -> tuple[Layout, Layout]:
     return chosen.layouts(spec, choice.config)
 
 
-def _conversion_rate(layers: Iterable[Layer]) -> float | None:
+def _rate(layers: Iterable[Layer]) -> float:
     """Microseconds for each byte of a tensor that is converted, by what kernels cost more alone than natively."""
     rates = [
         (found.alone_us - found.native_us) / (layer.in_bytes + layer.out_bytes)
@@ -132,7 +173,7 @@ def _conversion_rate(layers: Iterable[Layer]) -> float | None:
         for found in layer.measured
         if _layouts(found.choice, layer.spec) == ("CHWN", "CHWN")
     ]
-    return max(median(rates), 0.0) if rates else None
+    return max(median(rates), 0.0) if rates else _USUAL_RATE
 
 
 class _Cut:
@@ -175,17 +216,17 @@ class _Cut:
         self.edge(self.kernels[name], tensor, (self.adders if residual else self.readers)[name])
         self.never(tensor, self.kernels[name])
 
-    def solve(self) -> set[str]:
-        """Layers on the side of CHWN."""
+    def solve(self) -> tuple[float, set[str]]:
+        """What the cut costs, in microseconds, and the layers on the side of CHWN."""
         rows, columns, capacities = (np.array(values, np.int32) for values in zip(*self._edges, strict=True))
         network = csr_array((capacities, (rows, columns)), shape=(self._count, self._count))
         network.sum_duplicates()
         network.data = np.minimum(network.data, _NEVER).astype(np.int32)
-        flow = maximum_flow(network, 0, 1).flow
-        left = csr_array(network - flow)
+        found = maximum_flow(network, 0, 1)
+        left = csr_array(network - found.flow)
         left.eliminate_zeros()
         reached = set(breadth_first_order(left, 0, return_predecessors=False).tolist())
-        return {name for name, place in self.kernels.items() if place in reached}
+        return found.flow_value / _PER_US, {name for name, place in self.kernels.items() if place in reached}
 
 
 def _join(graph: fx.Graph, modules: Mapping[str, nn.Module], cut: _Cut) -> None:
