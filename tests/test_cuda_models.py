@@ -12,6 +12,7 @@ import numbasparse.nn
 from numbasparse.choices import Choice, Measured
 from numbasparse.kernels import KERNELS
 from numbasparse.nn import SparseConv2d, capture, convert
+from numbasparse.nn.fused import FusedConv2d
 from numbasparse.runtime import cuda
 from numbasparse.runtime.layouts import layout_of
 from numbasparse.spec import ConvSpec
@@ -41,16 +42,19 @@ class Net(nn.Module):
 
 
 class Tuned:
-    """A tuned file in which CHWN is best, but for a layer alone."""
+    """A tuned file in which CHWN is best, but for a layer alone; dense layers take 20 us, or what they do in NHWC."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, nhwc_us: float = 20.0) -> None:
+        self.name, self.us = name, {"nchw": 20.0, "nhwc": nhwc_us}
 
     def choice(self, spec: ConvSpec, weight: SparseWeight, name: str | None = None) -> Choice:
         return Choice("cuda_dense", {"layout": "nhwc", "precision": "strict"})
 
     def measured(self, spec: ConvSpec, weight: SparseWeight, name: str | None = None) -> list[Measured]:
-        dense = [Measured(Choice("cuda_dense", {"layout": f, "precision": "strict"}), 20, 20) for f in ("nchw", "nhwc")]
+        dense = [
+            Measured(Choice("cuda_dense", {"layout": layout, "precision": "strict"}), us, us)
+            for layout, us in self.us.items()
+        ]
         if weight.sparsity < 0.5:
             return dense
         own = KERNELS[self.name]
@@ -109,6 +113,22 @@ def test_layers_share_a_layout(net: nn.Module, name: str, dtype: torch.dtype, la
             captured(x[:16])
         with pytest.raises(TypeError, match="expected 1 tensors"):
             captured(x, x)
+
+
+@needs_gpu
+def test_a_model_in_nchw_may_run_in_channels_last(net: nn.Module) -> None:
+    """Where that is faster: its dense layers are fused then too."""
+    x = torch.randn(32, 3, 8, 8).to("cuda", torch.float16)
+    model = net.to("cuda", torch.float16)
+    converted = convert(model, Tuned("cuda_direct", nhwc_us=5.0), x)
+    assert not any(isinstance(m, SparseConv2d) for m in converted.modules())
+    assert all(isinstance(converted.get_submodule(name), FusedConv2d) for name in ("stem", "a", "b", "c", "d"))
+    seen: list[Tensor] = []
+    converted.get_submodule("stem").register_forward_hook(lambda m, args, y: seen.append(y))
+    with torch.inference_mode():
+        expected = model.double()(x.double()).to(x.dtype)
+        torch.testing.assert_close(converted(x), expected, rtol=3e-2, atol=3e-2)
+    assert layout_of(seen[0]) == "NHWC"
 
 
 def test_capture_wants_a_gpu(net: nn.Module) -> None:

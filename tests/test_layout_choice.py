@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from typing import Any
 
@@ -16,6 +17,8 @@ from numbasparse.choices import Choice, Measured
 from numbasparse.nn.layout_choice import Layer, choose_together, least_time
 from numbasparse.nn.native import Tracer
 from numbasparse.spec import ConvSpec
+
+conversion: Any = importlib.import_module("numbasparse.nn.convert")  # the function has the same name
 
 DENSE = Choice("cuda_dense", {"layout": "nchw", "precision": "strict"})
 OTHER = Choice("cuda_dense", {"layout": "nhwc", "precision": "strict"})
@@ -151,3 +154,26 @@ def test_what_is_not_decided() -> None:
     model = Twice()
     graph = Tracer().trace(model)
     assert choose_together(graph, dict(model.named_modules()), {"a": layer(30.0, 10.0, 1.0)}, "NCHW").choices == {}
+
+
+class Viewing(nn.Module):
+    """What reads its tensors in the order of NCHW, or in any."""
+
+    def __init__(self, views: bool) -> None:
+        super().__init__()
+        self.conv, self.views = nn.Conv2d(8, 8, 3, padding=1), views
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return y.view(y.size(0), -1) if self.views else y.flatten(1)
+
+
+@pytest.mark.parametrize(("views", "plain"), [(False, "NHWC"), (True, "NCHW")])
+def test_channels_last_only_where_a_model_can(views: bool, plain: str) -> None:
+    model, x = Viewing(views), torch.randn(32, 8, 16, 16)
+    decisions = {"conv": conversion._Decision(False, "", measured=layer(30.0, 100.0, 5.0, 1.0))}
+    found, made = conversion._decide_together(model, decisions, x)
+    assert found == plain
+    assert made["conv"].gives == plain
+    assert model.conv.weight.is_contiguous(memory_format=torch.channels_last) == (plain == "NHWC")
+    assert model(x).shape == (32, 2048)
