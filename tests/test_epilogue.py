@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import io
 import sys
 import threading
@@ -423,3 +424,27 @@ def test_a_models_own_forward() -> None:
         torch.testing.assert_close(converted(x), expected, rtol=1e-4, atol=1e-4)
     assert isinstance(twins[1], Flat)
     assert isinstance(twins[2], Flat)
+
+
+def test_results_agree_up_to_rounding() -> None:
+    """Of sixteen bits, what half precision makes of a deep model; a residual that is left out never passes."""
+    conversion = importlib.import_module("numbasparse.nn.convert")
+    torch.manual_seed(0)
+    y = torch.randn(4, 1000)
+    noise = torch.randn_like(y)
+    for dtype, small, large in (
+        (torch.float32, 5e-4, 2e-3),
+        (torch.float16, 3e-2, 0.1),
+        (torch.bfloat16, 0.2, 0.5),
+    ):
+        before = y.to(dtype)
+        assert conversion._close([before], [(y + small * noise).to(dtype)])
+        assert not conversion._close([before], [(y + large * noise).to(dtype)])
+    assert not conversion._close([y], [y, y])
+    assert not conversion._close([y], [y[:2]])
+    broken = y.clone()
+    broken[1, 1] = torch.nan
+    assert not conversion._close([y], [broken])
+    assert conversion._close([broken], [broken])
+    assert conversion._close([torch.zeros(3)], [torch.zeros(3)])
+    assert not conversion._close([torch.zeros(3)], [torch.full((3,), 1e-3)])
