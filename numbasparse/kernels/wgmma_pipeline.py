@@ -978,13 +978,13 @@ def _reason_resources(geometry: Geometry, make: Callable[[], Shape], stages: int
     return None
 
 
-_BULK_BYTES_PER_CLOCK, _COPY_CLOCKS = 20.0, 870.0
-"""Of the copy engine, for what is in one piece; and until the first bytes come (benchmarks/copy_engine.py)."""
 _SHARED_BYTES_PER_CLOCK = 128.0
-_START_CLOCKS, _JOB_CLOCKS, _STEP_CLOCKS, _COLUMN_CLOCKS, _TURN_CLOCKS = 3250.0, 640.0, 125.0, 2.0, 200.0
+_BULK_BYTES_PER_CLOCK, _L2_BYTES_PER_CLOCK = 60.0, 21.7
+"""Of the copy engine, for what is in one piece; and of all that a multiprocessor copies, while the others do too."""
+_START_CLOCKS, _JOB_CLOCKS, _STEP_CLOCKS, _COLUMN_CLOCKS, _TURN_CLOCKS = 3860.0, 975.0, 64.0, 1.63, 624.0
 """Of a warpgroup by itself: everything before the first job, a job beside steps and rest, a step at least, a column of
 a chunk, and handing sums over."""
-_TOGETHER = 3
+_TOGETHER = 2.5
 """What takes time together takes nearly as long as the slowest: the exponent of a norm."""
 
 
@@ -993,9 +993,9 @@ def clocks(
 ) -> float:
     """Clocks that a kernel may take.
 
-    Warpgroups by themselves, shared memory (or the tensor cores) and the copy engine all have their part. The constants
-    are a fit to 127 measured times of `cuda_wgmma_nhwc` (benchmarks/results/tensor_nhwc.json), which they meet to
-    7 % (standard deviation).
+    Warpgroups by themselves, shared memory (or the tensor cores), the copy engine and the second cache all have their
+    part. The constants are a fit to 278 measured times of `cuda_wgmma_nhwc` (benchmarks/results/tensor_nhwc.json and
+    tensor_nhwc_turns.json), which they meet to 6 % (standard deviation).
 
     Parameters
     ----------
@@ -1017,8 +1017,9 @@ def clocks(
     each, waves = shape.resident(device), ceil(shape.works / shape.grid(device)[0])
     if waves == 1:
         each = min(each, ceil(shape.works / device.multiprocessors))
-    # Blocks share the copy engine and shared memory.  A stage is filled while the others are computed.
-    parts = (alone / shape.turns, each * shared, (each * copy + _COPY_CLOCKS) / (shape.stages - 1))
+    # Blocks share all but their warpgroups.  A stage is filled while the others are computed.
+    together = (shared, copy / (shape.stages - 1), (blob + g.copied_bytes) / _L2_BYTES_PER_CLOCK)
+    parts = (alone / shape.turns, *(each * part for part in together))
     job = sum(part**_TOGETHER for part in parts) ** (1 / _TOGETHER)
     exposed = stores if each == 1 else 0.0
     if shape.turns > 1:
