@@ -41,7 +41,7 @@ from autotune.gpu import GpuBench
 from autotune.measure import measure
 from autotune.space import Candidate, LayerProblem
 from numbasparse import ConvSpec, SparseWeight
-from numbasparse.kernels import Config, cuda_mma, kernel, wgmma_pipeline
+from numbasparse.kernels import Config, cuda_mma, kernel, wgmma_pipeline, wgmma_shape
 from numbasparse.quantization import CodebookQuantization, LinearQuantization
 from numbasparse.runtime import cuda
 from numbasparse.weight import Quantization
@@ -174,8 +174,8 @@ SMALL += [
 def grid(args: argparse.Namespace) -> None:
     """Every case at several sparsities; exits with 1 if any is wrong."""
     # memcheck takes an operand of wgmma for one piece of memory, which may seem to end behind the last stage.
-    exact = wgmma_pipeline.Shape.shared_bytes.fget
-    wgmma_pipeline.Shape.shared_bytes = property(lambda shape: exact(shape) + 16384)  # type: ignore[method-assign]
+    exact = wgmma_shape.Shape.shared_bytes.fget
+    wgmma_shape.Shape.shared_bytes = property(lambda shape: exact(shape) + 16384)  # type: ignore[method-assign]
     wrong = 0
     with session(args) as (gpu, _):
         for number, (name, spec, config) in enumerate(SMALL):

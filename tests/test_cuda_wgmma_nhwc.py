@@ -15,9 +15,8 @@ from tensor_emulation import OutputTile, box, k_major_operand, swizzled
 from wgmma_emulation import Emulator
 
 from numbasparse import SparseWeight
-from numbasparse.kernels import KERNELS, Config, ConfigError
+from numbasparse.kernels import KERNELS, Config, ConfigError, wgmma_shape
 from numbasparse.kernels import cuda_wgmma_nhwc as room
-from numbasparse.kernels import wgmma_pipeline as pipeline
 from numbasparse.runtime import cuda
 from numbasparse.runtime.layouts import Layout, has_layout, to_layout
 from numbasparse.spec import ConvSpec
@@ -210,7 +209,7 @@ def test_forms_of_codes(bits: int, kind: str, form: str, lane_bytes: int) -> Non
     rng = np.random.default_rng(1)
     single = SparseWeight.from_dense(random_weight(spec, 0.15, rng))
     weight, config = quantized(single, bits, kind), config_of(entries="coded")
-    entries = pipeline.entries_of(weight, config)
+    entries = wgmma_shape.entries_of(weight, config)
     assert (entries.form, entries.scaled, entries.metadata) == (form, kind == "linear", 128 * lane_bytes)
     assert KERNEL.space(spec, weight, 1)["entries"] == ("wide", "coded")
     assert KERNEL.space(spec, single, 1)["entries"] == ("wide",)

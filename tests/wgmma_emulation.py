@@ -9,8 +9,7 @@ import numpy as np
 from tensor_emulation import OutputTile, opened, opened_dense, output_tiles, widened
 
 from numbasparse import SparseWeight
-from numbasparse.kernels import Config
-from numbasparse.kernels import wgmma_pipeline as pipeline
+from numbasparse.kernels import Config, wgmma_shape
 from numbasparse.kernels.cuda_fragments import scale_of
 from numbasparse.kernels.two_four import narrow
 from numbasparse.spec import ConvSpec
@@ -23,7 +22,7 @@ class Emulator(ABC):
     """Where the aligned shared memory begins, somewhere."""
 
     def __init__(self, kernel: Any, spec: ConvSpec, weight: SparseWeight, config: Config) -> None:
-        self.shape = kernel.shape(spec, config, pipeline.facts_of(weight, config))
+        self.shape = kernel.shape(spec, config, wgmma_shape.facts_of(weight, config))
         self.scale = scale_of(weight) if self.shape.entries.scaled else np.ones(spec.k, np.float32)
         self.spec, self.g = self.shape.spec, self.shape.geometry
         self.packed = kernel.pack(spec, weight, config)
@@ -78,20 +77,20 @@ class Emulator(ABC):
             channels = self.packed.jobs[same[:, 0] + job, 0]
             assert (same[:, 1] == count).all()
             assert (channels == channels[0]).all(), "blocks of a cluster get other tiles"
-            stage = self.BASE + pipeline.HEAD_BYTES + job % self.shape.stages * self.shape.stage_bytes
+            stage = self.BASE + wgmma_shape.HEAD_BYTES + job % self.shape.stages * self.shape.stage_bytes
             memory = self._copied(x, image, corner, first + job, stage)
             blob = memory[stage + g.tile_bytes :]
             steps, chunks = (int(v) for v in blob[:8].view(np.int32))
             assert steps <= self.shape.room[0]
             assert chunks <= self.shape.room[1]
             entries = self.shape.entries
-            units = blob[pipeline.HEADER_BYTES :][: steps * entries.unit_bytes].reshape(steps, entries.unit_bytes)
-            rest = blob[pipeline.HEADER_BYTES + units.size :][: chunks * pipeline.CHUNK_BYTES]
+            units = blob[wgmma_shape.HEADER_BYTES :][: steps * entries.unit_bytes].reshape(steps, entries.unit_bytes)
+            rest = blob[wgmma_shape.HEADER_BYTES + units.size :][: chunks * wgmma_shape.CHUNK_BYTES]
             for unit in units:
                 word = int(unit[entries.word :][:4].view(np.int32)[0])
                 registers, metadata = self._registers(unit), unit[entries.metadata : entries.word].view(np.uint32)
                 sums += opened(registers, metadata, self.spec.dtype) @ self._values(self.operands(memory, stage, word))
-            for number, chunk in enumerate(rest.reshape(chunks, pipeline.CHUNK_BYTES)):
+            for number, chunk in enumerate(rest.reshape(chunks, wgmma_shape.CHUNK_BYTES)):
                 a = opened_dense(chunk[:1024].view(np.uint32).reshape(128, 2), self.spec.dtype).reshape(4, 16, 8)
                 offsets = chunk[1024:].view(np.int32).reshape(4, 8)
                 # Each warp stops behind its last.

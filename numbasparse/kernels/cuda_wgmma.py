@@ -45,7 +45,8 @@ import numpy as np
 from numbasparse.kernels import cuda_fragments, two_four
 from numbasparse.kernels.base import Config, Space, check_fields
 from numbasparse.kernels.cuda_tiles import device_function, parse_tile, row_clocks
-from numbasparse.kernels.wgmma_pipeline import Facts, Geometry, Shape, WgmmaKernel, clocks, facts_of
+from numbasparse.kernels.wgmma_pipeline import WgmmaKernel, clocks
+from numbasparse.kernels.wgmma_shape import Facts, Geometry, Shape, facts_of
 from numbasparse.runtime import cuda, layouts
 from numbasparse.spec import ConvSpec
 from numbasparse.weight import SparseWeight

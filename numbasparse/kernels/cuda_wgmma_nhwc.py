@@ -49,7 +49,9 @@ import numpy as np
 from numbasparse.kernels import two_four
 from numbasparse.kernels.base import Config, CudaRunner, Space, check_fields
 from numbasparse.kernels.cuda_tiles import device_function, parse_tile, row_clocks
-from numbasparse.kernels.wgmma_pipeline import Facts, Geometry, Packed, Shape, WgmmaKernel, clocks, facts_of
+from numbasparse.kernels.wgmma_packing import Packed
+from numbasparse.kernels.wgmma_pipeline import WgmmaKernel, clocks
+from numbasparse.kernels.wgmma_shape import Facts, Geometry, Shape, facts_of
 from numbasparse.runtime import cuda, layouts
 from numbasparse.spec import ConvSpec
 from numbasparse.weight import SparseWeight

@@ -1,0 +1,276 @@
+"""What the code and the packed weight of a kernel for Hopper's sparse tensor cores depend on: see `wgmma_pipeline`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from numbasparse.kernels import two_four
+from numbasparse.kernels.base import Config
+from numbasparse.kernels.cuda_fragments import coding_of, is_scaled
+from numbasparse.kernels.cuda_tiles import OutputTiles
+from numbasparse.runtime import cuda, layouts
+from numbasparse.spec import ConvSpec
+from numbasparse.weight import SparseWeight
+
+HEAD_BYTES = 1024
+"""Of shared memory: the barriers, and so much that the stages are aligned to the swizzle's pattern."""
+CHUNK_BYTES, HEADER_BYTES = 1152, 16
+"""Of a chunk of the rest in a blob, and of what is before steps and chunks."""
+OFFSETS = 1024
+"""Where a chunk has the offsets of its rows."""
+
+
+# ---- values -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Entries:
+    """How the values of a step are stored, before its 256 bytes of metadata, its word and 12 bytes of nothing.
+
+    Attributes
+    ----------
+    form
+        ``"wide"``: 16-bit values.  ``"integers"``: bytes, 128 more than the value.  ``"nibbles"``: four bits, the place
+        of the value in a table of 16 that every thread has in registers.  ``"flagged"``: the same of a table without
+        zero, and a word for eight values that says which are zero.
+    scaled
+        Whether sums are multiplied by a factor of their output channel.
+    """
+
+    form: str = "wide"
+    scaled: bool = False
+
+    @property
+    def lane_words(self) -> int:
+        """Words of eight values, what a thread has of a step."""
+        return {"wide": 4, "integers": 2, "flagged": 2, "nibbles": 1}[self.form]
+
+    @property
+    def metadata(self) -> int:
+        """Where a step has its metadata."""
+        return 128 * 4 * self.lane_words
+
+    @property
+    def word(self) -> int:
+        """Where a step has its word."""
+        return self.metadata + 256
+
+    @property
+    def unit_bytes(self) -> int:
+        """Of a step."""
+        return self.word + 16
+
+
+def entries_of(weight: SparseWeight, config: Config) -> Entries:
+    """How a config stores the values of a weight."""
+    if config["entries"] == "wide":
+        return Entries()
+    count = len(coding_of(weight)[0])
+    form = "nibbles" if count <= NIBBLES else "flagged" if count == NIBBLES + 1 else "integers"
+    return Entries(form, is_scaled(weight))
+
+
+def reason_coded(weight: SparseWeight) -> str | None:
+    """Reason why a weight's values cannot be stored as codes."""
+    if weight.levels is None:
+        return "coded entries need a quantized weight"
+    values = coding_of(weight)[0]
+    whole = (values == np.rint(values)).all() and values.min() >= -128 and values.max() <= 127
+    if len(values) <= NIBBLES + 1 or whole:
+        return None
+    return f"the weight has {len(values) - 1} values, coded entries know {NIBBLES}, or whole numbers from -128 to 127"
+
+
+NIBBLES = 16
+"""Places of a table."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the code depends on of a weight and how it is stored."""
+
+    density: float
+    entries: Entries
+
+
+def facts_of(weight: SparseWeight, config: Config) -> Facts:
+    """Those of a weight that a config has no objection to."""
+    return Facts(weight.density, entries_of(weight, config))
+
+
+# ---- geometry -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Geometry(ABC):
+    """How a block's tile lies in shared memory, and who computes what.  Offsets in bytes.
+
+    An *octet* is eight neighbouring input channels of a pixel, what a step has four of, numbered in the order of
+    memory from the first that any tap can start from.
+
+    Attributes
+    ----------
+    spec
+        The problem.
+    layout
+        Of activations.
+    groups
+        Warpgroups.
+    batch, channels
+        Images and input channels of a stage.
+    tile_h, tile_w
+        Output pixels of a block, of each image.
+    patch_h, patch_w
+        Pixels of an input tile.
+    row_bytes
+        Bytes of a row of shared memory: see `codegen.ptx.Swizzle`.
+    """
+
+    spec: ConvSpec
+    layout: layouts.Layout
+    groups: int
+    batch: int
+    channels: int
+    tile_h: int
+    tile_w: int
+    patch_h: int
+    patch_w: int
+    row_bytes: int
+
+    @property
+    @abstractmethod
+    def sums(self) -> int:
+        """Of a thread."""
+
+    @property
+    @abstractmethod
+    def tile_bytes(self) -> int:
+        """Of an input tile, up to where the weight follows."""
+
+    @property
+    @abstractmethod
+    def copied_bytes(self) -> int:
+        """That a copy brings."""
+
+    @abstractmethod
+    def cover(
+        self, part: np.ndarray, row: np.ndarray, column: np.ndarray, data: np.ndarray, parts: int
+    ) -> tuple[two_four.Steps, two_four.Rest]:
+        """Steps and rest of the non-zeros of parts (a tile's input channels): columns are those of a group's matrix."""
+
+    @abstractmethod
+    def words(self, steps: two_four.Steps) -> np.ndarray:
+        """Of every step the word that `multiply` gets: int32."""
+
+    @abstractmethod
+    def offsets(self, rest: two_four.Rest) -> np.ndarray:
+        """Of every chunk and 16 rows what eight lanes add to their `lane_start`: int32 (chunks, 4, 8)."""
+
+    @abstractmethod
+    def row_blocks(self, weight: SparseWeight) -> np.ndarray:
+        """Output channels of each block, int32 (blocks, 64), -1 for none; no block has channels of two groups."""
+
+    @abstractmethod
+    def tensor_map(self, address: int) -> cuda.TensorMap:
+        """For the copies of tiles."""
+
+    @property
+    @abstractmethod
+    def group_bytes(self) -> int:
+        """From the input of a warpgroup to that of the next."""
+
+    @abstractmethod
+    def copy_tile(self, cluster: int) -> Any:
+        """Device function ``(stage, channel, origin, full)``: order the copy of an input tile.
+
+        ``origin`` is image, row and column; in a cluster the copy is for all blocks.
+        """
+
+    @abstractmethod
+    def multiply(self) -> Any:
+        """Device function ``(sums, values, metadata, word, stage) -> sums``: a step for the pixels of a warpgroup.
+
+        Their input begins at ``stage``.
+        """
+
+    @abstractmethod
+    def lane_start(self) -> Any:
+        """Device function ``(lane) -> bytes``: where a lane's share of a chunk of the rest begins."""
+
+    @abstractmethod
+    def rest_mma(self) -> Any:
+        """Intrinsic ``(sums, values, address) -> sums`` of a chunk."""
+
+    @abstractmethod
+    def finish(self, split: int, residual: bool, activation: str, scaled: bool) -> tuple[Any, Any]:
+        """Device functions: ``(rows, first, lane)`` gives a lane's output channels, those of a warp being
+        ``rows[first]`` and on; ``(sums, y, residual, bias, scale, numbers, part, image, oy, ox, group, lane)`` finishes
+        sums and stores them.
+        """
+
+
+# ---- all of it ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shape(OutputTiles):
+    """All constants of the kernel's code: what the compiled code depends on, and nothing else.
+
+    ``room`` is that of a stage, steps and chunks; ``blocks`` those of output channels; ``turns`` the warpgroups that
+    take turns with input channels; ``entries`` say how values are stored.
+    """
+
+    geometry: Geometry
+    room: tuple[int, int]
+    stages: int
+    split: int
+    cluster: int
+    blocks: int
+    turns: int
+    entries: Entries
+    activation: str
+    residual: bool
+
+    @property
+    def spec(self) -> ConvSpec:  # type: ignore[override]
+        return self.geometry.spec
+
+    @property
+    def stage_bytes(self) -> int:
+        """An input tile and behind it a blob, up to the next multiple of 1024."""
+        blob = HEADER_BYTES + self.room[0] * self.entries.unit_bytes + self.room[1] * CHUNK_BYTES
+        return -(-(self.geometry.tile_bytes + blob) // 1024) * 1024
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of a block."""
+        return 1024 + self.sums_at + (512 * self.geometry.sums if self.turns > 1 else 0)
+
+    @property
+    def sums_at(self) -> int:
+        """Where sums are added up.  Behind the last stage is room for the steps that are read ahead of the last one."""
+        return HEAD_BYTES + self.stages * self.stage_bytes + 2 * self.entries.unit_bytes
+
+    @property
+    def groups(self) -> int:
+        """Warpgroups of a block."""
+        return self.geometry.groups * self.turns
+
+    @property
+    def threads(self) -> int:
+        return 128 * self.groups
+
+    def resident(self, device: cuda.Device) -> int:
+        """Blocks that are on a multiprocessor at once."""
+        return min(2 // self.groups, device.shared_per_multiprocessor // (self.shared_bytes + 1024))
+
+    def grid(self, device: cuda.Device) -> tuple[int, int, int]:
+        """As many blocks as are on the device at once, a multiple of the cluster; fewer where there is less work."""
+        # Clusters lie within the 16 or 18 multiprocessors of a part of the GPU, of which those of four leave some out.
+        usable = device.multiprocessors if self.cluster < 4 else device.multiprocessors * 16 // 17
+        most = usable * self.resident(device) // self.cluster * self.cluster
+        return min(most, self.works), 1, 1
