@@ -250,6 +250,47 @@ def test_pointwise_grid(lanes: int, vectors: int, pixels: int | None) -> None:
         check(spec, dense, "cpu_pointwise", config, threads=1 + i % 3, bias=i % 2 == 0)
 
 
+# --- grid of the kernel of columns -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("lanes", "vectors", "pixels"),
+    [(4, 1, None), (4, 3, None), (8, 2, None), (16, 1, None), (16, 4, None), (4, 2, 5), (8, 3, 19), (16, 2, 17)],
+)
+def test_columns_grid(lanes: int, vectors: int, pixels: int | None) -> None:
+    """Ranges of one row to all, the last one shorter; codes too."""
+    rng = np.random.default_rng(lanes * vectors)
+    for i in range(6):
+        w = vectors * lanes + int(rng.integers(40)) if pixels is None else pixels
+        spec = ConvSpec(1 + i % 3, (1, 7, 40)[i % 3], 1, w, (3, 1, 17)[i // 2], 1, 1)
+        dense = next(itertools.islice(weights(spec, rng), i, None))
+        config = {"lanes": lanes, "vectors": vectors, "rows": (64, 1, 5)[i % 3]}
+        activation = ("none", "silu", "relu6")[i % 3]
+        check(spec, dense, "cpu_columns", config, activation, 1 + i % 3, i % 2 == 0)
+        config["entries"] = "coded"
+        check(spec, dense, "cpu_columns", config, activation, 1 + i % 3, i % 2 == 0, QUANTIZATIONS[i])
+
+
+def test_columns_reasons() -> None:
+    spec = ConvSpec.create((1, 300, 3, 3), (400, 300, 1, 1))
+    columns = kernel("cpu_columns")
+    weight = SparseWeight.from_dense(random_weight(spec, 0.1, np.random.default_rng(0)))
+    config = {"lanes": 8, "vectors": 2, "rows": 100}
+    assert columns.check(spec, weight, config) is None
+    for change, words in (
+        ({"lanes": 16}, "at most the image's 9 pixels"),
+        ({"vectors": 3}, "3 vectors exceed the image's 9 pixels"),
+        ({"rows": 5000}, "the sums of 5000 output channels exceed 262144 bytes"),
+        ({"rows": 1}, "ranges of 1 output channels cut the rows into 11"),
+        ({"rows": 0}, "rows must be from 1 to 65535, got 0"),
+    ):
+        assert words in (columns.check(spec, weight, {**config, **change}) or ""), change
+    wide = ConvSpec.create((1, 70_000, 2, 2), (1, 70_000, 1, 1))
+    one = np.zeros(wide.weight_shape, np.float32)
+    one[0, 5] = 1.0
+    assert "got 70000 channels" in (columns.supports(wide, SparseWeight.from_dense(one)) or "")
+
+
 # --- grid of the kernel for vectors ------------------------------------------------------------------------------
 
 
@@ -470,7 +511,7 @@ def test_special(name: str, special: str) -> None:
     empty = SparseWeight.from_dense(np.zeros(spec.weight_shape, np.float32), spec.groups)
     reason = KERNELS[name].supports(spec, empty)
     if reason is not None:
-        assert name in ("cpu_pointwise", "cpu_vector"), reason
+        assert name in ("cpu_pointwise", "cpu_vector", "cpu_columns"), reason
         with pytest.raises(ConfigError, match="cannot run config"):
             KERNELS[name].prepare(spec, empty, {"lanes": 4, "vectors": 1, "block": 1, "split": 1})
         return
@@ -523,6 +564,7 @@ ACTIVATION_CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ("cpu_pointwise", {"lanes": 4, "vectors": 1, "block": 8, "split": 1}),
     ("cpu_pointwise", {"lanes": 8, "vectors": 1, "block": 8, "split": 1}),
     ("cpu_pointwise", {"lanes": 16, "vectors": 2, "block": 8, "split": 1}),
+    ("cpu_columns", {"lanes": 8, "vectors": 3, "rows": 2}),
     ("cpu_direct", {"lanes": 8, "chunk": 4, "tile": "1x3", "taps": "copied", "block_kb": 1, "split": 1}),
     ("dense", {"layout": "nchw"}),
     ("dense", {"layout": "nhwc"}),
@@ -644,6 +686,7 @@ def test_the_default_is_in_the_space(space: str, name: str, lanes: int, monkeypa
         ("tiny", "cpu_direct"),
         ("pointwise", "cpu_direct"),
         ("pointwise", "cpu_pointwise"),
+        ("pointwise", "cpu_columns"),
         ("vector", "cpu_vector"),
     ],
 )

@@ -612,6 +612,91 @@ def clear_f32(typingctx: Any, address: Any) -> Any:
     return types.void(types.intp), codegen
 
 
+# --- columns of a matrix -------------------------------------------------------------------------------------
+
+
+def add_column(lanes: int, displacements: Sequence[int], coded: bool) -> Callable[..., None]:
+    """Intrinsic ``(x, first, limit, sums, table)``: add the products of some vectors with a sparse column.
+
+    The vectors are at ``x + displacements[t]`` and stay in registers.  Entries lie from ``first`` up to ``limit``: 8
+    bytes of an int32 offset and a float32 value; with ``coded`` 4 bytes, an offset divided by 4 and the place of the
+    value in the float32 ``table``, 16 bits each.  At ``sums`` plus an offset are the sums of a row, a vector for each,
+    which are read and written: aligned to their size.
+    """
+
+    @intrinsic
+    def add(typingctx: Any, x: Any, first: Any, limit: Any, sums: Any, table: Any) -> Any:
+        def codegen(ctx: Any, bd: Any, sig: Any, args: Any) -> Any:
+            x, first, limit, sums, table = args
+            vectors = [_load(bd, _vector(lanes), _plus(bd, x, d), 4) for d in displacements]
+
+            def entry(at: Any, _: list[Any]) -> list[Any]:
+                word = bd.zext(_load(bd, _I32, at, 4), _I64)
+                where = _plus(bd, at, 4)
+                if coded:
+                    where = bd.add(table, bd.shl(bd.lshr(word, _const(16)), _const(2)))
+                    word = bd.shl(bd.and_(word, _const(0xFFFF)), _const(2))
+                value = _splat(bd, _load(bd, _F32, where, 4), lanes)
+                row = bd.add(sums, word)
+                for t, vector in enumerate(vectors):
+                    own = _plus(bd, row, 4 * lanes * t)
+                    total = _fma(bd, value, vector, _load(bd, _vector(lanes), own, 4 * lanes))
+                    _store(bd, total, own, 4 * lanes)
+                return []
+
+            _loop(bd, first, limit, 4 if coded else 8, [], entry)
+            return ctx.get_dummy_value()
+
+        return types.void(*[types.intp] * 5), codegen
+
+    return add
+
+
+def clear_vectors(lanes: int) -> Callable[..., None]:
+    """Intrinsic ``(first, limit)``: write zeros to vectors, aligned to their size."""
+
+    @intrinsic
+    def clear(typingctx: Any, first: Any, limit: Any) -> Any:
+        def codegen(ctx: Any, bd: Any, sig: Any, args: Any) -> Any:
+            def vector(at: Any, _: list[Any]) -> list[Any]:
+                _store(bd, _constants(lanes, 0.0), at, 4 * lanes)
+                return []
+
+            _loop(bd, args[0], args[1], 4 * lanes, [], vector)
+            return ctx.get_dummy_value()
+
+        return types.void(types.intp, types.intp), codegen
+
+    return clear
+
+
+def finish_vectors(
+    lanes: int, displacements: Sequence[int], activation: Activation, residual: bool
+) -> Callable[..., None]:
+    """Intrinsic ``(sums, scale, bias, out, added)``: as `finish_sums`, of vectors of one output channel."""
+
+    @intrinsic
+    def finish(typingctx: Any, sums: Any, scale: Any, bias: Any, out: Any, added: Any) -> Any:
+        def codegen(ctx: Any, bd: Any, sig: Any, args: Any) -> Any:
+            sums, scale, bias, out, added = args
+            factor, shift = (_splat(bd, _load(bd, _F32, at, 4), lanes) for at in (scale, bias))
+            # All are read before any is written: the last vector may lie over a part of the one before.
+            values = []
+            for t, displacement in enumerate(displacements):
+                value = _fma(bd, _load(bd, _vector(lanes), _plus(bd, sums, 4 * lanes * t), 4 * lanes), factor, shift)
+                if residual:
+                    where = bd.add(_plus(bd, out, displacement), added)
+                    value = bd.fadd(value, _load(bd, _vector(lanes), where, 4))
+                values.append(_activate(bd, activation, value))
+            for value, displacement in zip(values, displacements, strict=True):
+                _store(bd, value, _plus(bd, out, displacement), 4)
+            return ctx.get_dummy_value()
+
+        return types.void(*[types.intp] * 4, types.int64), codegen
+
+    return finish
+
+
 # --- activations ---------------------------------------------------------------------------------------------
 
 

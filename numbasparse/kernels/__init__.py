@@ -11,6 +11,7 @@ from numbasparse.kernels.base import (
     Runner,
     TorchRunner,
 )
+from numbasparse.kernels.cpu_columns import CpuColumns
 from numbasparse.kernels.cpu_direct import CpuDirect
 from numbasparse.kernels.cpu_pointwise import CpuPointwise
 from numbasparse.kernels.cpu_vector import CpuVector
@@ -39,6 +40,7 @@ __all__ = [
 _TABLE: tuple[Kernel, ...] = (
     CpuVector(),
     CpuPointwise(),
+    CpuColumns(),
     CpuDirect(),
     Dense(),
     CudaDirect(),
