@@ -265,6 +265,7 @@ def test_columns_grid(lanes: int, vectors: int, pixels: int | None) -> None:
         spec = ConvSpec(1 + i % 3, (1, 7, 40)[i % 3], 1, w, (3, 1, 17)[i // 2], 1, 1)
         dense = next(itertools.islice(weights(spec, rng), i, None))
         config = {"lanes": lanes, "vectors": vectors, "rows": (64, 1, 5)[i % 3]}
+        config["prefetch"] = ("none", "next")[i % 2]
         activation = ("none", "silu", "relu6")[i % 3]
         check(spec, dense, "cpu_columns", config, activation, 1 + i % 3, i % 2 == 0)
         config["entries"] = "coded"
@@ -275,7 +276,7 @@ def test_columns_reasons() -> None:
     spec = ConvSpec.create((1, 300, 3, 3), (400, 300, 1, 1))
     columns = kernel("cpu_columns")
     weight = SparseWeight.from_dense(random_weight(spec, 0.1, np.random.default_rng(0)))
-    config = {"lanes": 8, "vectors": 2, "rows": 100}
+    config = {"lanes": 8, "vectors": 2, "rows": 100, "prefetch": "none"}
     assert columns.check(spec, weight, config) is None
     for change, words in (
         ({"lanes": 16}, "at most the image's 9 pixels"),
@@ -564,7 +565,7 @@ ACTIVATION_CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ("cpu_pointwise", {"lanes": 4, "vectors": 1, "block": 8, "split": 1}),
     ("cpu_pointwise", {"lanes": 8, "vectors": 1, "block": 8, "split": 1}),
     ("cpu_pointwise", {"lanes": 16, "vectors": 2, "block": 8, "split": 1}),
-    ("cpu_columns", {"lanes": 8, "vectors": 3, "rows": 2}),
+    ("cpu_columns", {"lanes": 8, "vectors": 3, "rows": 2, "prefetch": "next"}),
     ("cpu_direct", {"lanes": 8, "chunk": 4, "tile": "1x3", "taps": "copied", "block_kb": 1, "split": 1}),
     ("dense", {"layout": "nchw"}),
     ("dense", {"layout": "nhwc"}),

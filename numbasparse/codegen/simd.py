@@ -615,13 +615,14 @@ def clear_f32(typingctx: Any, address: Any) -> Any:
 # --- columns of a matrix -------------------------------------------------------------------------------------
 
 
-def add_column(lanes: int, displacements: Sequence[int], coded: bool) -> Callable[..., None]:
+def add_column(lanes: int, displacements: Sequence[int], coded: bool, ahead: int) -> Callable[..., None]:
     """Intrinsic ``(x, first, limit, sums, table)``: add the products of some vectors with a sparse column.
 
     The vectors are at ``x + displacements[t]`` and stay in registers.  Entries lie from ``first`` up to ``limit``: 8
     bytes of an int32 offset and a float32 value; with ``coded`` 4 bytes, an offset divided by 4 and the place of the
     value in the float32 ``table``, 16 bits each.  At ``sums`` plus an offset are the sums of a row, a vector for each,
-    which are read and written: aligned to their size.
+    which are read and written: aligned to their size.  What lies ``ahead`` bytes behind the vectors is fetched into the
+    first cache, if that is not 0.
     """
 
     @intrinsic
@@ -629,6 +630,8 @@ def add_column(lanes: int, displacements: Sequence[int], coded: bool) -> Callabl
         def codegen(ctx: Any, bd: Any, sig: Any, args: Any) -> Any:
             x, first, limit, sums, table = args
             vectors = [_load(bd, _vector(lanes), _plus(bd, x, d), 4) for d in displacements]
+            for byte in range(0, 4 * lanes * len(displacements) if ahead else 0, 64):
+                _prefetch(bd, _plus(bd, x, ahead + byte))
 
             def entry(at: Any, _: list[Any]) -> list[Any]:
                 word = bd.zext(_load(bd, _I32, at, 4), _I64)

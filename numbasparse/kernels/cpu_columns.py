@@ -16,6 +16,8 @@ Search space
     Vectors of pixels of a tile.
 ``rows``
     Output channels of a range.
+``prefetch``
+    ``"next"`` fetches the next tile's input, channel by channel, while this one's is worked on.
 ``entries``
     For quantized weights: ``"coded"`` reads places in a table of values, 4 bytes with the output channel, ``"wide"``
     reads decoded values.
@@ -38,6 +40,7 @@ from numbasparse.kernels.base import Config, Kernel, Runner, Space, check_fields
 from numbasparse.kernels.cpu_rows import (
     coordinates,
     entries_of,
+    prefetch_choices,
     reason_unsupported,
     with_entries,
     with_residual,
@@ -67,7 +70,8 @@ class _Runner(Runner):
         # In a small image the last vector overlaps the one before: nothing outside is read or written.
         last = min((vectors - 1) * lanes, pixels - lanes)
         displacements = tuple(4 * min(t * lanes, last) for t in range(vectors))
-        self._code = functools.partial(_compiled, lanes, displacements, coded, activation)
+        ahead = 4 * step if config["prefetch"] == "next" else 0
+        self._code = functools.partial(_compiled, lanes, displacements, coded, ahead, activation)
         self._plain = self._code(False)
         self._keep = packed
         self.nbytes = sum(array.nbytes for array in packed)
@@ -144,9 +148,11 @@ def _places(weight: SparseWeight, k: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def _compiled(lanes: int, displacements: tuple[int, ...], coded: bool, activation: Activation, residual: bool) -> Code:
-    """The kernel's entry for tiles of vectors at ``displacements``."""
-    add, clear = add_column(lanes, displacements, coded), clear_vectors(lanes)
+def _compiled(
+    lanes: int, displacements: tuple[int, ...], coded: bool, ahead: int, activation: Activation, residual: bool
+) -> Code:
+    """The kernel's entry for tiles of vectors at ``displacements``; the next tile lies ``ahead`` bytes behind."""
+    add, clear = add_column(lanes, displacements, coded, ahead), clear_vectors(lanes)
     finish = finish_vectors(lanes, displacements, activation, residual)
     row_bytes, entry_bytes = 4 * lanes * len(displacements), 4 if coded else 8
 
@@ -187,7 +193,7 @@ def _compiled(lanes: int, displacements: tuple[int, ...], coded: bool, activatio
                 k = 4 * (first + row)
                 finish(sums + row * row_bytes, scales + k, bias + k, target + row * plane, added)
 
-    return compile_c(cpu_columns, cpu.ENTRY_SIGNATURE, repr((lanes, displacements, coded, activation, residual)))
+    return compile_c(cpu_columns, cpu.ENTRY_SIGNATURE, repr((lanes, displacements, coded, ahead, activation, residual)))
 
 
 class CpuColumns(Kernel):
@@ -211,7 +217,7 @@ class CpuColumns(Kernel):
     def check(self, spec: ConvSpec, weight: SparseWeight, config: Config) -> str | None:
         fields: dict[str, Any] = {"lanes": (4, 16), "vectors": (1, _MOST_VECTORS), "rows": (1, _MOST - 1)}
         config = with_entries(config)
-        reason = check_fields(config, fields | {"entries": ("wide", "coded")})
+        reason = check_fields(config, fields | {"prefetch": ("none", "next"), "entries": ("wide", "coded")})
         if reason is not None:
             return reason
         lanes, vectors, pixels = int(config["lanes"]), int(config["vectors"]), spec.h * spec.w
@@ -231,6 +237,7 @@ class CpuColumns(Kernel):
             "lanes": (lanes,),
             "vectors": tuple(t for t in (1, 2, 3, 4, 6) if (t - 1) * lanes < spec.h * spec.w),
             "rows": tuple(sorted({_most_rows(spec), *(-(-spec.k // ranges) for ranges in (2, 4, 8, 16, 32))})),
+            "prefetch": prefetch_choices(spec),
             **({} if weight.levels is None else {"entries": _entries(weight)}),
         }
 
@@ -242,7 +249,8 @@ class CpuColumns(Kernel):
             too_large = 4 * lanes * vectors * rows > 2 * first // 3
             # An entry takes as long as a vector or so by itself.
             clocks = -(-pixels // (lanes * vectors)) * (vectors + 1.2)
-            return entries_of(config) != _entries(weight)[0], too_large, clocks, -rows
+            fetches = config["prefetch"] == "next"
+            return entries_of(config) != _entries(weight)[0], too_large, clocks, -rows, not fetches
 
         return min(self.configs(spec, weight, threads), key=order)
 

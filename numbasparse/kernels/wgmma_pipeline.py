@@ -517,6 +517,9 @@ def _reason_resources(geometry: Geometry, make: Callable[[], Shape], stages: int
     if tiles > device.shared_per_block:  # before its steps are counted, which may take long where tiles are large
         return f"{tiles} bytes of shared memory exceed a block's {device.shared_per_block}"
     shape = make()
+    if shape.stages % shape.turns:
+        # A warpgroup tells a stage's copies apart by their parity, so it must see all of them within an output tile.
+        return f"{shape.turns} warpgroups that take turns need as many stages, or twice as many, got {shape.stages}"
     if shape.groups > 2:
         return f"at most 2 warpgroups have registers enough, got {geometry.groups} times {shape.turns}"
     if shape.shared_bytes > device.shared_per_block:
