@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import importlib.util
 import io
 import json
@@ -758,3 +759,48 @@ def test_layouts_of_a_model_that_cannot_be_traced() -> None:
 def test_out_layout_is_checked() -> None:
     with pytest.raises(ValueError, match="out_layout must be None or one of"):
         SparseConv2d.from_conv(_conv(4, 6, 3), out_layout="NWHC")  # type: ignore[arg-type]
+
+
+def test_calls_pass_the_dispatcher_where_nobody_would_notice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In inference mode only, and not where operators are recorded, transformed or replaced."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    room = importlib.import_module("numbasparse.nn.operator")
+    seen: list[str] = []
+
+    def noted(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: Any) -> Tensor:
+            seen.append(name)
+            return function(*args)
+
+        return call
+
+    monkeypatch.setattr(room, "conv2d", noted("operator", room.conv2d))
+    layer = SparseConv2d.from_conv(nn.Conv2d(3, 4, 3))
+    x = torch.randn(2, 3, 6, 6)
+    with torch.no_grad():
+        expected = layer(x)
+    assert seen.pop() == "operator"
+
+    class Counting(TorchDispatchMode):
+        found = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.found += "numbasparse" in str(function)
+            return function(*args, **(kwargs or {}))
+
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(x), expected)
+        assert not seen
+        with Counting() as mode:
+            layer(x)
+        assert (seen.pop(), mode.found) == ("operator", 1)
+        with torch.profiler.profile() as profile:
+            layer(x)
+        assert seen.pop() == "operator"
+        assert any(event.key == "numbasparse::conv2d" for event in profile.key_averages())
+        traced = torch.jit.trace(layer, x)
+        assert "numbasparse::conv2d" in str(traced.inlined_graph)
+    with torch.no_grad():
+        assert any("numbasparse" in str(node.target) for node in make_fx(layer)(x).graph.nodes)

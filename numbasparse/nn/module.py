@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from numbasparse.activations import check_activation, in_torch
 from numbasparse.kernels import kernel
-from numbasparse.nn.operator import conv2d
+from numbasparse.nn.operator import convolve
 from numbasparse.plans import Choice
 from numbasparse.runtime.layouts import LAYOUTS, Layout
 from numbasparse.spec import ConvSpec
@@ -196,12 +196,14 @@ class SparseConv2d(nn.Module):
         return residual.shape == (x.shape[0], self.out_channels, out_h, out_w)
 
     def _convolve(self, x: Tensor, activation: str, residual: Tensor | None) -> Tensor:
-        return conv2d(
+        # Past ``nn.Module.__getattr__``, which takes a microsecond for each.
+        own = cast("dict[str, Any]", self._buffers)
+        return convolve(
             x,
-            self.values,
-            self.indices,
-            self.indptr,
-            self.bias,
+            own["values"],
+            own["indices"],
+            own["indptr"],
+            own["bias"],
             self.kernel_shape,
             self.stride,
             self.padding,

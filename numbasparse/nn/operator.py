@@ -320,3 +320,25 @@ torch.library.register_autograd("numbasparse::conv2d", backward, setup_context=s
 
 conv2d = torch.ops.numbasparse.conv2d.default
 """The registered overload ``torch.ops.numbasparse.conv2d.default``, with the arguments of the module's text."""
+
+
+def convolve(x: Tensor, *rest: Any) -> Tensor:
+    """The operator with the same arguments, past torch's dispatcher where nobody would notice.
+
+    The dispatcher takes 20 us to hand over so many arguments, half of what a call costs beside the kernel.
+    """
+    return _conv2d(x, *rest) if _unnoticed(x) else conv2d(x, *rest)
+
+
+def _unnoticed(x: Tensor) -> bool:
+    """Whether nothing differentiates, records, transforms or stands in for operators, and the tensor is torch's own."""
+    return (
+        not torch.compiler.is_compiling()  # first: what compiles cannot ask for the rest
+        and type(x) is Tensor
+        and torch.is_inference_mode_enabled()
+        and not torch._C._is_tracing()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and torch._C._functorch.maybe_current_level() is None
+        and not torch.autograd._profiler_enabled()
+    )
