@@ -761,6 +761,16 @@ def test_out_layout_is_checked() -> None:
         SparseConv2d.from_conv(_conv(4, 6, 3), out_layout="NWHC")  # type: ignore[arg-type]
 
 
+def test_a_bias_that_was_made_a_parameter() -> None:
+    layer = SparseConv2d.from_conv(_conv(3, 4, 3))
+    x = torch.randn(2, 3, 6, 6)
+    expected = layer(x).detach()
+    layer.bias = nn.Parameter(layer.bias + 1.0)
+    _assert_close(layer(x).detach(), expected + 1.0)
+    with torch.inference_mode():
+        _assert_close(layer(x), expected + 1.0)
+
+
 def test_calls_pass_the_dispatcher_where_nobody_would_notice(monkeypatch: pytest.MonkeyPatch) -> None:
     """In inference mode only, and not where operators are recorded, transformed or replaced."""
     from torch.fx.experimental.proxy_tensor import make_fx

@@ -514,8 +514,9 @@ def _alike(before: Tensor, after: Tensor) -> bool:
     finite, allowed = before.isfinite(), _ROUNDING.get(before.dtype, 1e-3)
     if not torch.equal(finite, after.isfinite()):
         return False
-    expected = before[finite].double()
-    return bool((after[finite].double() - expected).norm() <= allowed * expected.norm())
+    wide = torch.promote_types(before.dtype, torch.float64)
+    expected = before[finite].to(wide)
+    return bool((after[finite].to(wide) - expected).norm() <= allowed * expected.norm())
 
 
 _ROUNDING = {torch.float16: 0.05, torch.bfloat16: 0.3}

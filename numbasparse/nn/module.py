@@ -196,14 +196,14 @@ class SparseConv2d(nn.Module):
         return residual.shape == (x.shape[0], self.out_channels, out_h, out_w)
 
     def _convolve(self, x: Tensor, activation: str, residual: Tensor | None) -> Tensor:
-        # Past ``nn.Module.__getattr__``, which takes a microsecond for each.
+        # Past ``nn.Module.__getattr__``, which takes a microsecond for each.  The bias may be made a parameter.
         own = cast("dict[str, Any]", self._buffers)
         return convolve(
             x,
             own["values"],
             own["indices"],
             own["indptr"],
-            own["bias"],
+            self.bias,
             self.kernel_shape,
             self.stride,
             self.padding,
