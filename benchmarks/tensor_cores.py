@@ -319,11 +319,10 @@ def codes(args: argparse.Namespace) -> None:
                 (problem, wide), label = found[case, sparsity], f"{sparsity:.0%}"
                 raced[label] = race(GpuBench(problem, gpu, compilers), compilers, [wide], row, label)
                 for name, quantization in CODES.items():
-                    compilers.wait(coded(problem, wide, quantization)[0], coded(problem, wide, quantization)[1][0])
-                    add_coded(row, problem, wide, quantization, gpu, f"native {name} {label}")
+                    add_coded(row, problem, wide, quantization, gpu, compilers, f"native {name} {label}")
             return raced
 
-        labels = (*(f"{sparsity:.0%}" for sparsity in args.sparsity),)
+        labels = tuple(f"{sparsity:.0%}" for sparsity in args.sparsity)
         names = (*labels, *(f"{code} {label}" for code in CODES for label in labels))
         timed(args, gpu, wanted, "tensor_codes", names, race_all)
 
@@ -365,19 +364,25 @@ def gathered(args: argparse.Namespace) -> None:
                 raced[mask] = race(bench, compilers, gathering_configs(bench.problem, GATHERED), row, mask)
                 if raced[mask][0]["us"] and mask in CODED:
                     winner = Candidate(GATHERING, raced[mask][0]["config"])
-                    add_coded(row, bench.problem, winner, CODES["int8"], gpu, f"coded {mask}")
+                    add_coded(row, bench.problem, winner, CODES["int8"], gpu, compilers, f"coded {mask}")
             return raced
 
         timed(args, gpu, wanted, "tensor_gathered", tuple(MASKS), race_all)
 
 
 def add_coded(
-    row: Row, problem: LayerProblem, wide: Candidate, quantization: Quantization, gpu: Any, label: str
+    row: Row,
+    problem: LayerProblem,
+    wide: Candidate,
+    quantization: Quantization,
+    gpu: Any,
+    compilers: Compilers,
+    label: str,
 ) -> None:
     """The same config with weights that are codes."""
     problem, (candidate,) = coded(problem, wide, quantization)
     if kernel(wide.kernel).check(problem.spec, problem.weight, dict(candidate.config)) is None:
-        bench = GpuBench(problem, gpu)
+        bench = GpuBench(problem, gpu, compilers)  # which waits for a candidate that was submitted
         ready = bench.prepare(candidate)
         row.add(f"ours {label}", bench.call(ready, ready.takes, ready.gives), bench.wrong(candidate, ready))
 

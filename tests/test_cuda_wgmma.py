@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import quantized, random_weight, tensor_core_specs
 from tensor_emulation import OutputTile, box, operand, store_tile, swizzled
-from wgmma_emulation import Emulator
+from wgmma_emulation import Emulator, assert_code, case_name, code_cases
 
 from numbasparse import SparseWeight
 from numbasparse.kernels import KERNELS, Config, ConfigError
@@ -241,32 +241,9 @@ CODES: list[Config] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("config", "dtype", "form"),
-    [
-        (CODES[0], "bfloat16", None),
-        *((config, "float16", None) for config in CODES),
-        (CODES[2], "float16", (8, "linear")),
-        (CODES[2], "bfloat16", (8, "linear")),
-        (CODES[2], "float16", (4, "linear")),
-        (CODES[2], "float16", (4, "codebook")),
-    ],
-    ids=lambda value: str(tuple(value.values())) if isinstance(value, dict) else str(value),
-)
+@pytest.mark.parametrize(("config", "dtype", "form"), code_cases(CODES), ids=case_name)
 def test_code(config: Config, dtype: str, form: tuple[int, str] | None) -> None:
-    """Sums stay in registers, and the tensor cores are given a step before the last one is done."""
-    spec = spec_of(64, 64, 28, 128, 3, dtype, padding=1)
-    weight = SparseWeight.from_dense(random_weight(spec, 0.1, np.random.default_rng(0)))
-    if form is not None:
-        weight = quantized(weight, *form)
-        config = {**config, "entries": "coded"}
-    for ptx in KERNEL.ptx(spec, weight, config, "relu"):  # type: ignore[attr-defined]
-        assert ".f64" not in ptx.text
-        assert ".local" not in ptx.text
-        cubin = cuda.assemble(ptx)
-        assert cubin.local_bytes == 0
-        assert cubin.registers <= 255
-        assert cubin.losses == ()
+    assert_code(KERNEL, spec_of(64, 64, 28, 128, 3, dtype, padding=1), config, form)
 
 
 # --- on a GPU ------------------------------------------------------------------------------------------------

@@ -1,17 +1,20 @@
-"""What the kernels on Hopper's sparse tensor cores compute, in NumPy, address by address."""
+"""What the kernels on Hopper's sparse tensor cores compute, in NumPy, address by address; and how their code is."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from strategies import quantized, random_weight
 from tensor_emulation import OutputTile, opened, opened_dense, output_tiles, widened
 
 from numbasparse import SparseWeight
 from numbasparse.kernels import Config, wgmma_shape
 from numbasparse.kernels.cuda_fragments import scale_of
 from numbasparse.kernels.two_four import narrow
+from numbasparse.runtime import cuda
 from numbasparse.spec import ConvSpec
 
 
@@ -135,3 +138,34 @@ class Emulator(ABC):
     def _values(self, words: np.ndarray) -> np.ndarray:
         pairs = np.ascontiguousarray(words).view(np.uint32)
         return widened(pairs, self.spec.dtype).reshape(words.shape)
+
+
+def code_cases(configs: Sequence[Config]) -> list[tuple[Config, str, tuple[int, str] | None]]:
+    """Configs, types and quantizations (bits and kind) whose code is looked at."""
+    forms = (("float16", (8, "linear")), ("bfloat16", (8, "linear")), ("float16", (4, "linear")))
+    return [
+        (configs[0], "bfloat16", None),
+        *((config, "float16", None) for config in configs),
+        *((configs[2], dtype, form) for dtype, form in forms),
+        (configs[2], "float16", (4, "codebook")),
+    ]
+
+
+def case_name(value: Any) -> str:
+    """Of a part of a case."""
+    return str(tuple(value.values())) if isinstance(value, dict) else str(value)
+
+
+def assert_code(kernel: Any, spec: ConvSpec, config: Config, form: tuple[int, str] | None) -> None:
+    """Sums stay in registers, and the tensor cores are given a step before the last one is done."""
+    weight = SparseWeight.from_dense(random_weight(spec, 0.1, np.random.default_rng(0)))
+    if form is not None:
+        weight = quantized(weight, *form)
+        config = {**config, "entries": "coded"}
+    for ptx in kernel.ptx(spec, weight, config, "relu"):
+        assert ".f64" not in ptx.text
+        assert ".local" not in ptx.text
+        cubin = cuda.assemble(ptx)
+        assert cubin.local_bytes == 0
+        assert cubin.registers <= 255
+        assert cubin.losses == ()

@@ -647,7 +647,7 @@ def add_column(lanes: int, displacements: Sequence[int], coded: bool, ahead: int
                     _store(bd, total, own, 4 * lanes)
                 return []
 
-            _loop(bd, first, limit, 4 if coded else 8, [], entry)
+            _loop(bd, first, limit, ENTRY_BYTES["coded" if coded else "wide"], [], entry)
             return ctx.get_dummy_value()
 
         return types.void(*[types.intp] * 5), codegen

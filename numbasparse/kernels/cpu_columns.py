@@ -3,8 +3,8 @@
 The other kernels keep the sums of an output channel in registers and read an input for every non-zero, from the
 second cache where a tile of all input channels is larger than the first.  Here a tile of one input channel stays in
 registers while the non-zeros of its column pass by, and the sums of a range of output channels wait in the first cache:
-a product costs a load and a store there, and every input is read once for each range.  It pays where a core can
-store a whole vector in each clock.
+a product costs a load and a store there, and every input is read once for each range.  It pays where there are fewer
+output channels than input channels.
 
 Channels of a range are taken in the order of their non-zeros, so that the loop's end is foreseen.
 
@@ -35,13 +35,27 @@ import numpy as np
 
 from numbasparse.activations import Activation
 from numbasparse.codegen.jit import Code, compile_c
-from numbasparse.codegen.simd import Entries, add_column, clear_vectors, finish_vectors, load_i32, load_i64
+from numbasparse.codegen.simd import (
+    ENTRY_BYTES,
+    Entries,
+    add_column,
+    clear_vectors,
+    finish_vectors,
+    load_i32,
+    load_i64,
+)
 from numbasparse.kernels.base import Config, Kernel, Runner, Space, check_fields
 from numbasparse.kernels.cpu_rows import (
     coordinates,
+    displacements_in_place,
     entries_of,
+    lanes_in_place,
+    most_packed_bytes,
     prefetch_choices,
+    reason_not_in_place,
+    reason_not_tiled,
     reason_unsupported,
+    wide_entries,
     with_entries,
     with_residual,
 )
@@ -67,9 +81,7 @@ class _Runner(Runner):
         pixels, coded = spec.h * spec.w, entries_of(config) == "coded"
         row_bytes, step = 4 * lanes * vectors, min(lanes * vectors, pixels)
         packed = pack(weight, rows, row_bytes, coded)
-        # In a small image the last vector overlaps the one before: nothing outside is read or written.
-        last = min((vectors - 1) * lanes, pixels - lanes)
-        displacements = tuple(4 * min(t * lanes, last) for t in range(vectors))
+        displacements = displacements_in_place(lanes, vectors, pixels)
         ahead = 4 * step if config["prefetch"] == "next" else 0
         self._code = functools.partial(_compiled, lanes, displacements, coded, ahead, activation)
         self._plain = self._code(False)
@@ -126,10 +138,11 @@ def pack(weight: SparseWeight, rows: int, row_bytes: int, coded: bool) -> tuple[
         order = np.argsort(place[c], kind="stable")
         offsets = ((k - some.start) * row_bytes)[order]
         if coded:
-            entries[begin:end] = offsets // 4 | _places(weight, k)[order] << 16
+            assert weight.levels is not None
+            assert weight.codes is not None
+            entries[begin:end] = offsets // 4 | weight.levels.places(weight.codes[begin:end], k)[order] << 16
         else:
-            bits = weight.data[begin:end][order].view(np.uint32).astype(np.int64)
-            entries[begin:end] = offsets | bits << 32
+            entries[begin:end] = wide_entries(weight.data[begin:end][order], offsets)
         columns.append((used | counts[used] << 16).astype(np.uint32))
         firsts[number + 1] = firsts[number] + len(used)
     starts = weight.indptr[np.arange(ranges) * rows].astype(np.int64)
@@ -139,14 +152,6 @@ def pack(weight: SparseWeight, rows: int, row_bytes: int, coded: bool) -> tuple[
     return entries, np.concatenate(columns), firsts, starts, np.ascontiguousarray(scales), np.ascontiguousarray(table)
 
 
-def _places(weight: SparseWeight, k: np.ndarray) -> np.ndarray:
-    """Places in the table of the codes of some output channels, which are all of theirs."""
-    assert weight.levels is not None
-    assert weight.codes is not None
-    begin, end = (int(weight.indptr[int(k[0])]), int(weight.indptr[int(k[-1]) + 1])) if len(k) else (0, 0)
-    return weight.levels.places(weight.codes[begin:end], k)
-
-
 @functools.cache
 def _compiled(
     lanes: int, displacements: tuple[int, ...], coded: bool, ahead: int, activation: Activation, residual: bool
@@ -154,7 +159,7 @@ def _compiled(
     """The kernel's entry for tiles of vectors at ``displacements``; the next tile lies ``ahead`` bytes behind."""
     add, clear = add_column(lanes, displacements, coded, ahead), clear_vectors(lanes)
     finish = finish_vectors(lanes, displacements, activation, residual)
-    row_bytes, entry_bytes = 4 * lanes * len(displacements), 4 if coded else 8
+    row_bytes, entry_bytes = 4 * lanes * len(displacements), ENTRY_BYTES["coded" if coded else "wide"]
 
     def cpu_columns(
         params: int, x: int, y: int, bias: int, arena: int, counters: int, thread: int, threads: int
@@ -204,12 +209,11 @@ class CpuColumns(Kernel):
     version = 1
 
     def supports(self, spec: ConvSpec, weight: SparseWeight) -> str | None:
-        if not spec.is_pointwise or spec.is_padded or spec.stride != (1, 1):
-            return "only 1x1 kernels with stride 1 and no padding are read in place"
+        reason = reason_not_in_place(spec)
+        if reason is not None:
+            return reason
         if spec.groups > 1:
             return f"it knows one group of channels, got {spec.groups}"
-        if spec.h * spec.w < 4:
-            return f"an image of {spec.h * spec.w} pixels is narrower than the narrowest vector"
         if spec.c > _MOST:
             return f"the number of an input channel has 16 bits, got {spec.c} channels"
         return reason_unsupported(spec, weight) or _reason_cut(weight, _most_rows(spec), "wide")
@@ -220,11 +224,10 @@ class CpuColumns(Kernel):
         reason = check_fields(config, fields | {"prefetch": ("none", "next"), "entries": ("wide", "coded")})
         if reason is not None:
             return reason
-        lanes, vectors, pixels = int(config["lanes"]), int(config["vectors"]), spec.h * spec.w
-        if lanes not in (4, 8, 16) or lanes > pixels:
-            return f"lanes must be 4, 8 or 16 and at most the image's {pixels} pixels, got {lanes}"
-        if (vectors - 1) * lanes >= pixels:
-            return f"{vectors} vectors exceed the image's {pixels} pixels"
+        lanes, vectors = int(config["lanes"]), int(config["vectors"])
+        reason = reason_not_tiled(lanes, vectors, spec.h * spec.w)
+        if reason is not None:
+            return reason
         if 4 * lanes * vectors * int(config["rows"]) > _MOST_SUMS:
             return f"the sums of {config['rows']} output channels exceed {_MOST_SUMS} bytes"
         if entries_of(config) == "coded" and (reason := _reason_not_coded(weight)) is not None:
@@ -232,7 +235,7 @@ class CpuColumns(Kernel):
         return _reason_cut(weight, int(config["rows"]), entries_of(config))
 
     def space(self, spec: ConvSpec, weight: SparseWeight, threads: int) -> Space:
-        lanes = _lanes(spec)
+        lanes = lanes_in_place(spec)
         return {
             "lanes": (lanes,),
             "vectors": tuple(t for t in (1, 2, 3, 4, 6) if (t - 1) * lanes < spec.h * spec.w),
@@ -265,34 +268,20 @@ class CpuColumns(Kernel):
         return _Runner(spec, weight, config, activation)
 
 
-def _lanes(spec: ConvSpec) -> int:
-    """The host's, or fewer in a small image."""
-    lanes = cpu.vector_lanes()
-    while lanes > spec.h * spec.w:
-        lanes //= 2
-    return lanes
-
-
 def _most_rows(spec: ConvSpec) -> int:
     """Rows of a range whose sums, a vector each, have offsets."""
-    return min(spec.k, _MOST_SUMS // (4 * _lanes(spec)))
+    return min(spec.k, _MOST_SUMS // (4 * lanes_in_place(spec)))
 
 
 def _reason_cut(weight: SparseWeight, rows: int, entries: Entries) -> str | None:
-    """Reason why ranges of so many rows take too much memory: every column of each has a word.
-
-    The packed form may take at most 1.3 times its entries and row pointers (and 4 KiB).
-    """
-    ranges, each = -(-weight.k // rows), 4 if entries == "coded" else 8
+    """Reason why ranges of so many rows take too much memory: every column of each has a word."""
+    ranges = -(-weight.k // rows)
     columns = min(weight.nnz, ranges * weight.kernel_shape[0])
-    size = each * (weight.nnz + 1) + 4 * columns + 12 * ranges + 4 * weight.k
-    most = 1.3 * (each * weight.nnz + 4 * (weight.k + 1)) + _SMALL
+    size = ENTRY_BYTES[entries] * (weight.nnz + 1) + 4 * columns + 12 * ranges + 4 * weight.k
+    most = most_packed_bytes(weight, entries)
     if size <= most:
         return None
     return f"ranges of {rows} output channels cut the rows into {columns} columns: {size} bytes, limit {most:.0f}"
-
-
-_SMALL = 4096
 
 
 def _entries(weight: SparseWeight) -> tuple[Entries, ...]:

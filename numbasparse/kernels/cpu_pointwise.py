@@ -45,13 +45,17 @@ from numbasparse.kernels.cpu_rows import (
     PackedRows,
     balanced_block,
     compile_rows,
+    displacements_in_place,
     entries_of,
     entry_choices,
+    lanes_in_place,
     most_accumulators,
     pack_rows,
     prefetch_choices,
     reason_cut_too_much,
     reason_not_coded,
+    reason_not_in_place,
+    reason_not_tiled,
     reason_unsupported,
     with_entries,
     with_residual,
@@ -106,9 +110,7 @@ class _Runner(Runner):
 
 def _rows_code(lanes: int, vectors: int, pixels: int, activation: Activation, entries: Entries, residual: bool) -> Code:
     """The inner loop for a tile of ``vectors``, in images of ``pixels``."""
-    # In a small image the last vector overlaps the one before: nothing outside is read or written.
-    last_start = min((vectors - 1) * lanes, pixels - lanes)
-    displacements = tuple(4 * min(t * lanes, last_start) for t in range(vectors))
+    displacements = displacements_in_place(lanes, vectors, pixels)
     return compile_rows(
         lanes=lanes,
         rows=1,
@@ -179,10 +181,9 @@ class CpuPointwise(Kernel):
     version = 1
 
     def supports(self, spec: ConvSpec, weight: SparseWeight) -> str | None:
-        if not spec.is_pointwise or spec.is_padded or spec.stride != (1, 1):
-            return "only 1x1 kernels with stride 1 and no padding are read in place"
-        if spec.h * spec.w < 4:
-            return f"an image of {spec.h * spec.w} pixels is narrower than the narrowest vector"
+        reason = reason_not_in_place(spec)
+        if reason is not None:
+            return reason
         if 4 * spec.c * spec.h * spec.w >= 2**31:
             return "one image exceeds 32-bit offsets"
         return reason_unsupported(spec, weight)
@@ -191,14 +192,11 @@ class CpuPointwise(Kernel):
         ranges: dict[str, Any] = {"lanes": (4, 16), "vectors": (1, 28), "block": (1, 1 << 20), "split": (1, 256)}
         fields = ranges | {"prefetch": ("none", "next"), "entries": ("wide", "coded")}
         config = with_entries(config)
-        reason = check_fields(config, fields)
+        reason = check_fields(config, fields) or reason_not_tiled(
+            int(config["lanes"]), int(config["vectors"]), spec.h * spec.w
+        )
         if reason is not None:
             return reason
-        lanes, vectors, pixels = int(config["lanes"]), int(config["vectors"]), spec.h * spec.w
-        if lanes not in (4, 8, 16) or lanes > pixels:
-            return f"lanes must be 4, 8 or 16 and at most the image's {pixels} pixels, got {lanes}"
-        if (vectors - 1) * lanes >= pixels:
-            return f"{vectors} vectors exceed the image's {pixels} pixels"
         if int(config["split"]) > spec.k:
             return f"split {config['split']} exceeds the {spec.k} output channels"
         entries = entries_of(config)
@@ -207,7 +205,7 @@ class CpuPointwise(Kernel):
         return reason_cut_too_much(weight, int(config["block"]), int(config["split"]), entries)
 
     def space(self, spec: ConvSpec, weight: SparseWeight, threads: int) -> Space:
-        lanes = self._lanes(spec)
+        lanes = lanes_in_place(spec)
         vectors = _tiles(spec, lanes)[:5]
         first, second = cpu.cache_bytes()
         blocks = {balanced_block(spec.c, max(1, size // (4 * lanes * 8))) for size in (first, 2 * first, second // 2)}
@@ -225,8 +223,8 @@ class CpuPointwise(Kernel):
         space = self.space(spec, weight, threads)
         entries: Entries = _entries(spec, weight).get("entries", ("wide",))[0]
         return {
-            "lanes": self._lanes(spec),
-            "vectors": _tiles(spec, self._lanes(spec))[0],
+            "lanes": lanes_in_place(spec),
+            "vectors": _tiles(spec, lanes_in_place(spec))[0],
             "block": next(
                 block
                 for block in (space["block"] if weight.density > 0.12 else space["block"][-1:])
@@ -249,13 +247,6 @@ class CpuPointwise(Kernel):
         block, split, entries = int(config["block"]), int(config["split"]), entries_of(config)
         packed = pack_rows(weight, plane, np.zeros((1, 1), np.int64), block, split, entries, in_place=True)
         return _Runner(spec, config, packed, activation)
-
-    @staticmethod
-    def _lanes(spec: ConvSpec) -> int:
-        lanes = cpu.vector_lanes()
-        while lanes > spec.h * spec.w:
-            lanes //= 2
-        return lanes
 
 
 def _entries(spec: ConvSpec, weight: SparseWeight) -> dict[str, tuple[Entries, ...]]:

@@ -137,6 +137,41 @@ def reason_unsupported(spec: ConvSpec, weight: SparseWeight) -> str | None:
     return None
 
 
+def reason_not_in_place(spec: ConvSpec) -> str | None:
+    """Reason why an image cannot be read where it lies, a vector of pixels at a time."""
+    if not spec.is_pointwise or spec.is_padded or spec.stride != (1, 1):
+        return "only 1x1 kernels with stride 1 and no padding are read in place"
+    if spec.h * spec.w < 4:
+        return f"an image of {spec.h * spec.w} pixels is narrower than the narrowest vector"
+    return None
+
+
+def reason_not_tiled(lanes: int, vectors: int, pixels: int) -> str | None:
+    """Reason why an image that is read in place has no tile of so many vectors."""
+    if lanes not in (4, 8, 16) or lanes > pixels:
+        return f"lanes must be 4, 8 or 16 and at most the image's {pixels} pixels, got {lanes}"
+    if (vectors - 1) * lanes >= pixels:
+        return f"{vectors} vectors exceed the image's {pixels} pixels"
+    return None
+
+
+def lanes_in_place(spec: ConvSpec) -> int:
+    """Lanes of the host's vectors, or fewer in a small image."""
+    lanes = cpu.vector_lanes()
+    while lanes > spec.h * spec.w:
+        lanes //= 2
+    return lanes
+
+
+def displacements_in_place(lanes: int, vectors: int, pixels: int) -> tuple[int, ...]:
+    """Bytes from the first pixel of a tile to each of its vectors.
+
+    In a small image the last vector overlaps the one before: nothing outside is read or written.
+    """
+    last = min((vectors - 1) * lanes, pixels - lanes)
+    return tuple(4 * min(t * lanes, last) for t in range(vectors))
+
+
 def most_accumulators() -> int:
     """Vector registers less one for the broadcast value and one to spare; configs know at most 28."""
     return min(28, cpu.vector_registers() - 2)
@@ -246,10 +281,15 @@ def reason_cut_too_much(weight: SparseWeight, block: int, splits: int, entries: 
         + 16 * blocks * splits
         + 4 * weight.kernel_shape[0] * weight.groups
     )
-    most = 1.3 * (entry_bytes * weight.nnz + 4 * (weight.k + 1)) + _SMALL
+    most = most_packed_bytes(weight, entries)
     if blocks == 1 or size <= most:
         return None
     return f"{blocks} blocks of {block} channels cut the rows into {pieces} pieces: {size} bytes, limit {most:.0f}"
+
+
+def most_packed_bytes(weight: SparseWeight, entries: Entries) -> float:
+    """What a packed weight may take: 1.3 times its entries and row pointers, and 4 KiB."""
+    return 1.3 * (ENTRY_BYTES[entries] * weight.nnz + 4 * (weight.k + 1)) + _SMALL
 
 
 def _count_pieces(weight: SparseWeight, block: int) -> tuple[int, int]:
@@ -317,7 +357,7 @@ def pack_rows(
         target = starts[piece] + np.arange(len(piece)) - np.searchsorted(piece, piece)
         offsets = (channel * channel_bytes + tap_bytes[r, s])[sequence]
         own = values[weight.indptr[rows.start] : weight.indptr[rows.stop]][sequence]
-        packed[target] = _wide(own, offsets) if form == "wide" else _coded(own, offsets)
+        packed[target] = wide_entries(own, offsets) if form == "wide" else _coded(own, offsets)
     bucket = ((piece_block * splits + split) * 4 + role)[order]
     return PackedRows(
         form=form,
@@ -333,7 +373,8 @@ def pack_rows(
     )
 
 
-def _wide(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+def wide_entries(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """int64 with byte offsets in their low halves and the bits of float32 values in their high ones."""
     bits = values.view(np.uint32).astype(np.uint64)
     return (offsets.astype(np.uint64) | bits << np.uint64(32)).view(np.int64)
 

@@ -75,13 +75,13 @@ def _code(shape: Shape) -> Callable[..., None]:
 
     i32, u32, i64 = types.int32, types.uint32, types.int64
     stages, cluster, works, turns, sums_at = shape.stages, shape.cluster, shape.works, shape.turns, shape.sums_at
+    load_table, decode = _decoder(shape)
     shared_base, place_of, compute, (numbers_of, finish) = (
         ptx.shared_base(1024),
         locate(shape),
-        _compute(shape),
+        _compute(shape, decode),
         shape.geometry.finish(shape.split, shape.residual, shape.activation, shape.entries.scaled),
     )
-    load_table, _ = _decoder(shape)
     (jobs_of, advance), (copy_first, copy_next) = _cursor(shape), _copies(shape)
     zeros, load_job = ptx.zeros(shape.geometry.sums), ptx.load_words("global", 4)
     store_sums, add_sums = ptx.store_sums(shape.geometry.sums), ptx.add_sums(shape.geometry.sums)
@@ -94,7 +94,7 @@ def _code(shape: Shape) -> Callable[..., None]:
         group, within, warp, lane = thread >> 7, thread & 127, (thread >> 5) & 3, thread & 31
         turn = i32(0)
         if turns > 1:
-            turn, group = group, group - group
+            turn, group = group, i32(0)
         # For each stage 8 bytes of barrier; behind them 4 that count the warps that have left it; behind these 4 that
         # count the blocks, those in the first block of a cluster.
         if thread == 0:
@@ -288,8 +288,8 @@ def _decoder(shape: Shape) -> tuple[Any, Any]:
     return device_function(load), device_function(decode)
 
 
-def _compute(shape: Shape) -> Any:
-    """Device function: a warpgroup adds what the tile and the weight of a stage give to its sums."""
+def _compute(shape: Shape, decode: Any) -> Any:
+    """Device function: a warpgroup adds what the tile and the weight of a stage give to its sums; see `_decoder`."""
     from numba import types
 
     from numbasparse.codegen import ptx
@@ -298,7 +298,7 @@ def _compute(shape: Shape) -> Any:
     geometry, tile_bytes, entries = shape.geometry, shape.geometry.tile_bytes, shape.entries
     own_bytes, unit_bytes, lane_bytes = geometry.group_bytes, entries.unit_bytes, 4 * entries.lane_words
     metadata_at, word_at = entries.metadata, entries.word
-    multiply, (leftover, fetch), (_, decode) = geometry.multiply(), _leftover(shape), _decoder(shape)
+    multiply, (leftover, fetch) = geometry.multiply(), _leftover(shape)
     wait_two, settle = ptx.wgmma_wait(2), ptx.wgmma_settle(geometry.sums)
     load_own, load_one = ptx.load_words("shared", entries.lane_words), ptx.load_words("shared", 1)
     load_four = ptx.load_words("shared", 4)
