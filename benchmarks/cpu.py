@@ -32,6 +32,7 @@ import autotune  # noqa: E402
 import numbasparse  # noqa: E402
 from numbasparse import ConvSpec, SparseWeight  # noqa: E402
 from numbasparse.kernels import ConfigError, kernels_for  # noqa: E402
+from numbasparse.nn import SparseConv2d, conv2d  # noqa: E402
 
 # (kernel, input channels, height and width, output channels)
 LAYERS = [
@@ -192,7 +193,7 @@ def linear(args: argparse.Namespace) -> None:
 
 
 def calls(args: argparse.Namespace) -> None:
-    """The cost of a call: plan alone, conv2d from NumPy and torch; back to back and every 50 ms."""
+    """The cost of a call: plan alone, conv2d from NumPy and torch, a module; back to back and every 50 ms."""
     rng = np.random.default_rng(0)
     spec = ConvSpec.create((1, 64, 56, 56), (64, 64, 3, 3), padding=1)
     weight = random_weight(rng, spec.weight_shape, 0.9, 1)
@@ -200,14 +201,27 @@ def calls(args: argparse.Namespace) -> None:
     tensor = torch.from_numpy(array)
     dense = torch.from_numpy(weight.to_dense())
     plan = numbasparse.plan(spec, weight, threads=args.threads)
+    # A layer whose kernel takes next to no time: its module's call passes torch's dispatcher in inference mode.
+    conv = torch.nn.Conv2d(16, 16, 3, padding=1)
+    torch.nn.init.sparse_(conv.weight.data.view(16, -1), 0.9)
+    layer, small = SparseConv2d.from_conv(conv).eval(), torch.randn(1, 16, 4, 4)
+    alone = numbasparse.plan(
+        ConvSpec.create(small.shape, conv.weight.shape, padding=1), layer.weight_matrix(), threads=args.threads
+    )
+    given = (small, layer.values, layer.indices, layer.indptr, layer.bias, layer.kernel_shape, layer.stride)
+    given += (layer.padding, layer.dilation, layer.groups, "none", "")
     functions: dict[Any, Callable[[], Any]] = {
+        "16x4x4 plan, torch": lambda: alone(small),
+        "16x4x4 operator": lambda: conv2d(*given),
+        "16x4x4 module": lambda: layer(small),
         "plan, NumPy": lambda: plan(array),
         "conv2d, NumPy": lambda: numbasparse.conv2d(array, weight, padding=1),
         "plan, torch": lambda: plan(tensor),
         "conv2d, torch": lambda: numbasparse.conv2d(tensor, weight, padding=1),
         "dense torch": lambda: F.conv2d(tensor, dense, padding=1),
     }
-    steady = {k: summary(t) for k, t in interleaved(functions, args.seconds, block=20).items()}
+    with torch.inference_mode():
+        steady = {k: summary(t) for k, t in interleaved(functions, args.seconds, block=20).items()}
     paused = {}
     for key, function in functions.items():
         times = []
