@@ -30,6 +30,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from statistics import median
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -501,11 +502,29 @@ def overhead(args: argparse.Namespace) -> None:
                 config = numbasparse.Choice(kernel.name, kernel.default(problem.spec, problem.weight, 1))
                 made = numbasparse.plan(problem.spec, problem.weight, device="cuda", config=config)
                 calls[f"plan, {kernel.name}"] = lambda p=made: p(x, out_layout="native")
+                if kernel.name == "cuda_direct":
+                    calls[f"launch alone, {kernel.name}"] = launch_of(calls[f"plan, {kernel.name}"])
         calls["conv2d"] = lambda: numbasparse.conv2d(x, problem.weight, padding=1)
         for name, call in calls.items():
             out[name] = host_us(call)
             print(f"{name}: {out[name]:.2f} us", flush=True)
     save(args, "cuda_overhead", {"spec": problem.spec.to_dict(), "host_us_per_call": out})
+
+
+def launch_of(call: Callable[[], Any]) -> Callable[[], Any]:
+    """The launch that a call does, by itself: same kernel, grid and addresses, whose tensors stay alive."""
+    found: list[tuple[Any, ...]] = []
+    launch = cuda.Function.launch
+
+    def seen(*args: Any, **more: Any) -> None:
+        found.append((args, more))
+        launch(*args, **more)
+
+    with mock.patch.object(cuda.Function, "launch", seen):
+        result = call()
+    ((args, more),) = found
+    # ``result`` is kept: the launch writes there.
+    return lambda kept=result: launch(*args, **more)
 
 
 def host_us(call: Callable[[], Any], calls: int = 500, rounds: int = 9) -> float:

@@ -3,6 +3,8 @@
     python benchmarks/pruning.py calibrate            # recipes compared on held-back training images
     python benchmarks/pruning.py core methods         # what README's tables are made of
     python benchmarks/pruning.py distilled --epochs 60  # pruned from a dense checkpoint, which is also the teacher
+    python benchmarks/pruning.py taught               # ways to teach, on held-back training images
+    python benchmarks/pruning.py committee --epochs 60  # the best of them, taught by the checkpoints of all seeds
     python benchmarks/pruning.py realesrgan search
     python benchmarks/pruning.py core methods search realesrgan --tiny   # every path in a few steps, also on a CPU
 
@@ -29,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
 
 import torch
 from common import RESULTS, environment
-from pruning_fashion import core, from_checkpoint, retrain_after, search, single
+from pruning_fashion import core, from_checkpoint, only_checkpoint, retrain_after, search, single
 from pruning_pool import Job, Pool, Results
 from pruning_realesrgan import realesrgan
 from pruning_train import Recipe
@@ -72,7 +74,7 @@ def common_parameters(args: argparse.Namespace) -> dict[str, Any]:
 def checkpoint_parameters(args: argparse.Namespace) -> dict[str, Any]:
     """Return what every job has that starts from a dense checkpoint."""
     p = common_parameters(args) | {"first_epochs": args.epochs // 2, "checkpoints": str(args.checkpoints)}
-    return p | {"distil": True, "ramp": tuple(args.ramp)}
+    return p | {"distil": True, "committee": (), "second": {}, "ramp": tuple(args.ramp)}
 
 
 def calibrate_jobs(args: argparse.Namespace) -> Iterator[Job]:
@@ -90,7 +92,7 @@ def calibrate_jobs(args: argparse.Namespace) -> Iterator[Job]:
         p = checkpoint_parameters(args) | {"group": "calibrate", "network": "resnet18", "seed": 0, "sparsity": 0.95}
         p |= {"validation": True, "recipe": p["recipe"] | variant, "quantizations": ()}
         name = f"calibrate taught {variant or 'default'} {args.epochs} epochs"
-        yield Job(name, from_checkpoint, p, first)
+        yield Job(name, from_checkpoint, p, (first,) if first else ())
         first = first or name  # it makes the checkpoint
 
 
@@ -106,21 +108,61 @@ def core_jobs(args: argparse.Namespace) -> Iterator[Job]:
                 yield Job(f"core {network} {sparsity:.0%} seed {seed} {args.epochs} epochs", core, p)
 
 
-def distilled_jobs(args: argparse.Namespace) -> Iterator[Job]:
+def distilled_jobs(args: argparse.Namespace, group: str = "distilled") -> Iterator[Job]:
     """As ``core``, but all from the same dense checkpoint of half of the epochs, which also teaches the pruned ones."""
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    chosen = {"second": COMMITTEE["second"], "scope": COMMITTEE["scope"]} if group == "committee" else {}
     last: list[Job] = []
     for network in args.networks:
-        for seed in range(args.first_seed, args.first_seed + args.seeds):
-            common = checkpoint_parameters(args) | {"group": "distilled", "network": network, "seed": seed}
-            common["quantizations"] = QUANTIZATIONS[:2] if args.tiny else QUANTIZATIONS
-            name = f"distilled {network} seed {seed} {args.epochs} epochs"
-            dense = common | {"sparsity": 0.0, "distil": False}
-            yield Job(f"{name} dense", from_checkpoint, dense)
-            for sparsity in SPARSITIES[:1] if args.tiny else SPARSITIES:
-                yield Job(f"{name} {sparsity:.0%}", from_checkpoint, common | {"sparsity": sparsity}, f"{name} dense")
-            taught = common | {"sparsity": 0.0, "quantizations": ()}
-            last.append(Job(f"{name} dense, taught", from_checkpoint, taught, f"{name} dense"))
-    yield from last
+        names = {seed: f"{group} {network} seed {seed} {args.epochs} epochs" for seed in seeds}
+        starts = {seed: f"{name} checkpoint" for seed, name in names.items()}
+        for seed, name in names.items():
+            p = checkpoint_parameters(args) | {"group": group, "network": network, "seed": seed}
+            p["quantizations"] = QUANTIZATIONS[: 2 if args.tiny else args.quantizations]
+            dense = p | {"sparsity": 0.0, "distil": False}
+            yield Job(starts[seed], only_checkpoint, dense)
+            last.append(Job(f"{name} dense", from_checkpoint, dense, (starts[seed],)))
+            p |= {"committee": tuple(seeds) if group == "committee" else ()} | chosen
+            teachers = tuple(starts.values()) if group == "committee" else (starts[seed],)
+            for sparsity in SPARSITIES[:1] if args.tiny else args.sparsities:
+                yield Job(f"{name} {sparsity:.0%}", from_checkpoint, p | {"sparsity": sparsity}, teachers)
+            taught = p | {"sparsity": 0.0, "quantizations": ()}
+            last.append(Job(f"{name} dense, taught", from_checkpoint, taught, teachers))
+    # Dense ones first, then those that are only beside them.
+    yield from sorted(last, key=lambda job: job.name.endswith("taught"))
+
+
+def committee_jobs(args: argparse.Namespace) -> Iterator[Job]:
+    """As ``distilled``, taught by the checkpoints of all seeds together, with the recipe that ``taught`` chose."""
+    return distilled_jobs(args, "committee")
+
+
+TAUGHT: dict[str, dict[str, Any]] = {
+    "own, global": {"scope": "global", "committee": False, "second": {}},
+    "global": {"scope": "global", "second": {}},
+    "lamp": {"scope": "lamp", "second": {}},
+    "lamp, decay 1e-4": {"scope": "lamp", "second": {"weight_decay": 1e-4}},
+    "lamp, teacher only": {"scope": "lamp", "second": {"teacher_share": 1.0}},
+    "lamp, rate 0.1": {"scope": "lamp", "second": {"lr": 0.1}},
+    "lamp, temperature 4": {"scope": "lamp", "second": {"temperature": 4.0}},
+}
+"""Recipes that `taught` compares, of a committee of teachers but for the first."""
+COMMITTEE = TAUGHT["global"]
+
+
+def taught_jobs(args: argparse.Namespace) -> Iterator[Job]:
+    """Ways to teach a network of 95 % zeros, compared on held-back training images."""
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    p = checkpoint_parameters(args) | {"group": "taught", "network": "resnet18", "validation": True}
+    p |= {"quantizations": (), "distil": True}
+    starts = {seed: f"taught seed {seed} {args.epochs} epochs checkpoint" for seed in seeds}
+    for seed, start in starts.items():
+        yield Job(start, only_checkpoint, p | {"seed": seed, "sparsity": 0.0})
+    for name, variant in TAUGHT.items():
+        committee = tuple(seeds) if variant.get("committee", True) else ()
+        for seed in seeds:
+            mine = p | variant | {"committee": committee, "seed": seed, "sparsity": 0.95, "variant": name}
+            yield Job(f"taught {name}, seed {seed} {args.epochs} epochs", from_checkpoint, mine, tuple(starts.values()))
 
 
 def methods_jobs(args: argparse.Namespace) -> Iterator[Job]:
@@ -156,7 +198,9 @@ def search_jobs(args: argparse.Namespace) -> Iterator[Job]:
 GROUPS = {
     "calibrate": calibrate_jobs,
     "core": core_jobs,
+    "taught": taught_jobs,
     "distilled": distilled_jobs,
+    "committee": committee_jobs,
     "methods": methods_jobs,
     "realesrgan": realesrgan_jobs,
     "search": search_jobs,
@@ -190,6 +234,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--fine-lr", type=float, default=0.02)
     parser.add_argument("--weight-decay", type=float, default=Recipe.weight_decay)
     parser.add_argument("--scope", default="global", help="of the pruned networks of core")
+    parser.add_argument("--sparsities", type=float, nargs="+", default=SPARSITIES, help="of distilled and committee")
+    parser.add_argument("--quantizations", type=int, default=6, help="of distilled, committee: the first so many")
     parser.add_argument("--seeds", type=int, default=3, help="of core")
     parser.add_argument("--first-seed", type=int, default=0, help="of core")
     parser.add_argument("--networks", nargs="+", default=["resnet18", "vgg16"], choices=("resnet18", "vgg16"))

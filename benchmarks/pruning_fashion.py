@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from torch import nn
 from numbasparse.files import write_whole
 from numbasparse.pruning import (
     ACDCSchedule,
+    Committee,
     CubicSchedule,
     MagnitudePruning,
     OBSPruning,
@@ -64,8 +65,8 @@ class Experiment:
         self.judge = "validation" if p.get("validation") else "test"
         self.start = time.perf_counter()
 
-    def network(self) -> nn.Module:
-        torch.manual_seed(self.p["seed"])
+    def network(self, seed: int | None = None) -> nn.Module:
+        torch.manual_seed(self.p["seed"] if seed is None else seed)
         return build(self.p["network"]).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def row(self, model: nn.Module, **more: Any) -> None:
@@ -163,11 +164,11 @@ def fine_tune(e: Experiment, model: nn.Module, teacher: nn.Module | None = None)
         quantized(e, model, kind, bits, teacher)
 
 
-def checkpoint(e: Experiment) -> nn.Module:
-    """Return the dense network of a job's seed: trained here, or read from the file that an earlier job left."""
+def checkpoint(e: Experiment, seed: int) -> nn.Module:
+    """Return the dense network of a seed: trained here, or read from the file that an earlier job left."""
     p = e.p
-    model = e.network()
-    name = f"{p['network']}-{p['seed']}-{p['first_epochs']}-{e.judge}{p['limit'] or ''}.safetensors"
+    model = e.network(seed)
+    name = f"{p['network']}-{seed}-{p['first_epochs']}-{e.judge}{p['limit'] or ''}.safetensors"
     path = Path(p["checkpoints"]) / name
     if path.exists():
         model.load_state_dict(load_file(path, device=str(e.device)))
@@ -178,25 +179,41 @@ def checkpoint(e: Experiment) -> nn.Module:
     return model
 
 
+def teacher_of(e: Experiment, start: nn.Module) -> nn.Module | None:
+    """Return who teaches a job: nobody, the network that it starts from, or that and those of other seeds."""
+    seeds = e.p.get("committee") or ()
+    if seeds:
+        return Committee([checkpoint(e, seed) for seed in seeds]).requires_grad_(False)
+    return copy.deepcopy(start).requires_grad_(False) if e.p["distil"] else None
+
+
+def only_checkpoint(job: Job, device: torch.device, emit: Emit) -> None:
+    """Train a dense network, which other jobs start from and are taught by."""
+    e = Experiment(job, device, emit)
+    model = checkpoint(e, e.p["seed"])
+    e.row(model, method="checkpoint", first_epochs=e.p["first_epochs"], recipe=asdict(e.recipe))
+
+
 def from_checkpoint(job: Job, device: torch.device, emit: Emit) -> None:
     """Go on from a dense checkpoint, pruning on the way to the job's sparsity; then as ``core``.
 
-    All have the same total of epochs, the dense one too. With ``distil`` the checkpoint is also the teacher, for the
-    quantized networks too.
+    All have the same total of epochs, the dense one too. With ``distil`` the checkpoint is also the teacher, or with
+    ``committee`` those of several seeds together, for the quantized networks too. ``second`` changes the recipe from
+    the checkpoint on.
     """
     e = Experiment(job, device, emit)
     p = e.p
-    model = checkpoint(e)
-    if not p["sparsity"] and not p["distil"]:
-        e.row(model, method="checkpoint", first_epochs=p["first_epochs"], recipe=asdict(e.recipe))
-    teacher = copy.deepcopy(model).requires_grad_(False) if p["distil"] else None
+    model = checkpoint(e, p["seed"])
+    teacher = teacher_of(e, model)
     epochs = p["epochs"] - p["first_epochs"]
-    pruner = method_pruner(model, p, len(e.data) // e.recipe.batch * epochs)
-    loss = train_pruned(model, e, e.recipe, epochs, pruner, teacher)
+    recipe = replace(e.recipe, **p["second"])
+    pruner = method_pruner(model, p, len(e.data) // recipe.batch * epochs)
+    loss = train_pruned(model, e, recipe, epochs, pruner, teacher)
     method = {"method": "gradual", "scope": p["scope"], "vector": p["vector"]} if p["sparsity"] else {"method": "dense"}
-    more = {"first_epochs": p["first_epochs"], "distilled": p["distil"], "loss": round(loss, 4)}
-    e.row(model, **method, **more, recipe=asdict(e.recipe), by_layer=by_layer(model))
+    more = {"first_epochs": p["first_epochs"], "distilled": teacher is not None, "committee": p.get("committee")}
+    e.row(model, **method, **more, loss=round(loss, 4), recipe=asdict(recipe), by_layer=by_layer(model))
     if p["quantizations"]:
+        e.fine = replace(recipe, lr=p["fine_lr"], warm_up=0.0)
         fine_tune(e, model, teacher)
 
 

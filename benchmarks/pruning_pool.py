@@ -24,14 +24,14 @@ Emit = Callable[[Row], None]
 class Job:
     """One unit of work: ``function(job, device, emit)`` computes rows and hands each to ``emit``.
 
-    Jobs go to other processes: the function must be one of a module, the parameters plain values. A job waits for the
-    one named by ``after`` to end, if that is to do at all.
+    Jobs go to other processes: the function must be one of a module, the parameters plain values. A job waits for those
+    named by ``after`` to end, as far as they are to do at all.
     """
 
     name: str
     function: Callable[[Job, torch.device, Emit], None]
     parameters: dict[str, Any] = field(default_factory=dict)
-    after: str | None = None
+    after: tuple[str, ...] = ()
 
 
 class Results:
@@ -159,7 +159,7 @@ class Pool:
         """Give a worker that is free the first job that need not wait, if there is one."""
         worker.job = None
         unfinished = {job.name for job in self.todo} | {other.job.name for other in self.workers if other.job}
-        job = next((job for job in self.todo if job.after not in unfinished), None)
+        job = next((job for job in self.todo if unfinished.isdisjoint(job.after)), None)
         if job is not None:
             self.todo.remove(job)
             self.results.start(job)

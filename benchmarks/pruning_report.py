@@ -53,7 +53,19 @@ def table(head: list[str], body: Iterable[list[str]]) -> list[str]:
 GROUPS = {
     "core": "Pruned from the start",
     "distilled": "From a dense checkpoint of half of the epochs, which teaches the pruned networks",
+    "committee": "The same, taught by the dense checkpoints of three seeds together",
 }
+
+
+def of_group(rows: list[Row], group: str, network: str) -> list[Row]:
+    """Return the rows of a group; dense networks without a teacher are the same in `distilled` and `committee`."""
+    mine = chosen(rows, group=group, network=network)
+    if mine and group == "committee":
+        mine += chosen(rows, group="distilled", network=network, sparsity=0.0, distilled=False)
+        mine += [
+            row for row in chosen(rows, group="distilled", network=network, sparsity=0.0) if row.get("fine_epochs")
+        ]
+    return mine
 
 
 def networks(rows: list[Row]) -> list[str]:
@@ -62,7 +74,7 @@ def networks(rows: list[Row]) -> list[str]:
     lines: list[str] = []
     for group, what in GROUPS.items():
         for network, title in NETWORKS.items():
-            mine = chosen(rows, group=group, network=network)
+            mine = of_group(rows, group, network)
             taught = [row for row in mine if row.get("distilled") and not row["sparsity"]]
             rest = [row for row in mine if row not in taught and "one-shot" not in row["method"]]
             body = []
@@ -87,7 +99,7 @@ def aims(rows: list[Row]) -> list[str]:
     lines = []
     for group in GROUPS:
         for network, title in NETWORKS.items():
-            mine = chosen(rows, group=group, network=network)
+            mine = of_group(rows, group, network)
             dense = accuracies(mine, sparsity=0.0, method="longer")
             for sparsity, allowed in AIMS:
                 values = accuracies(mine, sparsity=sparsity, quantization="codebook", bits=4)
@@ -202,10 +214,19 @@ def report(content: Row) -> list[str]:
 
 
 def calibration(content: Row) -> list[str]:
-    """What ``calibrate`` found, on held-back training images."""
+    """What ``calibrate`` and ``taught`` found, on held-back training images."""
     rows = chosen(content["rows"], group="calibrate")
     body = [[r["job"], f"{r['accuracy']:.2%}", f"{r['reached']:.2%}", f"{r['seconds']:.0f}"] for r in rows]
-    return table(["", "accuracy", "sparsity", "seconds"], body) if rows else []
+    lines = table(["", "accuracy", "sparsity", "seconds"], body) if rows else []
+    taught = chosen(content["rows"], group="taught", method="gradual")
+    names = dict.fromkeys(taught_by(row) for row in taught)
+    body = [[name, spread(row["accuracy"] for row in taught if taught_by(row) == name)] for name in names]
+    return lines + (["", *table(["ways to teach, ResNet-18 at 95 %", "accuracy"], body), ""] if taught else [])
+
+
+def taught_by(row: Row) -> str:
+    """Return the name of a variant of ``taught``, without its seed."""
+    return str(row["job"].removeprefix("taught ").split(", seed")[0])
 
 
 def main() -> None:

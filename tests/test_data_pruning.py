@@ -50,7 +50,7 @@ def values(results: Results, name: str) -> list[int]:
 def test_jobs_fail_alone_and_are_resumed(tmp_path: Path) -> None:
     path = tmp_path / "out" / "results.json"
     jobs = [
-        Job("late", count, {"n": 1}, after="dies"),
+        Job("late", count, {"n": 1}, after=("dies",)),
         Job("dies", die),
         Job("fails", fail),
         Job("counts", count, {"n": 3}),

@@ -34,6 +34,7 @@ from numbasparse.pruning import (
     ACDCSchedule,
     AdamWConfig,
     Callback,
+    Committee,
     CubicSchedule,
     Distillation,
     FitConfig,
@@ -430,6 +431,22 @@ def test_distillation_errors(bad: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         Distillation(model, **bad)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_committee_teaches_by_its_mean() -> None:
+    student, x = small_model(), batches(1)[0][0]
+    members = [small_model() for _ in range(2)]
+    with torch.no_grad():
+        members[1][9].bias.add_(torch.tensor([2.0, 0, 0, 0]))
+    distillation = Distillation(student, Committee(members), weight=1.0, match="mse")
+    expected = sum(member.eval()(x) for member in members) / 2
+    torch.testing.assert_close(distillation.teacher(x), expected)
+    outputs = student(x)
+    torch.testing.assert_close(distillation(x, outputs), nn.functional.mse_loss(outputs, expected))
+    with pytest.raises(ValueError, match="at least one model"):
+        Committee([])
+    with pytest.raises(ValueError, match=r"same shape in one member and another, got \(\d+, 4\) and \(\d+, 3\)"):
+        Committee([nn.Linear(2, 4), nn.Linear(2, 3)])(torch.zeros(5, 2))
 
 
 def test_batches_without_targets_need_distillation() -> None:

@@ -11,7 +11,7 @@ ready loop around them.
 
 from numbasparse.pruning.allocation import Allocation
 from numbasparse.pruning.criteria import Criterion, LayerwisePruning, MagnitudePruning, PruningConfig, magnitude
-from numbasparse.pruning.distillation import Distillation
+from numbasparse.pruning.distillation import Committee, Distillation
 from numbasparse.pruning.first_order import FirstOrderPruning
 from numbasparse.pruning.fit_config import AdamWConfig, FitConfig, SGDConfig
 from numbasparse.pruning.layers import LayerFilter, default_filter
@@ -32,6 +32,7 @@ __all__ = [
     "AdamWConfig",
     "Allocation",
     "Callback",
+    "Committee",
     "Criterion",
     "CubicSchedule",
     "Distillation",
