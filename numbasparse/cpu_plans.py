@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
@@ -209,7 +211,7 @@ class Plan:
             with torch.no_grad():
                 y = self._runner.apply(a.detach(), None if bias is None else self._torch_bias(bias), added)
         else:
-            y = out if out is not None and single else memory.empty_tensor(self._out_shape)
+            y = out if out is not None and single else self._new_tensor()
             b = None if bias is None else self._torch_bias(bias)
             address = self._zero_address if b is None else b.data_ptr()
             self._runner.run(
@@ -218,6 +220,11 @@ class Plan:
         if out is not None:
             return out if y is out else out.copy_(y)
         return y if single else y.to(dtype)
+
+    @functools.cached_property
+    def _new_tensor(self) -> Callable[[], torch.Tensor]:
+        """Makes results; torch may come later than the plan."""
+        return memory.tensor_maker(self._out_shape)
 
     def _torch_residual(self, residual: Any) -> torch.Tensor:
         import torch

@@ -181,7 +181,8 @@ def _config_key(config: ConfigLike) -> Any:
     if config is None or isinstance(config, str):
         return config
     if hasattr(config, "kernel") and hasattr(config, "config"):
-        return (config.kernel, tuple(sorted(config.config.items())))
+        # In the order given: sorting takes longer, and the same config in two orders is only packed twice.
+        return (config.kernel, tuple(config.config.items()))
     if hasattr(config, "choice"):
         return id(config)
     return repr(config)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import functools
 import mmap
 import sys
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -127,9 +128,16 @@ def empty(shape: Sequence[int]) -> np.ndarray:
 
 def empty_tensor(shape: Sequence[int]) -> torch.Tensor:
     """A float32 tensor on the CPU, contiguous, whose content is anything, like ``torch.empty``."""
+    return tensor_maker(shape)()
+
+
+def tensor_maker(shape: Sequence[int]) -> Callable[[], torch.Tensor]:
+    """What makes tensors like `empty_tensor`: for who makes many of one shape."""
     import torch
 
     if 4 * prod(shape) < SMALLEST:
-        return torch.empty(tuple(shape), dtype=torch.float32)
-    made: Any = torch.from_numpy(empty(shape))
-    return made
+        strides = [prod(shape[i + 1 :]) for i in range(len(shape))]
+        # Half of what ``torch.empty`` takes.
+        return functools.partial(torch.empty_strided, tuple(shape), strides, dtype=torch.float32)
+    made: Any = torch.from_numpy
+    return lambda: made(empty(shape))

@@ -22,6 +22,7 @@ from numbasparse.codegen.simd import (
     fetch_add,
     load_i64,
     relax,
+    store_i64,
 )
 from numbasparse.runtime.team import (
     LINE,
@@ -76,6 +77,10 @@ def _region(control: int) -> None:
         if spins > _SPINS:
             # Sleep, not sched_yield: a fair scheduler gives the core straight back after a yield.
             call_1(load_i64(control + _HOST + 16), (_NAP_MICROSECONDS,))
+    if thread == 0:
+        # Nobody claims units any more: the next call finds zeros, and its caller need not write them.
+        for t in range(load_i64(control + _JOB + 32)):
+            store_i64(control + _COUNTERS + LINE * t, 0)
 
 
 class _Caller(threading.local):
@@ -85,10 +90,15 @@ class _Caller(threading.local):
         self._block = np.zeros(_SIZE + LINE, np.uint8)
         self.control = -(-self._block.ctypes.data // LINE) * LINE
         self.words: Any = (ctypes.c_int64 * (_SIZE // 8)).from_address(self.control)
-        self.counters = self._block[self.control - self._block.ctypes.data :][_COUNTERS:_SIZE]
         self.arenas: list[Arena] = []
+        self._reserved = (0, 0)
 
     def reserve(self, threads: int, workspace: int) -> None:
+        most_threads, most = self._reserved
+        if threads <= most_threads and workspace <= most:
+            return
+        threads, workspace = max(threads, most_threads), max(workspace, most)
+        self._reserved = (threads, workspace)
         for t in range(threads):
             if t == len(self.arenas):
                 self.arenas.append(Arena())
@@ -122,7 +132,6 @@ class OpenMP:
             words[_HOST // 8 : _HOST // 8 + len(self._host)] = self._host
         words[0:7] = [entry, params, x, y, threads, self._sched_getcpu(), bias]
         words[_FINISHED // 8] = 0
-        caller.counters[: LINE * threads] = 0
         self._parallel(self._region.address, caller.control, threads, 0)
 
 
