@@ -201,6 +201,8 @@ def calls(args: argparse.Namespace) -> None:
     tensor = torch.from_numpy(array)
     dense = torch.from_numpy(weight.to_dense())
     plan = numbasparse.plan(spec, weight, threads=args.threads)
+    # How much a pause costs that has nothing to do with waking other threads.
+    single = numbasparse.plan(spec, weight, threads=1)
     # A layer whose kernel takes next to no time: its module's call passes torch's dispatcher in inference mode.
     conv = torch.nn.Conv2d(16, 16, 3, padding=1)
     torch.nn.init.sparse_(conv.weight.data.view(16, -1), 0.9)
@@ -214,6 +216,7 @@ def calls(args: argparse.Namespace) -> None:
         "16x4x4 plan, torch": lambda: alone(small),
         "16x4x4 operator": lambda: conv2d(*given),
         "16x4x4 module": lambda: layer(small),
+        "plan, one thread": lambda: single(array),
         "plan, NumPy": lambda: plan(array),
         "conv2d, NumPy": lambda: numbasparse.conv2d(array, weight, padding=1),
         "plan, torch": lambda: plan(tensor),
