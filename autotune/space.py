@@ -158,12 +158,13 @@ class ProblemSpace:
             name: {parameter: tuple(values) for parameter, values in k.space(spec, weight, threads).items()}
             for name, k in self.kernels.items()
         }
-        every = [Candidate(name, c) for name, k in self.kernels.items() for c in k.configs(spec, weight, threads)]
+        valid = {name: list(k.configs(spec, weight, threads)) for name, k in self.kernels.items()}
+        every = [Candidate(name, c) for name, configs in valid.items() for c in configs]
         self.candidates = {c.key: c for c in every}
         self.dense = [c for c in every if self.kernels[c.kernel].is_dense]
         sparse = [k for k in self.kernels.values() if not k.is_dense]
         self.suggestions = [
-            [Candidate(k.name, c) for c in k.suggest(spec, weight, threads, _SUGGESTED)] for k in sparse
+            [Candidate(k.name, c) for c in k.suggest(spec, weight, threads, _SUGGESTED, valid[k.name])] for k in sparse
         ]
         self.defaults = [candidates[0] for candidates in self.suggestions]
         self._place = {key: number for number, key in enumerate(self.candidates)}

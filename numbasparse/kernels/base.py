@@ -139,8 +139,18 @@ class Kernel(ABC):
     def default(self, spec: ConvSpec, weight: SparseWeight, threads: int) -> Config:
         """A config that is good without tuning."""
 
-    def suggest(self, spec: ConvSpec, weight: SparseWeight, threads: int, count: int) -> list[Config]:
-        """At most ``count`` configs that are worth measuring first, the default leading."""
+    def suggest(
+        self,
+        spec: ConvSpec,
+        weight: SparseWeight,
+        threads: int,
+        count: int,
+        valid: Sequence[Config] | None = None,
+    ) -> list[Config]:
+        """At most ``count`` configs that are worth measuring first, the default leading.
+
+        ``valid`` are all of `configs`, where the caller has them.
+        """
         return [self.default(spec, weight, threads)]
 
     @abstractmethod
@@ -161,7 +171,10 @@ class Kernel(ABC):
 
     def configs(self, spec: ConvSpec, weight: SparseWeight, threads: int) -> Iterator[Config]:
         """Every valid config of the search space."""
-        space = self.space(spec, weight, threads)
+        return self.valid(spec, weight, self.space(spec, weight, threads))
+
+    def valid(self, spec: ConvSpec, weight: SparseWeight, space: Space) -> Iterator[Config]:
+        """Every valid config of a space."""
         for values in product(*space.values()):
             config = dict(zip(space, values, strict=True))
             if self.check(spec, weight, config) is None:

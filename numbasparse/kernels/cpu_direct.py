@@ -45,7 +45,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -277,7 +277,14 @@ class CpuDirect(Kernel):
     def default(self, spec: ConvSpec, weight: SparseWeight, threads: int) -> Config:
         return self.suggest(spec, weight, threads, 1)[0]
 
-    def suggest(self, spec: ConvSpec, weight: SparseWeight, threads: int, count: int) -> list[Config]:
+    def suggest(
+        self,
+        spec: ConvSpec,
+        weight: SparseWeight,
+        threads: int,
+        count: int,
+        valid: Sequence[Config] | None = None,
+    ) -> list[Config]:
         """The tile of the best `_score`, unless `estimate` finds others much better; then its next ones."""
         usual, *others = _candidates(spec, weight, threads)
         others = [found for found in sorted(others, key=lambda found: found[0]) if found[1] != usual[1]]

@@ -45,7 +45,7 @@ The idea is that of Escoin (Chen, arXiv 1802.10280) and of Pietron and Zurek (ar
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import gcd
 from typing import Any
@@ -847,16 +847,25 @@ class CudaDirect(CudaKernel):
         # tuner takes them.  The rest of what is left out matters little.
         space = dict(self.space(spec, weight, threads))
         space |= {"share": (1,), "stages": space["stages"][:1], "channels": space["channels"][1:]}
-        found = self._ranked(spec, weight, space) or self._ranked(spec, weight, self.space(spec, weight, threads))
+        found = self._ranked(spec, weight, self.valid(spec, weight, space))
+        found = found or self._ranked(spec, weight, self.configs(spec, weight, threads))
         return next((config for config in found if config["share"] == 1), dict(_FALLBACK))
 
-    def suggest(self, spec: ConvSpec, weight: SparseWeight, threads: int, count: int) -> list[Config]:
-        return self._ranked(spec, weight, self.space(spec, weight, threads))[:count] or [dict(_FALLBACK)]
+    def suggest(
+        self,
+        spec: ConvSpec,
+        weight: SparseWeight,
+        threads: int,
+        count: int,
+        valid: Sequence[Config] | None = None,
+    ) -> list[Config]:
+        configs = self.configs(spec, weight, threads) if valid is None else valid
+        return self._ranked(spec, weight, configs)[:count] or [dict(_FALLBACK)]
 
-    def _ranked(self, spec: ConvSpec, weight: SparseWeight, space: Space) -> list[Config]:
-        """Every valid config of a space, the fastest by the estimate first."""
+    def _ranked(self, spec: ConvSpec, weight: SparseWeight, configs: Iterable[Config]) -> list[Config]:
+        """Configs, the fastest by the estimate first."""
         device = cuda.current()
-        return ranked(self, spec, weight, space, lambda config: _estimate(spec, weight, config, device))
+        return ranked(configs, lambda config: _estimate(spec, weight, config, device))
 
     def layouts(self, spec: ConvSpec, config: Config) -> tuple[layouts.Layout, layouts.Layout]:
         layout: layouts.Layout = "CHWN" if int(config["batch"]) > 1 else "NCHW"

@@ -46,7 +46,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -884,9 +884,17 @@ class CudaMma(CudaKernel):
     def default(self, spec: ConvSpec, weight: SparseWeight, threads: int) -> Config:
         return self.suggest(spec, weight, threads, 1)[0]
 
-    def suggest(self, spec: ConvSpec, weight: SparseWeight, threads: int, count: int) -> list[Config]:
-        space, device, kept = self.space(spec, weight, threads), cuda.current(), kept_share(weight)
-        found = ranked(self, spec, weight, space, lambda config: estimate(spec, weight, config, device, kept))
+    def suggest(
+        self,
+        spec: ConvSpec,
+        weight: SparseWeight,
+        threads: int,
+        count: int,
+        valid: Sequence[Config] | None = None,
+    ) -> list[Config]:
+        configs = self.configs(spec, weight, threads) if valid is None else valid
+        device, kept = cuda.current(), kept_share(weight)
+        found = ranked(configs, lambda config: estimate(spec, weight, config, device, kept))
         return found[:count] or [dict(_FALLBACK)]
 
     def layouts(self, spec: ConvSpec, config: Config) -> tuple[layouts.Layout, layouts.Layout]:

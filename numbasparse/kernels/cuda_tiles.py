@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from numbasparse.kernels.base import Config, Kernel, Space
+from numbasparse.kernels.base import Config
 from numbasparse.runtime import cuda
 from numbasparse.spec import ConvSpec
-from numbasparse.weight import SparseWeight
 
 _ROW_CLOCKS, _ROW_CLOCKS_PER_BYTE = 2.3, 0.005
 """Of the copy engine, for each row of a box, however short.  Measured on an H100 with all multiprocessors at work
 (benchmarks/copy_engine.py)."""
 
 
+@functools.cache
 def parse_tile(text: int | str) -> tuple[int, int]:
     """Rows and columns of "4x8"; (0, 0) for any other text."""
     rows, _, columns = str(text).partition("x")
@@ -77,16 +77,29 @@ def register_cap(threads: int) -> int:
     return min(255, 16384 // (32 * -(-threads // 128)) // 8 * 8)
 
 
-def ranked(
-    kernel: Kernel, spec: ConvSpec, weight: SparseWeight, space: Space, estimate: Callable[[Config], float]
-) -> list[Config]:
-    """Every valid config of a space, the fastest by an estimate first."""
-    found = []
-    for number, values in enumerate(itertools.product(*space.values())):
-        config = dict(zip(space, values, strict=True))
-        if kernel.check(spec, weight, config) is None:
-            found.append((estimate(config), number, config))
-    return [config for _, _, config in sorted(found)]
+def cached_by(*fields: str) -> Callable[[Callable[[ConvSpec, Config], Any]], Callable[[ConvSpec, Config], Any]]:
+    """Keep what a function says of a spec and of these fields of a config, the only ones that it may look at.
+
+    A space has tens of thousands of configs, which share a few hundred tiles.
+    """
+
+    def wrap(function: Callable[[ConvSpec, Config], Any]) -> Callable[[ConvSpec, Config], Any]:
+        @functools.lru_cache(maxsize=4096)
+        def known(spec: ConvSpec, *values: int | str) -> Any:
+            return function(spec, dict(zip(fields, values, strict=True)))
+
+        @functools.wraps(function)
+        def ask(spec: ConvSpec, config: Config) -> Any:
+            return known(spec, *[config[field] for field in fields])
+
+        return ask
+
+    return wrap
+
+
+def ranked(configs: Iterable[Config], estimate: Callable[[Config], float]) -> list[Config]:
+    """Configs, the fastest by an estimate first."""
+    return sorted(configs, key=estimate)
 
 
 def row_clocks(row_bytes: int) -> float:

@@ -44,7 +44,7 @@ import numpy as np
 
 from numbasparse.kernels import cuda_fragments, two_four
 from numbasparse.kernels.base import Config, Space, check_fields
-from numbasparse.kernels.cuda_tiles import device_function, parse_tile, row_clocks
+from numbasparse.kernels.cuda_tiles import cached_by, device_function, parse_tile, row_clocks
 from numbasparse.kernels.wgmma_pipeline import WgmmaKernel, clocks
 from numbasparse.kernels.wgmma_shape import Facts, Geometry, Shape, facts_of
 from numbasparse.runtime import cuda, layouts
@@ -211,6 +211,7 @@ class ImageTile(Geometry):
         return numbers_of, device_function(finish)
 
 
+@cached_by("batch", "tile", "channels", "groups")
 def geometry_of(spec: ConvSpec, config: Config) -> ImageTile:
     """The geometry of a config whose fields have been checked."""
     tile_h, tile_w = parse_tile(config["tile"])
@@ -350,6 +351,7 @@ _FALLBACK: Config = {
 }
 
 
+@cached_by("batch", "tile", "channels", "groups")
 def _reason_shape(spec: ConvSpec, config: Config) -> str | None:
     """Reason why the instructions cannot have such operands."""
     tile_h, tile_w = parse_tile(config["tile"])

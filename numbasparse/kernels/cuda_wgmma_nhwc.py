@@ -48,7 +48,7 @@ import numpy as np
 
 from numbasparse.kernels import two_four
 from numbasparse.kernels.base import Config, CudaRunner, Space, check_fields
-from numbasparse.kernels.cuda_tiles import device_function, parse_tile, row_clocks
+from numbasparse.kernels.cuda_tiles import cached_by, device_function, parse_tile, row_clocks
 from numbasparse.kernels.wgmma_packing import Packed
 from numbasparse.kernels.wgmma_pipeline import WgmmaKernel, clocks
 from numbasparse.kernels.wgmma_shape import Facts, Geometry, Shape, facts_of
@@ -304,6 +304,7 @@ def flat(spec: ConvSpec) -> ConvSpec:
     )
 
 
+@cached_by("batch", "tile", "channels", "groups")
 def geometry_of(spec: ConvSpec, config: Config) -> PixelTile:
     """The geometry of a config whose fields have been checked."""
     spec, (tile_h, tile_w) = flat(spec), parse_tile(config["tile"])
@@ -469,6 +470,7 @@ _FALLBACK: Config = {
 }
 
 
+@cached_by("batch", "tile", "channels", "groups")
 def _reason_shape(spec: ConvSpec, config: Config) -> str | None:
     """Reason why the instructions cannot have such operands."""
     tile_h, tile_w = parse_tile(config["tile"])

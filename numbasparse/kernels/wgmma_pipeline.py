@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import ceil
 from typing import Any
 
@@ -482,9 +482,16 @@ class WgmmaKernel(CudaKernel):
     def default(self, spec: ConvSpec, weight: SparseWeight, threads: int) -> Config:
         return self.suggest(spec, weight, threads, 1)[0]
 
-    def suggest(self, spec: ConvSpec, weight: SparseWeight, threads: int, count: int) -> list[Config]:
-        space, device = self.space(spec, weight, threads), cuda.current()
-        found = ranked(self, spec, weight, space, lambda config: self.estimate(spec, weight, config, device))
+    def suggest(
+        self,
+        spec: ConvSpec,
+        weight: SparseWeight,
+        threads: int,
+        count: int,
+        valid: Sequence[Config] | None = None,
+    ) -> list[Config]:
+        configs, device = self.configs(spec, weight, threads) if valid is None else valid, cuda.current()
+        found = ranked(configs, lambda config: self.estimate(spec, weight, config, device))
         return found[:count] or [dict(self.fallback)]
 
     @property
