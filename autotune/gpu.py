@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from autotune.compiling import Compilers
-from autotune.measure import ABANDON, RTOL, Bench, DeviceLost, GpuTimes, Result, Timing, timing_of
+from autotune.measure import ABANDON, RTOL, Bench, Benches, DeviceLost, GpuTimes, Result, Timing, timing_of
 from autotune.space import Candidate, LayerProblem
 from numbasparse.activations import check_activation, in_torch
 from numbasparse.kernels import KERNELS, CudaRunner
@@ -441,8 +441,8 @@ def poisoned() -> Iterator[None]:
 
 
 @contextmanager
-def benches(index: int | None) -> Iterator[Callable[[LayerProblem], Bench]]:
-    """Makes the benches of problems on a GPU, torch's current one if ``index`` is None.
+def benches(index: int | None) -> Iterator[Benches]:
+    """Measure on a GPU, torch's current one if ``index`` is None.
 
     Raises
     ------
@@ -458,4 +458,4 @@ def benches(index: int | None) -> Iterator[Callable[[LayerProblem], Bench]]:
         raise cuda.CudaError(f"cannot tune on GPU {index}: there are only {torch.cuda.device_count()}, numbered from 0")
     with torch.cuda.device(index), torch.inference_mode(), Compilers(cuda.current()) as compilers:
         gpu = Gpu()
-        yield lambda problem: GpuBench(problem, gpu, compilers)
+        yield Benches(lambda problem: GpuBench(problem, gpu, compilers), compilers.submit)

@@ -68,11 +68,31 @@ def torch_threads(threads: int) -> Iterator[None]:
             torch.set_num_threads(before)
 
 
+def _nothing_ahead(problem: LayerProblem, candidates: Sequence[Candidate]) -> None:
+    """Compile nothing before it is measured."""
+
+
+@dataclass(frozen=True)
+class Benches:
+    """What a call of the tuner measures with.
+
+    Attributes
+    ----------
+    of
+        Makes the bench of a problem.
+    ahead
+        Begins to compile candidates of a problem that comes later, whose bench is not there yet.
+    """
+
+    of: Callable[[LayerProblem], Bench]
+    ahead: Callable[[LayerProblem, Sequence[Candidate]], None] = _nothing_ahead
+
+
 @contextmanager
-def cpu_benches(threads: int) -> Iterator[Callable[[LayerProblem], Bench]]:
-    """Makes the benches of problems on the CPU, on that many threads."""
+def cpu_benches(threads: int) -> Iterator[Benches]:
+    """Measure on the CPU, on that many threads."""
     with torch_threads(threads):
-        yield lambda problem: CpuBench(problem, threads)
+        yield Benches(lambda problem: CpuBench(problem, threads))
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ import socket
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -121,7 +121,7 @@ class _Run:
     trials: int
     threads: int
     storage: Any
-    bench_of: Callable[[LayerProblem], Bench]
+    benches: timing.Benches
     done: list[_Outcome] = field(default_factory=list)
 
 
@@ -228,10 +228,10 @@ def _is_record(line: bytes) -> bool:
 class _Search:
     """The study of one problem."""
 
-    def __init__(self, run: _Run, problem: LayerProblem, deadline: float) -> None:
+    def __init__(self, run: _Run, problem: LayerProblem, space: ProblemSpace, deadline: float) -> None:
         self._run = run
         self.problem = problem
-        self.space = ProblemSpace(problem, run.threads, run.kind)
+        self.space = space
         if not self.space.candidates:
             raise ValueError(f"no kernel for device {run.kind!r} runs {problem.spec.key} (layer {problem.name!r})")
         self._deadline = deadline
@@ -266,7 +266,7 @@ class _Search:
     def bench(self) -> Bench:
         """Made when something is measured: a resumed study may need none."""
         if self._bench is None:
-            self._bench = self._run.bench_of(self.problem)
+            self._bench = self._run.benches.of(self.problem)
         return self._bench
 
     # -- what is known
@@ -698,8 +698,8 @@ def tune_layers(
         raise ValueError(f"worker must be (number, count) with 0 <= number < count, got {worker!r}")
     count = _threads(threads) if kind == "cpu" else 1
     groups = _grouped([problem.on(kind) for problem in problems])
-    with _quiet_optuna(), _benches(kind, index, count) as bench_of, _journal(storage, kind) as journal:
-        run = _Run(kind, trials, count, journal, bench_of)
+    with _quiet_optuna(), _benches(kind, index, count) as benches, _journal(storage, kind) as journal:
+        run = _Run(kind, trials, count, journal, benches)
         layers = _tune_all(run, groups, timeout, progress, worker)
         tuned = TunedModel(layers, files.this_device(count, kind), files.these_versions(kind))
     _warn_if_busy(run.done)
@@ -710,8 +710,8 @@ def tune_layers(
     return tuned
 
 
-def _benches(kind: str, index: int | None, threads: int) -> AbstractContextManager[Callable[[LayerProblem], Bench]]:
-    """What makes the benches of a call, and sets and restores what they share."""
+def _benches(kind: str, index: int | None, threads: int) -> AbstractContextManager[timing.Benches]:
+    """What a call measures with, which sets and restores what its benches share."""
     if kind == "cuda":
         from autotune.gpu import benches
 
@@ -748,10 +748,17 @@ def _tune_all(
     with progress_bar(len(groups), progress) as advance:
         order = _similar_together(groups)
         first = worker[0] * len(order) // worker[1]
-        for place, number in enumerate(order[first:] + order[:first]):
+        order = order[first:] + order[:first]
+        space = ProblemSpace(groups[order[0]][0], run.threads, run.kind)
+        for place, number in enumerate(order):
             group = groups[number]
             advance(0, group[0].name)
-            search = _Search(run, group[0], _share(end, len(groups) - place))
+            search = _Search(run, group[0], space, _share(end, len(groups) - place))
+            if place + 1 < len(order):
+                # What is always measured of the next problem is compiled while this one is measured.
+                following = groups[order[place + 1]][0]
+                space = ProblemSpace(following, run.threads, run.kind)
+                run.benches.ahead(following, space.defaults)
             search.run()
             outcome = search.outcome()
             run.done.append(outcome)

@@ -20,7 +20,7 @@ from strategies import conv_specs, sparse_weights
 
 from autotune import LayerProblem, TunedModel, load, tune_layers
 from autotune import tuned as files
-from autotune.measure import DeviceLost, Result
+from autotune.measure import Benches, DeviceLost, Result
 from autotune.space import Candidate, dtype_on
 from numbasparse.kernels import KERNELS, CudaKernel, CudaRunner, kernels_for
 from numbasparse.kernels.base import Config, Space, check_fields
@@ -173,7 +173,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
 
     @contextmanager
     def benches(index: int | None) -> Iterator[Any]:
-        yield lambda problem: GpuBench(problem, gpu)
+        yield Benches(lambda problem: GpuBench(problem, gpu))
 
     monkeypatch.setattr(gpu_module, "benches", benches)
     with cuda.assumed((9, 0)):
@@ -281,6 +281,27 @@ def test_proposals_come_in_batches_and_none_is_measured_twice(
     assert {key for batch in batches for key in batch} >= set(measured)
 
 
+def test_the_next_problem_is_compiled_while_one_is_measured(
+    add: Callable[..., None], fake_gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(us=(12, 13))
+    events: list[str] = []
+
+    @contextmanager
+    def benches(index: int | None) -> Iterator[Any]:
+        def ahead(problem: LayerProblem, candidates: Any) -> None:
+            assert [c.config["us"] for c in candidates] == [12]
+            events.append(f"compile {problem.name}")
+
+        yield Benches(lambda problem: (events.append(f"measure {problem.name}"), GpuBench(problem, fake_gpu))[1], ahead)
+
+    monkeypatch.setattr(gpu_module, "benches", benches)
+    larger = replace(SPEC, h=8, w=8)
+    layers = tune_layers([problem("a"), problem("b", larger)], device="cuda", progress=False, trials=4).layers
+    assert [layer.choice.config["us"] for layer in layers] == [12, 12]
+    assert events == ["compile b", "measure a", "measure b"]
+
+
 FAKE_TIMING = gpu_module.Timing(1.0, 0.0, 1.0)
 
 
@@ -333,7 +354,7 @@ def test_what_a_kernel_suggests_is_measured_first(add: Callable[..., None], monk
     add(us=tuple(range(30, 230)))
     best = {"us": 31, "layout": "nchw", "fault": "none"}
     default = {**best, "us": 99}
-    monkeypatch.setattr(Fake, "suggest", lambda self, spec, weight, threads, count: [default, best][:count])
+    monkeypatch.setattr(Fake, "suggest", lambda self, *arguments: [default, best])
     assert [m.config for m in tuned_layer(trials=4).top if m.kernel == "fake"] == [best, default]
 
 
@@ -641,7 +662,7 @@ def test_a_lost_context_is_told_on_a_gpu(run_python: Callable[..., str]) -> None
 import os, sys
 import numpy as np
 from autotune.gpu import Gpu, GpuBench
-from autotune.measure import DeviceLost, Result
+from autotune.measure import Benches, DeviceLost, Result
 from autotune.space import Candidate
 from numbasparse.runtime import cuda
 
