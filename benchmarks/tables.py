@@ -1,11 +1,15 @@
-"""Print the tables of README from the results files: ``python benchmarks/tables.py``."""
+"""Write all results as tables into ``benchmarks/tables.md``: ``python benchmarks/tables.py``."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
+import pruning_report
 from common import RESULTS, geometric_mean
+
+TABLES = RESULTS.parent / "tables.md"
 
 SPARSITIES = ("80%", "90%", "95%", "98%")
 
@@ -82,7 +86,7 @@ def gpu_layers(name: str) -> list[str]:
 def tensor_layers(name: str) -> list[str]:
     """Ratios of a kernel for tensor cores to the better of cuDNN's layouts in float16, and the geometric means."""
     content = load(name)
-    cases = [case.split(" (")[0].split() for case in content["geometric_means"]]
+    cases = [case.split(" (")[0].split(maxsplit=1) for case in content["geometric_means"]]
     batches = sorted({int(n.removeprefix("N=")) for n, _ in cases})
     sparsities = list(dict.fromkeys(sparsity for _, sparsity in cases))
     versions = ", ".join(f"{key} {value}" for key, value in content["gpu_versions"].items())
@@ -137,21 +141,63 @@ def describe(content: dict[str, Any]) -> str:
     )
 
 
+SECTIONS: list[tuple[str, Callable[[str], list[str]], list[str]]] = [
+    (
+        "Single convolutions on a CPU: ratio to the better of stock torch's NCHW and channels-last",
+        layers,
+        ["cpu_layers.json", "cpu_layers_avx512.json", "cpu_layers_zen4.json"],
+    ),
+    ("Convolutions on a CPU whose sizes divide nothing", awkward, ["cpu_awkward.json"]),
+    (
+        "Whole models on a CPU, one picture",
+        models,
+        ["models.json", "models_zen4.json", "models_avx512.json", "models_avx512_run2.json", "models_rrdb.json"],
+    ),
+    (
+        "Single convolutions on a GPU in strict float32: ratio to the better of cuDNN's NCHW and channels-last",
+        gpu_layers,
+        [
+            "cuda_layers.json",
+            "cuda_layers_n1.json",
+            "cuda_layers_n1b.json",
+            "cuda_layers_h200_n8.json",
+        ],
+    ),
+    (
+        "Float16 on Hopper's sparse tensor cores, activations in CHWN (`cuda_wgmma`): ratio to the better of cuDNN's "
+        "float16 layouts",
+        tensor_layers,
+        ["tensor_layers.json"],
+    ),
+    (
+        "The same in channels-last (`cuda_wgmma_nhwc`)",
+        tensor_layers,
+        ["tensor_nhwc_n32.json", "tensor_nhwc.json", "tensor_nhwc_n128.json"],
+    ),
+    (
+        "Float16 on tensor cores from Ampere on (`cuda_mma`), masks of single weights and of 16 x 1 vectors",
+        tensor_layers,
+        ["tensor_gathered.json"],
+    ),
+]
+
+
+def text() -> str:
+    """All tables as Markdown."""
+    lines = ["# Measured, in full", "", "Written by `python benchmarks/tables.py` from the files in `results`."]
+    for title, table, names in SECTIONS:
+        lines += ["", f"## {title}"]
+        for name in names:
+            lines += ["", f"[{name}](results/{name}): {table(name)[0]}", *table(name)[1:]]
+    accuracy = json.loads((RESULTS / "pruning.json").read_text())
+    lines += ["", "## Accuracy on Fashion-MNIST", ""]
+    lines += ["Test images, in percent: mean ± standard deviation (seeds). The line below says what ran last.", ""]
+    lines += [*pruning_report.calibration(accuracy), *pruning_report.report(accuracy)]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
-    for name in ("cpu_layers.json", "cpu_layers_avx512.json", "cpu_layers_zen4.json"):
-        if (RESULTS / name).exists():
-            print(f"\n`benchmarks/results/{name}`: " + "\n".join(layers(name)))
-    for name in ("cuda_layers.json", "cuda_layers_n1.json", "cuda_layers_n1b.json"):
-        if (RESULTS / name).exists():
-            print(f"\n`benchmarks/results/{name}`: " + "\n".join(gpu_layers(name)))
-    for name in ("tensor_layers.json", "tensor_nhwc.json"):
-        if (RESULTS / name).exists():
-            print(f"\n`benchmarks/results/{name}`: " + "\n".join(tensor_layers(name)))
-    for name in ("models.json", "models_more.json", "models_avx512.json", "models_zen4.json"):
-        if (RESULTS / name).exists():
-            print(f"\n`benchmarks/results/{name}`: " + "\n".join(models(name)))
-    if (RESULTS / "cpu_awkward.json").exists():
-        print("\n`benchmarks/results/cpu_awkward.json`: " + "\n".join(awkward("cpu_awkward.json")))
+    TABLES.write_text(text())
 
 
 if __name__ == "__main__":

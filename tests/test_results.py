@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -253,3 +255,23 @@ def test_wrong_weights() -> None:
     given["a"] = given["a"].quantized(CodebookQuantization(bits=4))
     with pytest.raises(ValueError, match="1 of 2 layers are quantized"):
         footprint(given)
+
+
+# ---- what is shown --------------------------------------------------------------------------------------------
+
+
+def test_tables_are_those_of_the_results() -> None:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        import tables
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+    assert tables.TABLES.read_text() == tables.text(), "run: python benchmarks/tables.py"
+
+
+@pytest.mark.parametrize("name", ["README.md", "benchmarks/notes.md", "benchmarks/tables.md"])
+def test_links_lead_to_files(name: str) -> None:
+    page = ROOT / name
+    links = re.findall(r"\]\(([^)#:]+)\)", page.read_text())
+    assert links
+    assert [link for link in links if not (page.parent / link).exists()] == []
