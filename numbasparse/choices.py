@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -33,10 +34,15 @@ layers at 0.8 and 1.2.  In 16 bits cuDNN runs on tensor cores, and only tuning t
 
 @dataclass(frozen=True)
 class Choice:
-    """A kernel and its config: what a tuner chooses and a plan runs."""
+    """A kernel and its config: what a tuner chooses and a plan runs.  Not to be changed, its config neither."""
 
     kernel: str
     config: Config = field(default_factory=dict)
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Text that is equal for equal choices; a text keeps its hash."""
+        return f"{self.kernel} {sorted(self.config.items())}"
 
 
 @dataclass(frozen=True)

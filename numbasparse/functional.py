@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from numbasparse.plans import ConfigLike, Plan, device_and_dtype, is_tensor, plan
+from numbasparse.plans import Choice, ConfigLike, Plan, device_and_dtype, is_tensor, plan
 from numbasparse.runtime import cpu
 from numbasparse.runtime.layouts import Layout
 from numbasparse.spec import ConvSpec
@@ -20,33 +20,49 @@ _PLANS_PER_WEIGHT = 64
 _CONVERTED_WEIGHTS = 64
 
 
+_NO_PLANS: dict[Any, Any] = {}
+
+
+class _Kept:
+    """A plan, the config that it was asked for, and whether it was used since it was last looked at for removal."""
+
+    __slots__ = ("config", "plan", "used")
+
+    def __init__(self, plan: Plan, config: Any) -> None:
+        self.plan, self.config, self.used = plan, config, False
+
+
 class _PlanCache:
     """Plans by weight and call; a weight's plans go when the weight goes.
 
     A plan is kept with the config that it was asked for: a chooser's identity is part of the key, and an object
-    that is alive is not mistaken for a later one at its address.
+    that is alive is not mistaken for a later one at its address.  Of too many plans the oldest one goes that was not
+    used for a whole round: a call only marks its plan, where an exact order of use would cost another look-up.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._by_weight: weakref.WeakKeyDictionary[SparseWeight, OrderedDict[Any, tuple[Plan, Any]]] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._by_weight: weakref.WeakKeyDictionary[SparseWeight, dict[Any, _Kept]] = weakref.WeakKeyDictionary()
 
     def get(self, weight: SparseWeight, key: Any) -> Plan | None:
         with self._lock:
-            plans = self._by_weight.get(weight)
-            found = None if plans is None else plans.get(key)
-            if found is not None:
-                plans.move_to_end(key)  # type: ignore[union-attr]
-            return None if found is None else found[0]
+            # A key that has no hash must be found out here, whatever is known of the weight.
+            kept = self._by_weight.get(weight, _NO_PLANS).get(key)
+            if kept is None:
+                return None
+            kept.used = True
+            return kept.plan
 
     def put(self, weight: SparseWeight, key: Any, made: Plan, config: Any) -> None:
         with self._lock:
-            plans = self._by_weight.setdefault(weight, OrderedDict())
-            plans[key] = made, config
+            plans = self._by_weight.setdefault(weight, {})
+            plans[key] = _Kept(made, config)
             while len(plans) > _PLANS_PER_WEIGHT:
-                plans.popitem(last=False)
+                oldest = next(iter(plans))
+                kept = plans.pop(oldest)
+                if kept.used:
+                    kept.used = False
+                    plans[oldest] = kept
 
     def clear(self) -> None:
         with self._lock:
@@ -153,10 +169,10 @@ def conv2d(
         dtype,
     )
     try:
-        hash(key)
+        found = _plans.get(sparse, key)
     except TypeError:  # lists, for example: ConvSpec reads them, or says what is wrong with them
         key = (shape, repr(key[1:]))
-    found = _plans.get(sparse, key)
+        found = _plans.get(sparse, key)
     if found is None:
         spec = ConvSpec.create(tuple(shape), sparse.shape, stride, padding, dilation, groups, dtype)
         count = min(threads, cpu.MAX_THREADS)
@@ -180,9 +196,10 @@ def _conv2d_array(x: Any, weight: SparseWeight, bias: Any, out: Any, residual: A
 def _config_key(config: ConfigLike) -> Any:
     if config is None or isinstance(config, str):
         return config
+    if type(config) is Choice:
+        return config.key
     if hasattr(config, "kernel") and hasattr(config, "config"):
-        # In the order given: sorting takes longer, and the same config in two orders is only packed twice.
-        return (config.kernel, tuple(config.config.items()))
+        return Choice(config.kernel, config.config).key
     if hasattr(config, "choice"):
         return id(config)
     return repr(config)
