@@ -5,6 +5,7 @@
     python benchmarks/pruning.py distilled --epochs 60  # pruned from a dense checkpoint, which is also the teacher
     python benchmarks/pruning.py taught               # ways to teach, on held-back training images
     python benchmarks/pruning.py committee --epochs 60  # the best of them, taught by the checkpoints of all seeds
+    python benchmarks/pruning.py one-shot             # without retraining, also on a CPU
     python benchmarks/pruning.py realesrgan search
     python benchmarks/pruning.py core methods search realesrgan --tiny   # every path in a few steps, also on a CPU
 
@@ -31,7 +32,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
 
 import torch
 from common import RESULTS, environment
-from pruning_fashion import core, from_checkpoint, only_checkpoint, retrain_after, search, single
+from pruning_fashion import (
+    core,
+    from_checkpoint,
+    only_checkpoint,
+    retrain_after,
+    search,
+    shipped_one_shot,
+    single,
+)
 from pruning_pool import Job, Pool, Results
 from pruning_realesrgan import realesrgan
 from pruning_train import Recipe
@@ -40,6 +49,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FILE = "pruning.json"
 
 SPARSITIES = (0.9, 0.95, 0.98)
+AT_ONCE = (0.5, 0.7, 0.8, *SPARSITIES)
 QUANTIZATIONS = [(kind, bits) for bits in (4, 8, 3) for kind in ("codebook", "linear")]
 
 # method, scope, vector, function; gradual with global scope and V = 1 is in ``core``
@@ -104,7 +114,7 @@ def core_jobs(args: argparse.Namespace) -> Iterator[Job]:
                 p = common_parameters(args) | {"group": "core", "network": network, "seed": seed, "sparsity": sparsity}
                 p["quantizations"] = QUANTIZATIONS[:2] if args.tiny else QUANTIZATIONS
                 first = args.one_shot and network == "resnet18" and seed == 0 and sparsity == 0.0
-                p["one_shot"] = ((0.9,) if args.tiny else (0.5, 0.7, 0.8, *SPARSITIES)) if first else ()
+                p["one_shot"] = ((0.9,) if args.tiny else AT_ONCE) if first else ()
                 yield Job(f"core {network} {sparsity:.0%} seed {seed} {args.epochs} epochs", core, p)
 
 
@@ -195,6 +205,13 @@ def search_jobs(args: argparse.Namespace) -> Iterator[Job]:
     yield Job("search", search, p)
 
 
+def one_shot_jobs(args: argparse.Namespace) -> Iterator[Job]:
+    """What can be had without retraining, of the quickstart's network on 2,000 test images; no GPU needed."""
+    p = common_parameters(args) | {"group": "one-shot", "network": "fashion", "seed": 0, "sparsity": 0.0}
+    p["limit"] = 160 if args.tiny else 2000
+    yield Job("one-shot", shipped_one_shot, p | {"one_shot": (0.9,) if args.tiny else AT_ONCE})
+
+
 GROUPS = {
     "calibrate": calibrate_jobs,
     "core": core_jobs,
@@ -202,6 +219,7 @@ GROUPS = {
     "distilled": distilled_jobs,
     "committee": committee_jobs,
     "methods": methods_jobs,
+    "one-shot": one_shot_jobs,
     "realesrgan": realesrgan_jobs,
     "search": search_jobs,
 }

@@ -276,6 +276,14 @@ def one_shot(e: Experiment, dense: nn.Module) -> None:
             e.row(model, method=f"{method}, one-shot", scope=scope, vector=1, **more)
 
 
+def shipped_one_shot(job: Job, device: torch.device, emit: Emit) -> None:
+    """Prune the quickstart's trained network at once: nothing is trained."""
+    e = Experiment(job, device, emit)
+    model = load_model("dense").to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    e.row(model, method="dense, as shipped")
+    one_shot(e, model)
+
+
 def search(job: Job, device: torch.device, emit: Emit) -> None:
     """Search the sparsest form of the quickstart's trained network that is not worse than it.
 

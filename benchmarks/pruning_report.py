@@ -131,13 +131,15 @@ def methods(rows: list[Row]) -> list[str]:
     epochs = sorted({row["epochs"] for row in own})
     same = [row for row in chosen(rows, group="core", network="resnet18", method="gradual") if row["epochs"] in epochs]
     trained = [*same, *own]
-    at_once = [row for row in rows if row["method"].endswith("one-shot") and row["group"] == "core"]
+    at_once = [row for row in rows if row["method"].endswith("one-shot") and row["group"] in ("core", "one-shot")]
+    shipped = accuracies(chosen(rows, group="one-shot", method="dense, as shipped"))
     lines: list[str] = []
     if trained:
         lines += ["", f"Methods, ResNet-18, {' and '.join(map(str, epochs))} epochs in all:", ""]
         lines += by_sparsity(trained, lambda row: f"{row['method']}, {row['scope']}, V = {row['vector']}")
     if at_once:
-        lines += ["", "At once, no retraining; batch norm's statistics measured anew:", ""]
+        before = f" (dense: {100 * shipped[0]:.2f})" if shipped else ""
+        lines += ["", f"At once, no retraining, the quickstart's network{before}; batch norm measured anew:", ""]
         lines += by_sparsity(at_once, lambda row: f"{row['method']}, {row['scope']}")
         lines += ["", "The same with batch norm as it was:", ""]
         lines += by_sparsity(at_once, lambda row: f"{row['method']}, {row['scope']}", "accuracy_as_pruned")
@@ -203,12 +205,16 @@ def plot(rows: list[Row], path: Path, group: str = "core") -> None:
         plt.close(figure)
 
 
+def where(run: Row) -> str:
+    """Return what a run was made with."""
+    return f"{', '.join(run['gpus']) or run['processor']}, torch {run['versions']['torch']}, {run['date'][:10]}"
+
+
 def report(content: Row) -> list[str]:
     """All tables of a results file."""
     rows = [row for row in content["rows"] if row.get("group") != "calibrate" and row.get("method") != "search step"]
     fashion = [row for row in rows if "group" in row and row.get("judged_by") == "test"]
-    last = content["runs"][-1]
-    lines = [f"{', '.join(last['gpus']) or last['processor']}; torch {last['versions']['torch']}; {last['date'][:10]}"]
+    lines = ["Runs: " + "; ".join(dict.fromkeys(map(where, content["runs"])))]
     long = longest(fashion)
     return [*lines, *networks(long), "", *aims(long), *methods(fashion), *realesrgan(rows), "", *search(rows)]
 

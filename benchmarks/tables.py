@@ -191,7 +191,7 @@ def text() -> str:
             lines += ["", f"[{name}](results/{name}): {table(name)[0]}", *table(name)[1:]]
     accuracy = json.loads((RESULTS / "pruning.json").read_text())
     lines += ["", "## Accuracy on Fashion-MNIST", ""]
-    lines += ["Test images, in percent: mean ± standard deviation (seeds). The line below says what ran last.", ""]
+    lines += ["Test images, in percent: mean ± standard deviation (seeds).", ""]
     lines += [*pruning_report.calibration(accuracy), *pruning_report.report(accuracy)]
     return "\n".join(lines) + "\n"
 
