@@ -460,6 +460,7 @@ def test_batches_without_targets_need_distillation() -> None:
 # Two ranks
 
 RANKS = """
+import os
 import pathlib
 import sys
 import torch
@@ -513,6 +514,9 @@ assert_same(resumed, snapshot(straight))
 distributed.barrier()
 distributed.destroy_process_group()
 (pathlib.Path(sys.argv[1]).parent / f"left{rank}").touch()
+# DistributedDataParallel keeps gloo's threads alive behind the group's end, in a script with nothing else too. Rarely one
+# of them meets an interpreter that is gone, and aborts the process ("terminate called without an active exception").
+os._exit(0)
 """
 
 
@@ -528,7 +532,7 @@ def test_two_ranks_have_equal_masks_and_resume(tmp_path: Path) -> None:
         text=True,
         timeout=200,
     )
-    # Once both ranks aborted: what is there tells whether that was before the checks, in the group's end, or at exit.
+    # What is there tells how far a rank came that failed.
     assert sorted(p.name for p in tmp_path.glob("*t[01]")) == ["left0", "left1", "right0", "right1"], done.stderr
     assert done.returncode == 0, done.stderr
 
