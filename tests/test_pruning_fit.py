@@ -514,8 +514,8 @@ assert_same(resumed, snapshot(straight))
 distributed.barrier()
 distributed.destroy_process_group()
 (pathlib.Path(sys.argv[1]).parent / f"left{rank}").touch()
-# DistributedDataParallel keeps gloo's threads alive behind the group's end, in a script with nothing else too. Rarely one
-# of them meets an interpreter that is gone, and aborts the process ("terminate called without an active exception").
+# DistributedDataParallel keeps gloo's threads alive behind the group's end, in a script with nothing else too. Rarely
+# one meets an interpreter that is gone, and aborts the process ("terminate called without an active exception").
 os._exit(0)
 """
 
