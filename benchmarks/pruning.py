@@ -121,7 +121,7 @@ def core_jobs(args: argparse.Namespace) -> Iterator[Job]:
 def distilled_jobs(args: argparse.Namespace, group: str = "distilled") -> Iterator[Job]:
     """As ``core``, but all from the same dense checkpoint of half of the epochs, which also teaches the pruned ones."""
     seeds = range(args.first_seed, args.first_seed + args.seeds)
-    chosen = {"second": COMMITTEE["second"], "scope": COMMITTEE["scope"]} if group == "committee" else {}
+    chosen = COMMITTEE if group == "committee" else {}
     last: list[Job] = []
     for network in args.networks:
         names = {seed: f"{group} {network} seed {seed} {args.epochs} epochs" for seed in seeds}

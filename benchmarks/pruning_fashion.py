@@ -181,7 +181,7 @@ def checkpoint(e: Experiment, seed: int) -> nn.Module:
 
 def teacher_of(e: Experiment, start: nn.Module) -> nn.Module | None:
     """Return who teaches a job: nobody, the network that it starts from, or that and those of other seeds."""
-    seeds = e.p.get("committee") or ()
+    seeds = e.p["committee"]
     if seeds:
         return Committee([checkpoint(e, seed) for seed in seeds]).requires_grad_(False)
     return copy.deepcopy(start).requires_grad_(False) if e.p["distil"] else None
@@ -210,7 +210,7 @@ def from_checkpoint(job: Job, device: torch.device, emit: Emit) -> None:
     pruner = method_pruner(model, p, len(e.data) // recipe.batch * epochs)
     loss = train_pruned(model, e, recipe, epochs, pruner, teacher)
     method = {"method": "gradual", "scope": p["scope"], "vector": p["vector"]} if p["sparsity"] else {"method": "dense"}
-    more = {"first_epochs": p["first_epochs"], "distilled": teacher is not None, "committee": p.get("committee")}
+    more = {"first_epochs": p["first_epochs"], "distilled": teacher is not None, "committee": p["committee"]}
     e.row(model, **method, **more, loss=round(loss, 4), recipe=asdict(recipe), by_layer=by_layer(model))
     if p["quantizations"]:
         e.fine = replace(recipe, lr=p["fine_lr"], warm_up=0.0)

@@ -188,7 +188,8 @@ def text() -> str:
     for title, table, names in SECTIONS:
         lines += ["", f"## {title}"]
         for name in names:
-            lines += ["", f"[{name}](results/{name}): {table(name)[0]}", *table(name)[1:]]
+            first, *rest = table(name)
+            lines += ["", f"[{name}](results/{name}): {first}", *rest]
     accuracy = json.loads((RESULTS / "pruning.json").read_text())
     lines += ["", "## Accuracy on Fashion-MNIST", ""]
     lines += ["Test images, in percent: mean ± standard deviation (seeds).", ""]

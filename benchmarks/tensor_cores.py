@@ -41,7 +41,8 @@ from autotune.gpu import GpuBench
 from autotune.measure import measure
 from autotune.space import Candidate, LayerProblem
 from numbasparse import ConvSpec, SparseWeight
-from numbasparse.kernels import Config, cuda_mma, kernel, wgmma_pipeline, wgmma_shape
+from numbasparse.kernels import Config, kernel, wgmma_shape
+from numbasparse.kernels.cuda_tiles import EstimatedKernel
 from numbasparse.quantization import CodebookQuantization, LinearQuantization
 from numbasparse.runtime import cuda
 from numbasparse.weight import Quantization
@@ -207,7 +208,7 @@ def race(
     for candidate in fitting:
         compilers.wait(problem, candidate)
         result = measure(bench, candidate, min((f["us"] for f in found if f["us"]), default=float("inf")))
-        clocks = estimate(problem, candidate, device)
+        clocks = estimated(candidate.kernel).estimator(problem.spec, problem.weight)(candidate.config)
         native = result.native_us if result.us else None
         found.append(
             {"config": candidate.config, "us": native, "estimated_us": round(clocks / device.clock_mhz, 1)}
@@ -221,13 +222,11 @@ def race(
     return found
 
 
-def estimate(problem: LayerProblem, candidate: Candidate, device: cuda.Device) -> float:
-    """Clocks that the kernel itself expects."""
-    config = dict(candidate.config)
-    chosen = kernel(candidate.kernel)
-    if isinstance(chosen, wgmma_pipeline.WgmmaKernel):
-        return chosen.estimate(problem.spec, problem.weight, config, device)
-    return cuda_mma.estimate(problem.spec, problem.weight, config, device, cuda_mma.kept_share(problem.weight))
+def estimated(name: str) -> EstimatedKernel:
+    """A kernel that has an estimate."""
+    found = kernel(name)
+    assert isinstance(found, EstimatedKernel)
+    return found
 
 
 def timed(

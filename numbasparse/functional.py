@@ -29,7 +29,7 @@ class _Kept:
     __slots__ = ("config", "plan", "used")
 
     def __init__(self, plan: Plan, config: Any) -> None:
-        self.plan, self.config, self.used = plan, config, False
+        self.plan, self.config, self.used = plan, config, True
 
 
 class _PlanCache:

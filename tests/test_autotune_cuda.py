@@ -662,7 +662,7 @@ def test_a_lost_context_is_told_on_a_gpu(run_python: Callable[..., str]) -> None
 import os, sys
 import numpy as np
 from autotune.gpu import Gpu, GpuBench
-from autotune.measure import Benches, DeviceLost, Result
+from autotune.measure import DeviceLost, Result
 from autotune.space import Candidate
 from numbasparse.runtime import cuda
 

@@ -233,6 +233,15 @@ def test_cache_is_bounded(prepared: list[str]) -> None:
     assert len(functional._converted) == 64
 
 
+def test_a_new_plan_is_not_the_first_to_go(prepared: list[str]) -> None:
+    weight = SparseWeight.from_dense(np.ones((1, 1, 1, 1), np.float32))
+    for width in [*range(1, 65), *range(1, 65), 65]:
+        conv2d(np.ones((1, 1, 1, width), np.float32), weight, config="dense")
+    count = len(prepared)
+    conv2d(np.ones((1, 1, 1, 65), np.float32), weight, config="dense")
+    assert len(prepared) == count == 65
+
+
 class Chooser:
     def __init__(self, kernel: str) -> None:
         self.kernel_name = kernel

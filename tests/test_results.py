@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -260,12 +259,10 @@ def test_wrong_weights() -> None:
 # ---- what is shown --------------------------------------------------------------------------------------------
 
 
-def test_tables_are_those_of_the_results() -> None:
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        import tables
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
+def test_tables_are_those_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import tables
+
     assert tables.TABLES.read_text() == tables.text(), "run: python benchmarks/tables.py"
 
 

@@ -45,7 +45,7 @@ The idea is that of Escoin (Chen, arXiv 1802.10280) and of Pietron and Zurek (ar
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import gcd
 from typing import Any
@@ -54,10 +54,10 @@ import numpy as np
 
 from numbasparse.activations import Activation
 from numbasparse.kernels import cuda_reduce
-from numbasparse.kernels.base import Config, ConfigError, CudaKernel, CudaRunner, Space, check_fields
+from numbasparse.kernels.base import Config, ConfigError, CudaRunner, Space, check_fields
 from numbasparse.kernels.cpu_rows import coordinates
 from numbasparse.kernels.cuda_packed import Finish, PackedRunner, Size
-from numbasparse.kernels.cuda_tiles import OutputTiles, device_function, parse_tile, ranked, register_cap
+from numbasparse.kernels.cuda_tiles import EstimatedKernel, OutputTiles, device_function, parse_tile, register_cap
 from numbasparse.runtime import cuda, layouts
 from numbasparse.spec import ConvSpec
 from numbasparse.weight import SparseWeight
@@ -802,7 +802,7 @@ def _table(weight: SparseWeight) -> np.ndarray:
     return np.zeros(1, np.float32) if weight.levels is None else np.asarray(weight.levels.tables()[0], np.float32)
 
 
-class CudaDirect(CudaKernel):
+class CudaDirect(EstimatedKernel):
     """Direct sparse convolution on CUDA cores; see the module's text."""
 
     name = "cuda_direct"
@@ -847,25 +847,17 @@ class CudaDirect(CudaKernel):
         # tuner takes them.  The rest of what is left out matters little.
         space = dict(self.space(spec, weight, threads))
         space |= {"share": (1,), "stages": space["stages"][:1], "channels": space["channels"][1:]}
-        found = self._ranked(spec, weight, self.valid(spec, weight, space))
-        found = found or self._ranked(spec, weight, self.configs(spec, weight, threads))
-        return next((config for config in found if config["share"] == 1), dict(_FALLBACK))
+        found = self.ranked(spec, weight, self.valid(spec, weight, space))
+        found = found or self.ranked(spec, weight, self.configs(spec, weight, threads))
+        return next((config for config in found if config["share"] == 1), self.fallback)
 
-    def suggest(
-        self,
-        spec: ConvSpec,
-        weight: SparseWeight,
-        threads: int,
-        count: int,
-        valid: Sequence[Config] | None = None,
-    ) -> list[Config]:
-        configs = self.configs(spec, weight, threads) if valid is None else valid
-        return self._ranked(spec, weight, configs)[:count] or [dict(_FALLBACK)]
+    @property
+    def fallback(self) -> Config:
+        return dict(_FALLBACK)
 
-    def _ranked(self, spec: ConvSpec, weight: SparseWeight, configs: Iterable[Config]) -> list[Config]:
-        """Configs, the fastest by the estimate first."""
+    def estimator(self, spec: ConvSpec, weight: SparseWeight) -> Callable[[Config], float]:
         device = cuda.current()
-        return ranked(configs, lambda config: _estimate(spec, weight, config, device))
+        return lambda config: _estimate(spec, weight, config, device)
 
     def layouts(self, spec: ConvSpec, config: Config) -> tuple[layouts.Layout, layouts.Layout]:
         layout: layouts.Layout = "CHWN" if int(config["batch"]) > 1 else "NCHW"

@@ -46,7 +46,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,16 +55,16 @@ from numpy.typing import NDArray
 
 from numbasparse.activations import Activation
 from numbasparse.kernels import cuda_fragments, cuda_reduce, two_four
-from numbasparse.kernels.base import Config, CudaKernel, CudaRunner, Space, check_fields
+from numbasparse.kernels.base import Config, CudaRunner, Space, check_fields
 from numbasparse.kernels.cpu_rows import coordinates
 from numbasparse.kernels.cuda_fragments import coding_of, is_scaled, reason_values, scale_of
 from numbasparse.kernels.cuda_packed import Finish, PackedRunner, Size
 from numbasparse.kernels.cuda_tiles import (
+    EstimatedKernel,
     OutputTiles,
     device_function,
     locate,
     parse_tile,
-    ranked,
     register_cap,
     row_clocks,
     split_clocks,
@@ -844,7 +844,7 @@ def _tensor_map(shape: _Shape, address: int) -> cuda.TensorMap:
     return cuda_fragments.tensor_map(shape.spec, address, (g.batch, g.channels, g.patch_w, g.patch_h))
 
 
-class CudaMma(CudaKernel):
+class CudaMma(EstimatedKernel):
     """Gathered columns on any tensor cores; see the module's text."""
 
     name = "cuda_mma"
@@ -881,21 +881,13 @@ class CudaMma(CudaKernel):
             return _reason_coded(weight)
         return _reason_shape(spec, config) or _reason_resources(spec, weight, config)
 
-    def default(self, spec: ConvSpec, weight: SparseWeight, threads: int) -> Config:
-        return self.suggest(spec, weight, threads, 1)[0]
+    @property
+    def fallback(self) -> Config:
+        return dict(_FALLBACK)
 
-    def suggest(
-        self,
-        spec: ConvSpec,
-        weight: SparseWeight,
-        threads: int,
-        count: int,
-        valid: Sequence[Config] | None = None,
-    ) -> list[Config]:
-        configs = self.configs(spec, weight, threads) if valid is None else valid
+    def estimator(self, spec: ConvSpec, weight: SparseWeight) -> Callable[[Config], float]:
         device, kept = cuda.current(), kept_share(weight)
-        found = ranked(configs, lambda config: estimate(spec, weight, config, device, kept))
-        return found[:count] or [dict(_FALLBACK)]
+        return lambda config: _estimate(spec, weight, config, device, kept)
 
     def layouts(self, spec: ConvSpec, config: Config) -> tuple[layouts.Layout, layouts.Layout]:
         return "CHWN", "CHWN"
@@ -1000,7 +992,7 @@ _JOB_CLOCKS, _START_CLOCKS, _BLOCK_CLOCKS = 845.0, 730.0, 3656.0
 """Of a job beside its work, of a launch, and of a block at its start and end.  All fitted to runs on an H200."""
 
 
-def estimate(spec: ConvSpec, weight: SparseWeight, config: Config, device: cuda.Device, kept: float) -> float:
+def _estimate(spec: ConvSpec, weight: SparseWeight, config: Config, device: cuda.Device, kept: float) -> float:
     """Clocks that a config may take: the slower of shared memory, copies and the second cache, in waves of blocks."""
     shape = _shape(spec, weight, config, _jobs(spec, config))
     g = shape.geometry

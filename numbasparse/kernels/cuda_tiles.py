@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from numbasparse.kernels.base import Config
+from numbasparse.kernels.base import Config, CudaKernel
 from numbasparse.runtime import cuda
 from numbasparse.spec import ConvSpec
+from numbasparse.weight import SparseWeight
 
 _ROW_CLOCKS, _ROW_CLOCKS_PER_BYTE = 2.3, 0.005
 """Of the copy engine, for each row of a box, however short.  Measured on an H100 with all multiprocessors at work
@@ -97,9 +99,35 @@ def cached_by(*fields: str) -> Callable[[Callable[[ConvSpec, Config], Any]], Cal
     return wrap
 
 
-def ranked(configs: Iterable[Config], estimate: Callable[[Config], float]) -> list[Config]:
-    """Configs, the fastest by an estimate first."""
-    return sorted(configs, key=estimate)
+class EstimatedKernel(CudaKernel):
+    """A kernel that knows itself what its configs may take: it suggests the fastest by that."""
+
+    @property
+    @abstractmethod
+    def fallback(self) -> Config:
+        """Small enough for most problems: the default where no config is valid."""
+
+    @abstractmethod
+    def estimator(self, spec: ConvSpec, weight: SparseWeight) -> Callable[[Config], float]:
+        """What says how many clocks a valid config may take on this GPU."""
+
+    def ranked(self, spec: ConvSpec, weight: SparseWeight, configs: Iterable[Config]) -> list[Config]:
+        """Configs, the fastest by the estimate first."""
+        return sorted(configs, key=self.estimator(spec, weight))
+
+    def default(self, spec: ConvSpec, weight: SparseWeight, threads: int) -> Config:
+        return self.suggest(spec, weight, threads, 1)[0]
+
+    def suggest(
+        self,
+        spec: ConvSpec,
+        weight: SparseWeight,
+        threads: int,
+        count: int,
+        valid: Sequence[Config] | None = None,
+    ) -> list[Config]:
+        configs = self.configs(spec, weight, threads) if valid is None else valid
+        return self.ranked(spec, weight, configs)[:count] or [dict(self.fallback)]
 
 
 def row_clocks(row_bytes: int) -> float:

@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from math import ceil
 from typing import Any
 
@@ -38,10 +38,10 @@ import numpy as np
 
 from numbasparse.activations import Activation
 from numbasparse.kernels import cuda_reduce, two_four
-from numbasparse.kernels.base import Config, CudaKernel, CudaRunner
+from numbasparse.kernels.base import Config, CudaRunner
 from numbasparse.kernels.cuda_fragments import reason_values, scale_of
 from numbasparse.kernels.cuda_packed import Finish, PackedRunner, Size
-from numbasparse.kernels.cuda_tiles import device_function, locate, ranked, split_clocks
+from numbasparse.kernels.cuda_tiles import EstimatedKernel, device_function, locate, split_clocks
 from numbasparse.kernels.wgmma_packing import Packed, pack
 from numbasparse.kernels.wgmma_shape import (
     CHUNK_BYTES,
@@ -430,7 +430,7 @@ class _Runner(PackedRunner):
         main.launch(*size, stream, arguments, cluster=shape.cluster, tensor_map=tensor_map)
 
 
-class WgmmaKernel(CudaKernel):
+class WgmmaKernel(EstimatedKernel):
     """What the kernels share; each has a `Geometry`, a space and an estimate of its own."""
 
     def supports(self, spec: ConvSpec, weight: SparseWeight) -> str | None:
@@ -479,25 +479,9 @@ class WgmmaKernel(CudaKernel):
         """The weight as a config's kernel reads it."""
         return pack(weight, self.shape(spec, config, facts_of(weight, config)))
 
-    def default(self, spec: ConvSpec, weight: SparseWeight, threads: int) -> Config:
-        return self.suggest(spec, weight, threads, 1)[0]
-
-    def suggest(
-        self,
-        spec: ConvSpec,
-        weight: SparseWeight,
-        threads: int,
-        count: int,
-        valid: Sequence[Config] | None = None,
-    ) -> list[Config]:
-        configs, device = self.configs(spec, weight, threads) if valid is None else valid, cuda.current()
-        found = ranked(configs, lambda config: self.estimate(spec, weight, config, device))
-        return found[:count] or [dict(self.fallback)]
-
-    @property
-    @abstractmethod
-    def fallback(self) -> Config:
-        """Small enough for most problems."""
+    def estimator(self, spec: ConvSpec, weight: SparseWeight) -> Callable[[Config], float]:
+        device = cuda.current()
+        return lambda config: self.estimate(spec, weight, config, device)
 
     def ptx(
         self, spec: ConvSpec, weight: SparseWeight, config: Config, activation: Activation = "none"

@@ -98,12 +98,13 @@ class _Caller(threading.local):
         if threads <= most_threads and workspace <= most:
             return
         threads, workspace = max(threads, most_threads), max(workspace, most)
-        self._reserved = (threads, workspace)
         for t in range(threads):
             if t == len(self.arenas):
                 self.arenas.append(Arena())
             if self.arenas[t].size < workspace:
                 self.words[_ARENAS // 8 + t] = self.arenas[t].reserve(workspace)
+        # Behind the last one: memory may have run out.
+        self._reserved = (threads, workspace)
 
 
 class OpenMP:
