@@ -86,13 +86,13 @@ def error(y: Tensor, expected: Tensor) -> float:
     return float((y.double() - expected.double()).abs().max() / expected.double().abs().max())
 
 
-def compiled(model: nn.Module, x: Tensor) -> Callable[[], Any]:
+def compiled(model: nn.Module, x: Tensor, backends: str) -> Callable[[], Any]:
     """``torch.compile`` as fast as it gets, which includes a CUDA graph of its own."""
     torch._dynamo.reset()
     settings: Any = torch._inductor.config  # type: ignore[attr-defined]
     # Triton's convolutions take minutes to try, and took two to six times as long as cuDNN's wherever they were seen.
     settings.max_autotune_conv_backends = "ATEN"
-    settings.max_autotune_gemm_backends = "ATEN" if x.dtype == torch.float32 else "ATEN,TRITON"
+    settings.max_autotune_gemm_backends = "ATEN" if x.dtype == torch.float32 else backends
     function = torch.compile(model, mode="max-autotune")
     for _ in range(3):
         function(x)
@@ -148,7 +148,7 @@ def run(case: str, args: argparse.Namespace) -> dict[str, Any]:
         image = x.contiguous(memory_format=order)
         began = time.perf_counter()
         try:
-            calls["dense compiled"] = compiled(copy.deepcopy(dense).to(memory_format=order), image)
+            calls["dense compiled"] = compiled(copy.deepcopy(dense).to(memory_format=order), image, args.gemm_backends)
         except Exception as problem:
             wrong["dense compiled"] = f"{type(problem).__name__}: {problem}"[:500]
         print(f"{case}: compiled in {time.perf_counter() - began:.0f} s", flush=True)
@@ -164,6 +164,7 @@ def run(case: str, args: argparse.Namespace) -> dict[str, Any]:
         "times": times,
         "ratio": ratio,
         "tuning_seconds": round(tuning, 1),
+        "gemm_backends": args.gemm_backends,
         "shapes": len(problems),
         "layers": {
             layer.names[0]: {"ratio": layer.ratio, "choice": layer.choice.kernel, "dense_us": layer.dense_us}
@@ -184,6 +185,7 @@ def main() -> None:
         "--tuned", metavar="FOLDER", help="take tuned files of an earlier run from there, if it has any"
     )
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--gemm-backends", default="ATEN,TRITON", help="of torch.compile for float16")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no case after that")
     parser.add_argument("--suffix", default="", help="added to the results file's name")
     args = parser.parse_args()

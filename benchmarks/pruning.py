@@ -5,6 +5,7 @@
     python benchmarks/pruning.py distilled --epochs 60  # pruned from a dense checkpoint, which is also the teacher
     python benchmarks/pruning.py taught               # ways to teach, on held-back training images
     python benchmarks/pruning.py committee --epochs 60  # the best of them, taught by the checkpoints of all seeds
+    python benchmarks/pruning.py faculty --epochs 60  # the same, by those of both networks
     python benchmarks/pruning.py one-shot             # without retraining, also on a CPU
     python benchmarks/pruning.py realesrgan search
     python benchmarks/pruning.py core methods search realesrgan --tiny   # every path in a few steps, also on a CPU
@@ -84,7 +85,7 @@ def common_parameters(args: argparse.Namespace) -> dict[str, Any]:
 def checkpoint_parameters(args: argparse.Namespace) -> dict[str, Any]:
     """Return what every job has that starts from a dense checkpoint."""
     p = common_parameters(args) | {"first_epochs": args.epochs // 2, "checkpoints": str(args.checkpoints)}
-    return p | {"distil": True, "committee": (), "second": {}, "ramp": tuple(args.ramp)}
+    return p | {"distil": True, "committee": (), "teachers": (), "second": {}, "ramp": tuple(args.ramp)}
 
 
 def calibrate_jobs(args: argparse.Namespace) -> Iterator[Job]:
@@ -121,25 +122,31 @@ def core_jobs(args: argparse.Namespace) -> Iterator[Job]:
 def distilled_jobs(args: argparse.Namespace, group: str = "distilled") -> Iterator[Job]:
     """As ``core``, but all from the same dense checkpoint of half of the epochs, which also teaches the pruned ones."""
     seeds = range(args.first_seed, args.first_seed + args.seeds)
-    chosen = COMMITTEE if group == "committee" else {}
-    last: list[Job] = []
-    for network in args.networks:
-        names = {seed: f"{group} {network} seed {seed} {args.epochs} epochs" for seed in seeds}
-        starts = {seed: f"{name} checkpoint" for seed, name in names.items()}
-        for seed, name in names.items():
-            p = checkpoint_parameters(args) | {"group": group, "network": network, "seed": seed}
-            p["quantizations"] = QUANTIZATIONS[: 2 if args.tiny else args.quantizations]
-            dense = p | {"sparsity": 0.0, "distil": False}
-            yield Job(starts[seed], only_checkpoint, dense)
-            last.append(Job(f"{name} dense", from_checkpoint, dense, (starts[seed],)))
-            p |= {"committee": tuple(seeds) if group == "committee" else ()} | chosen
-            teachers = tuple(starts.values()) if group == "committee" else (starts[seed],)
-            for sparsity in SPARSITIES[:1] if args.tiny else args.sparsities:
-                yield Job(f"{name} {sparsity:.0%}", from_checkpoint, p | {"sparsity": sparsity}, teachers)
-            taught = p | {"sparsity": 0.0, "quantizations": ()}
-            last.append(Job(f"{name} dense, taught", from_checkpoint, taught, teachers))
-    # Dense ones first, then those that are only beside them.
-    yield from sorted(last, key=lambda job: job.name.endswith("taught"))
+    chosen = TEACHERS[group]
+    starts = {
+        (network, seed): f"{group} {network} seed {seed} {args.epochs} epochs checkpoint"
+        for network in args.networks
+        for seed in seeds
+    }
+    pruned: list[Job] = []
+    dense: list[Job] = []
+    taught: list[Job] = []
+    for (network, seed), start in starts.items():
+        name = start.removesuffix(" checkpoint")
+        p = checkpoint_parameters(args) | {"group": group, "network": network, "seed": seed}
+        p["quantizations"] = QUANTIZATIONS[: 2 if args.tiny else args.quantizations]
+        alone = p | {"sparsity": 0.0, "distil": False}
+        yield Job(start, only_checkpoint, alone)
+        dense.append(Job(f"{name} dense", from_checkpoint, alone, (start,)))
+        p |= {"committee": () if group == "distilled" else tuple(seeds)} | chosen
+        teachers = (start,) if group == "distilled" else tuple(starts.values())
+        for sparsity in SPARSITIES[:1] if args.tiny else args.sparsities:
+            pruned.append(Job(f"{name} {sparsity:.0%}", from_checkpoint, p | {"sparsity": sparsity}, teachers))
+        more = p | {"sparsity": 0.0, "quantizations": ()}
+        taught.append(Job(f"{name} dense, taught", from_checkpoint, more, teachers))
+    # One sparsity after the other, of all networks and seeds; last those that are only beside them.
+    pruned.sort(key=lambda job: args.sparsities.index(job.parameters["sparsity"]))
+    yield from [*dense, *pruned, *taught]
 
 
 def committee_jobs(args: argparse.Namespace) -> Iterator[Job]:
@@ -147,6 +154,12 @@ def committee_jobs(args: argparse.Namespace) -> Iterator[Job]:
     return distilled_jobs(args, "committee")
 
 
+def faculty_jobs(args: argparse.Namespace) -> Iterator[Job]:
+    """As ``committee``, taught by the checkpoints of both networks, with the recipe that ``taught`` chose for that."""
+    return distilled_jobs(args, "faculty")
+
+
+BOTH = ("resnet18", "vgg16")
 TAUGHT: dict[str, dict[str, Any]] = {
     "own, global": {"scope": "global", "committee": False, "second": {}},
     "global": {"scope": "global", "second": {}},
@@ -155,9 +168,23 @@ TAUGHT: dict[str, dict[str, Any]] = {
     "lamp, teacher only": {"scope": "lamp", "second": {"teacher_share": 1.0}},
     "lamp, rate 0.1": {"scope": "lamp", "second": {"lr": 0.1}},
     "lamp, temperature 4": {"scope": "lamp", "second": {"temperature": 4.0}},
+    "both networks": {"scope": "global", "teachers": BOTH, "second": {}},
+    "mixup": {"scope": "global", "second": {"mixup": 0.5}},
+    "both networks, mixup": {"scope": "global", "teachers": BOTH, "second": {"mixup": 0.5}},
+    "decay 1e-4": {"scope": "global", "second": {"weight_decay": 1e-4}},
+    "both networks, mixup, decay 1e-4": {
+        "scope": "global",
+        "teachers": BOTH,
+        "second": {"mixup": 0.5, "weight_decay": 1e-4},
+    },
 }
 """Recipes that `taught` compares, of a committee of teachers but for the first."""
-COMMITTEE = TAUGHT["global"]
+TEACHERS: dict[str, dict[str, Any]] = {
+    "distilled": {},
+    "committee": TAUGHT["global"],
+    "faculty": TAUGHT["both networks, mixup"],
+}
+"""What each group takes: recipes that `taught` found best, of the teachers that the group has."""
 
 
 def taught_jobs(args: argparse.Namespace) -> Iterator[Job]:
@@ -165,9 +192,12 @@ def taught_jobs(args: argparse.Namespace) -> Iterator[Job]:
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     p = checkpoint_parameters(args) | {"group": "taught", "network": "resnet18", "validation": True}
     p |= {"quantizations": (), "distil": True}
-    starts = {seed: f"taught seed {seed} {args.epochs} epochs checkpoint" for seed in seeds}
-    for seed, start in starts.items():
-        yield Job(start, only_checkpoint, p | {"seed": seed, "sparsity": 0.0})
+    starts = {}
+    for network in BOTH:
+        for seed in seeds:
+            start = f"taught {network} seed {seed} {args.epochs} epochs checkpoint"
+            starts[network, seed] = start
+            yield Job(start, only_checkpoint, p | {"network": network, "seed": seed, "sparsity": 0.0})
     for name, variant in TAUGHT.items():
         committee = tuple(seeds) if variant.get("committee", True) else ()
         for seed in seeds:
@@ -218,6 +248,7 @@ GROUPS = {
     "taught": taught_jobs,
     "distilled": distilled_jobs,
     "committee": committee_jobs,
+    "faculty": faculty_jobs,
     "methods": methods_jobs,
     "one-shot": one_shot_jobs,
     "realesrgan": realesrgan_jobs,

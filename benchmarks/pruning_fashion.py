@@ -65,9 +65,9 @@ class Experiment:
         self.judge = "validation" if p.get("validation") else "test"
         self.start = time.perf_counter()
 
-    def network(self, seed: int | None = None) -> nn.Module:
+    def network(self, seed: int | None = None, name: str | None = None) -> nn.Module:
         torch.manual_seed(self.p["seed"] if seed is None else seed)
-        return build(self.p["network"]).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return build(name or self.p["network"]).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def row(self, model: nn.Module, **more: Any) -> None:
         """Emit the accuracy of a network, and the seconds since the last row."""
@@ -164,11 +164,11 @@ def fine_tune(e: Experiment, model: nn.Module, teacher: nn.Module | None = None)
         quantized(e, model, kind, bits, teacher)
 
 
-def checkpoint(e: Experiment, seed: int) -> nn.Module:
+def checkpoint(e: Experiment, seed: int, network: str | None = None) -> nn.Module:
     """Return the dense network of a seed: trained here, or read from the file that an earlier job left."""
     p = e.p
-    model = e.network(seed)
-    name = f"{p['network']}-{seed}-{p['first_epochs']}-{e.judge}{p['limit'] or ''}.safetensors"
+    model = e.network(seed, network)
+    name = f"{network or p['network']}-{seed}-{p['first_epochs']}-{e.judge}{p['limit'] or ''}.safetensors"
     path = Path(p["checkpoints"]) / name
     if path.exists():
         model.load_state_dict(load_file(path, device=str(e.device)))
@@ -180,10 +180,11 @@ def checkpoint(e: Experiment, seed: int) -> nn.Module:
 
 
 def teacher_of(e: Experiment, start: nn.Module) -> nn.Module | None:
-    """Return who teaches a job: nobody, the network that it starts from, or that and those of other seeds."""
-    seeds = e.p["committee"]
-    if seeds:
-        return Committee([checkpoint(e, seed) for seed in seeds]).requires_grad_(False)
+    """Return who teaches a job: nobody, the network that it starts from, or those of several seeds and networks."""
+    networks = e.p["teachers"] or (e.p["network"],)
+    members = [(seed, network) for network in networks for seed in e.p["committee"]]
+    if members:
+        return Committee([checkpoint(e, *member) for member in members]).requires_grad_(False)
     return copy.deepcopy(start).requires_grad_(False) if e.p["distil"] else None
 
 
@@ -198,8 +199,8 @@ def from_checkpoint(job: Job, device: torch.device, emit: Emit) -> None:
     """Go on from a dense checkpoint, pruning on the way to the job's sparsity; then as ``core``.
 
     All have the same total of epochs, the dense one too. With ``distil`` the checkpoint is also the teacher, or with
-    ``committee`` those of several seeds together, for the quantized networks too. ``second`` changes the recipe from
-    the checkpoint on.
+    ``committee`` those of several seeds together, of each of the networks ``teachers`` if there are any, for the
+    quantized networks too. ``second`` changes the recipe from the checkpoint on.
     """
     e = Experiment(job, device, emit)
     p = e.p
@@ -210,7 +211,8 @@ def from_checkpoint(job: Job, device: torch.device, emit: Emit) -> None:
     pruner = method_pruner(model, p, len(e.data) // recipe.batch * epochs)
     loss = train_pruned(model, e, recipe, epochs, pruner, teacher)
     method = {"method": "gradual", "scope": p["scope"], "vector": p["vector"]} if p["sparsity"] else {"method": "dense"}
-    more = {"first_epochs": p["first_epochs"], "distilled": teacher is not None, "committee": p["committee"]}
+    more = {"first_epochs": p["first_epochs"], "distilled": teacher is not None}
+    more |= {"committee": p["committee"], "teachers": p["teachers"]}
     e.row(model, **method, **more, loss=round(loss, 4), recipe=asdict(recipe), by_layer=by_layer(model))
     if p["quantizations"]:
         e.fine = replace(recipe, lr=p["fine_lr"], warm_up=0.0)

@@ -54,17 +54,18 @@ GROUPS = {
     "core": "Pruned from the start",
     "distilled": "From a dense checkpoint of half of the epochs, which teaches the pruned networks",
     "committee": "The same, taught by the dense checkpoints of three seeds together",
+    "faculty": "The same, taught by the dense checkpoints of three seeds of both networks together",
 }
 
 
 def of_group(rows: list[Row], group: str, network: str) -> list[Row]:
-    """Return the rows of a group; dense networks without a teacher are the same in `distilled` and `committee`."""
+    """Return the rows of a group; dense networks without a teacher are the same in all but `core` for equal epochs."""
     mine = chosen(rows, group=group, network=network)
-    if mine and group == "committee":
-        mine += chosen(rows, group="distilled", network=network, sparsity=0.0, distilled=False)
-        mine += [
-            row for row in chosen(rows, group="distilled", network=network, sparsity=0.0) if row.get("fine_epochs")
-        ]
+    if not mine or group == "core":
+        return mine
+    for other in GROUPS.keys() - {"core", group}:
+        dense = chosen(rows, group=other, network=network, sparsity=0.0, epochs=mine[0]["epochs"])
+        mine += [row for row in dense if row.get("distilled") is False or row.get("fine_epochs")]
     return mine
 
 
@@ -183,6 +184,8 @@ def plot(rows: list[Row], path: Path, group: str = "core") -> None:
         sparsities = sorted({row["sparsity"] for row in chosen(mine, method="longer")})
         for number, (label, wanted) in enumerate(forms):
             found = [[100.0 * x for x in accuracies(mine, sparsity=s, **wanted)] for s in sparsities]
+            if not any(found):
+                continue
             places = [p + 0.08 * (number - 3) for p, values in enumerate(found) if values]
             means = [statistics.mean(values) for values in found if values]
             errors = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in found if values]

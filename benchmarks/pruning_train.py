@@ -36,7 +36,10 @@ class Recipe:
     The rate rises from 0 to ``lr`` over the share ``warm_up`` of the steps, then falls to 0 at the end. Weight
     decay acts on weights of two or more dimensions. ``batch`` should divide the training set: the rest of each
     epoch's random order is left out. Where there is a teacher, the loss against its outputs (softened by
-    ``temperature``) has the share ``teacher_share``, that against the labels the rest.
+    ``temperature``) has the share ``teacher_share``, that against the labels the rest. A share ``mixup`` of the images
+    is mixed with others of their batch, labels too: what a teacher says of such images is more than the labels do
+    (Beyer et al., "Knowledge distillation: a good teacher is patient and consistent", CVPR 2022, arXiv 2106.05237;
+    mixing: Zhang et al., ICLR 2018, arXiv 1710.09412).
     """
 
     lr: float = 0.2
@@ -47,6 +50,7 @@ class Recipe:
     batch: int = 480
     teacher_share: float = 0.8
     temperature: float = 2.0
+    mixup: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -159,10 +163,11 @@ def train(
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        x = augment(data.x[chosen], None).contiguous(memory_format=torch.channels_last)
+        x, kept = mixed(augment(data.x[chosen], None), recipe.mixup)
+        x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
             outputs = model(x)
-            loss = F.cross_entropy(outputs, data.y[chosen], label_smoothing=recipe.label_smoothing)
+            loss = label_loss(outputs, data.y[chosen], kept, recipe.label_smoothing)
             if distillation is not None:
                 loss = distillation(x, outputs, loss)
         loss.backward()
@@ -192,6 +197,33 @@ def train(
     if not np.isfinite(loss):
         raise RuntimeError(f"training diverged: the mean loss of the last epoch is {loss}")
     return loss
+
+
+def mixed(x: Tensor, share: float) -> tuple[Tensor, Tensor | None]:
+    """Mix a share of the images (N, 1, H, W) with their neighbours in the batch, which is in random order.
+
+    Returns
+    -------
+    x : Tensor
+    kept : Tensor (N,) or None
+        How much is left of each image, 1 where nothing was mixed in; None if ``share`` is 0.
+    """
+    if not share:
+        return x, None
+    draw = torch.rand(2, len(x), device=x.device)
+    kept = torch.where(draw[0] < share, draw[1], torch.ones_like(draw[1]))
+    weight = kept[:, None, None, None]
+    return weight * x + (1.0 - weight) * x.roll(1, 0), kept
+
+
+def label_loss(outputs: Tensor, y: Tensor, kept: Tensor | None, smoothing: float) -> Tensor:
+    """Return the mean cross-entropy; of mixed images against both labels, each by its part."""
+    if kept is None:
+        return F.cross_entropy(outputs, y, label_smoothing=smoothing)
+    own, other = (
+        F.cross_entropy(outputs, labels, label_smoothing=smoothing, reduction="none") for labels in (y, y.roll(1, 0))
+    )
+    return (kept * own + (1.0 - kept) * other).mean()
 
 
 def triangle(done: float, warm_up: float) -> float:

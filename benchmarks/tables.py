@@ -161,6 +161,8 @@ SECTIONS: list[tuple[str, Callable[[str], list[str]], list[str]]] = [
             "cuda_layers_n1.json",
             "cuda_layers_n1b.json",
             "cuda_layers_h200_n8.json",
+            "cuda_layers_h200_n32.json",
+            "cuda_layers_h200_n128.json",
         ],
     ),
     (

@@ -186,6 +186,10 @@ def grid(args: argparse.Namespace) -> None:
                 weight = SparseWeight.from_dense(dense.astype(np.float32))
                 if config["entries"] == "coded":
                     weight = weight.quantized(CODES["int8"] if density == 0.2 else CODES["codebook of 16"])
+                refused = kernel(name).check(spec, weight, config)
+                if refused is not None:
+                    print(name, spec.key, config, f"density {density}: refused: {refused}", flush=True)
+                    continue
                 problem = LayerProblem("small", spec, weight, activation="relu")
                 bench = GpuBench(problem, gpu)
                 candidate = Candidate(name, config)
