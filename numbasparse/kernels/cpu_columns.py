@@ -45,6 +45,7 @@ from numbasparse.codegen.simd import (
     load_i64,
 )
 from numbasparse.kernels.base import Config, Kernel, Runner, Space, check_fields
+from numbasparse.kernels.cpu_job import CpuRunner, Job
 from numbasparse.kernels.cpu_rows import (
     coordinates,
     displacements_in_place,
@@ -57,7 +58,6 @@ from numbasparse.kernels.cpu_rows import (
     reason_unsupported,
     wide_entries,
     with_entries,
-    with_residual,
 )
 from numbasparse.runtime import cpu
 from numbasparse.spec import ConvSpec
@@ -75,7 +75,7 @@ _MOST_SUMS = 1 << 18
 ) = range(17)  # fmt: skip
 
 
-class _Runner(Runner):
+class _Runner(CpuRunner):
     def __init__(self, spec: ConvSpec, weight: SparseWeight, config: Config, activation: Activation) -> None:
         lanes, vectors, rows = (int(config[field]) for field in ("lanes", "vectors", "rows"))
         pixels, coded = spec.h * spec.w, entries_of(config) == "coded"
@@ -84,7 +84,6 @@ class _Runner(Runner):
         displacements = displacements_in_place(lanes, vectors, pixels)
         ahead = 4 * step if config["prefetch"] == "next" else 0
         self._code = functools.partial(_compiled, lanes, displacements, coded, ahead, activation)
-        self._plain = self._code(False)
         self._keep = packed
         self.nbytes = sum(array.nbytes for array in packed)
         words = self._words = np.zeros(_WORDS, np.int64)
@@ -94,15 +93,11 @@ class _Runner(Runner):
         words[_IN_IMAGE], words[_OUT_IMAGE] = 4 * spec.c * pixels, 4 * spec.k * pixels
         for i, array in enumerate(packed):
             words[_ENTRIES + i] = array.ctypes.data
-        self.workspace = 128 + rows * row_bytes
-        self._address = words.ctypes.data
+        workspace = 128 + rows * row_bytes
+        super().__init__(Job(self._code(False), words, workspace))
 
-    def run(self, x: int, y: int, bias: int, threads: int, residual: int = 0) -> None:
-        if residual:
-            words = with_residual(self._words, {_ADDED: residual - y})
-            cpu.run(self._code(True).address, words.ctypes.data, x, y, bias, threads, self.workspace)
-        else:
-            cpu.run(self._plain.address, self._address, x, y, bias, threads, self.workspace)
+    def adding(self) -> Job:
+        return Job(self._code(True), self._words.copy(), self.workspace, residual_at=_ADDED, from_output=True)
 
 
 def pack(weight: SparseWeight, rows: int, row_bytes: int, coded: bool) -> tuple[np.ndarray, ...]:

@@ -65,12 +65,14 @@ from numbasparse.codegen.simd import (
     store_i64,
 )
 from numbasparse.kernels.base import Config, Kernel, Runner, Space, check_fields
+from numbasparse.kernels.cpu_job import CpuRunner, Job
 from numbasparse.kernels.cpu_patches import Geometry, Tiling, estimate, parse_tile
 from numbasparse.kernels.cpu_rows import (
     PackedRows,
     compile_rows,
     entries_of,
     entry_choices,
+    lane_choices,
     most_accumulators,
     pack_rows,
     prefetch_choices,
@@ -78,7 +80,6 @@ from numbasparse.kernels.cpu_rows import (
     reason_not_coded,
     reason_unsupported,
     with_entries,
-    with_residual,
 )
 from numbasparse.runtime import cpu
 from numbasparse.spec import ConvSpec
@@ -96,7 +97,7 @@ from numbasparse.weight import SparseWeight
 _MAX_WORKSPACE = 64 << 20
 
 
-class _Runner(Runner):
+class _Runner(CpuRunner):
     def __init__(self, spec: ConvSpec, geometry: Geometry, packed: PackedRows, activation: Activation) -> None:
         tiling = Tiling.of(spec, geometry)
         runs_per_vector = geometry.lanes // geometry.chunk
@@ -132,15 +133,13 @@ class _Runner(Runner):
         rows = -(-spec.k // packed.splits) + 1 if packed.blocks > 1 else 0
         words[_OUTS_AT], words[_PACKED_AT], words[_PARTIAL_AT] = outs_at, packed_at, partial_at
         words[_TILE_PARTIALS] = rows * len(geometry.displacements) * geometry.vector_bytes
-        self.workspace = partial_at + len(geometry.tiles) * int(words[_TILE_PARTIALS])
-        self._address = words.ctypes.data
+        workspace = partial_at + len(geometry.tiles) * int(words[_TILE_PARTIALS])
+        super().__init__(Job(self._code, words, workspace))
 
-    def run(self, x: int, y: int, bias: int, threads: int, residual: int = 0) -> None:
-        if residual:
-            words = with_residual(self._words, {_RESIDUAL: residual, _ROWS_CODE: self._rows_code(True).address})
-            cpu.run(self._code.address, words.ctypes.data, x, y, bias, threads, self.workspace)
-        else:
-            cpu.run(self._code.address, self._address, x, y, bias, threads, self.workspace)
+    def adding(self) -> Job:
+        words = self._words.copy()
+        words[_ROWS_CODE] = self._rows_code(True).address
+        return Job(self._code, words, self.workspace, residual_at=_RESIDUAL)
 
 
 def _rows_code(geometry: Geometry, valid: int, activation: Activation, entries: Entries, residual: bool) -> Code:
@@ -259,11 +258,11 @@ class CpuDirect(Kernel):
 
     def space(self, spec: ConvSpec, weight: SparseWeight, threads: int) -> Space:
         spec, lanes = flat(spec), cpu.vector_lanes()
-        chunks = [c for c in (lanes, lanes // 2, lanes // 4) if c >= 4]
-        tiles = sorted({tile for c in chunks for tile in _tiles(spec, lanes, c)[:_TILES_TRIED]})
+        pairs = [(every, chunk) for every in lane_choices() for chunk in _chunks(every)]
+        tiles = sorted({tile for pair in pairs for tile in _tiles(spec, *pair)[:_TILES_TRIED]})
         return {
-            "lanes": (lanes,),
-            "chunk": tuple(chunks),
+            "lanes": lane_choices(),
+            "chunk": tuple(dict.fromkeys(chunk for _, chunk in pairs)),
             "tile": tuple(f"{h}x{w}" for h, w in tiles),
             # Lanes of several chunks take copied taps, those of 1x1 kernels too.
             "taps": ("copied", "shifted"),
@@ -285,12 +284,13 @@ class CpuDirect(Kernel):
         count: int,
         valid: Sequence[Config] | None = None,
     ) -> list[Config]:
-        """The tile of the best `_score`, unless `estimate` finds others much better; then its next ones."""
-        usual, *others = _candidates(spec, weight, threads)
-        others = [found for found in sorted(others, key=lambda found: found[0]) if found[1] != usual[1]]
-        better = bool(others) and others[0][0] < _MUCH_BETTER * usual[0]
-        ranked = [*others[:better], usual, *others[better:]]
-        fitting = (self._fitted(spec, weight, config) for _, config in ranked)
+        """The tile of the best `_score`, unless `estimate` finds others much better; then its next ones.
+
+        Where narrower vectors are worth a try too, theirs are every second: `estimate` does not know which are faster.
+        """
+        by_lanes = [_ranked(spec, weight, threads, lanes) for lanes in lane_choices()]
+        mixed = itertools.chain.from_iterable(itertools.zip_longest(*by_lanes))
+        fitting = (self._fitted(spec, weight, config) for config in mixed if config is not None)
         return list(itertools.islice(fitting, count))
 
     def _fitted(self, spec: ConvSpec, weight: SparseWeight, config: Config) -> Config:
@@ -370,11 +370,23 @@ def _entries(weight: SparseWeight) -> dict[str, tuple[Entries, ...]]:
 _MUCH_BETTER = 0.85
 
 
-def _candidates(spec: ConvSpec, weight: SparseWeight, threads: int) -> Iterator[tuple[float, Config]]:
+def _ranked(spec: ConvSpec, weight: SparseWeight, threads: int, lanes: int) -> list[Config]:
+    """Configs for vectors of so many lanes, the best first."""
+    usual, *others = _candidates(spec, weight, threads, lanes)
+    others = [found for found in sorted(others, key=lambda found: found[0]) if found[1] != usual[1]]
+    better = bool(others) and others[0][0] < _MUCH_BETTER * usual[0]
+    return [config for _, config in (*others[:better], usual, *others[better:])]
+
+
+def _chunks(lanes: int) -> list[int]:
+    return [chunk for chunk in (lanes, lanes // 2, lanes // 4) if chunk >= 4]
+
+
+def _candidates(spec: ConvSpec, weight: SparseWeight, threads: int, lanes: int) -> Iterator[tuple[float, Config]]:
     """Configs of the better tiles, with their `estimate`; the first is of the best one."""
-    spec, lanes = flat(spec), cpu.vector_lanes()
+    spec = flat(spec)
     split = min(threads, spec.k) if _few_units(spec, lanes, threads) else 1
-    chunks = [c for c in (lanes, lanes // 2, lanes // 4) if c >= 4]
+    chunks = _chunks(lanes)
 
     def candidate(chunk: int, tile: tuple[int, int], taps: str, patch_kb: int) -> tuple[float, Config]:
         config: Config = {

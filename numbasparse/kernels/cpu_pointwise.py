@@ -25,6 +25,8 @@ Search space
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -41,6 +43,7 @@ from numbasparse.codegen.simd import (
     store_i64,
 )
 from numbasparse.kernels.base import Config, Kernel, Runner, Space, check_fields
+from numbasparse.kernels.cpu_job import CpuRunner, Job
 from numbasparse.kernels.cpu_rows import (
     PackedRows,
     balanced_block,
@@ -48,6 +51,7 @@ from numbasparse.kernels.cpu_rows import (
     displacements_in_place,
     entries_of,
     entry_choices,
+    lane_choices,
     lanes_in_place,
     most_accumulators,
     pack_rows,
@@ -58,7 +62,6 @@ from numbasparse.kernels.cpu_rows import (
     reason_not_tiled,
     reason_unsupported,
     with_entries,
-    with_residual,
 )
 from numbasparse.runtime import cpu
 from numbasparse.spec import ConvSpec
@@ -72,7 +75,7 @@ from numbasparse.weight import SparseWeight
 ) = range(21)  # fmt: skip
 
 
-class _Runner(Runner):
+class _Runner(CpuRunner):
     def __init__(self, spec: ConvSpec, config: Config, packed: PackedRows, activation: Activation) -> None:
         lanes, vectors, pixels = int(config["lanes"]), int(config["vectors"]), spec.h * spec.w
         tile = min(vectors * lanes, pixels)
@@ -97,15 +100,13 @@ class _Runner(Runner):
         words[_CHANNEL_LIST], words[_ROWS_CODE] = packed.channels.ctypes.data, rows_code.address
         words[_TILE_PIXELS] = tile
         rows = -(-spec.k // packed.splits) + 1 if packed.blocks > 1 else 0
-        self.workspace = 64 + rows * vectors * 4 * lanes
-        self._address = words.ctypes.data
+        workspace = 64 + rows * vectors * 4 * lanes
+        super().__init__(Job(self._code, words, workspace))
 
-    def run(self, x: int, y: int, bias: int, threads: int, residual: int = 0) -> None:
-        if residual:
-            words = with_residual(self._words, {_RESIDUAL: residual, _ROWS_CODE: self._rows_code(True).address})
-            cpu.run(self._code.address, words.ctypes.data, x, y, bias, threads, self.workspace)
-        else:
-            cpu.run(self._code.address, self._address, x, y, bias, threads, self.workspace)
+    def adding(self) -> Job:
+        words = self._words.copy()
+        words[_ROWS_CODE] = self._rows_code(True).address
+        return Job(self._code, words, self.workspace, residual_at=_RESIDUAL)
 
 
 def _rows_code(lanes: int, vectors: int, pixels: int, activation: Activation, entries: Entries, residual: bool) -> Code:
@@ -206,12 +207,13 @@ class CpuPointwise(Kernel):
 
     def space(self, spec: ConvSpec, weight: SparseWeight, threads: int) -> Space:
         lanes = lanes_in_place(spec)
-        vectors = _tiles(spec, lanes)[:5]
+        choices = tuple(choice for choice in lane_choices() if choice <= lanes) or (lanes,)
+        vectors = {t for choice in choices for t in _tiles(spec, choice)[:_TILES_TRIED]}
         first, second = cpu.cache_bytes()
         blocks = {balanced_block(spec.c, max(1, size // (4 * lanes * 8))) for size in (first, 2 * first, second // 2)}
         few = spec.n * spec.h * spec.w / (lanes * most_accumulators()) < 6 * threads
         return {
-            "lanes": (lanes,),
+            "lanes": choices,
             "vectors": tuple(sorted(vectors)),
             "block": tuple(sorted(blocks | {spec.c})),
             "split": tuple(p for p in (1, threads) if p <= spec.k) if few and threads > 1 else (1,),
@@ -220,20 +222,39 @@ class CpuPointwise(Kernel):
         }
 
     def default(self, spec: ConvSpec, weight: SparseWeight, threads: int) -> Config:
+        return self.suggest(spec, weight, threads, 1)[0]
+
+    def suggest(
+        self,
+        spec: ConvSpec,
+        weight: SparseWeight,
+        threads: int,
+        count: int,
+        valid: Sequence[Config] | None = None,
+    ) -> list[Config]:
+        """Tiles by their share of useful work, for vectors of each width, with ever smaller blocks."""
         space = self.space(spec, weight, threads)
         entries: Entries = _entries(spec, weight).get("entries", ("wide",))[0]
-        return {
-            "lanes": lanes_in_place(spec),
-            "vectors": _tiles(spec, lanes_in_place(spec))[0],
-            "block": next(
-                block
-                for block in (space["block"] if weight.density > 0.12 else space["block"][-1:])
-                if reason_cut_too_much(weight, int(block), int(space["split"][-1]), entries) is None
-            ),
-            "split": space["split"][-1],
+        split = int(space["split"][-1])
+        blocks = [int(b) for b in space["block"] if reason_cut_too_much(weight, int(b), split, entries) is None]
+        if weight.density <= 0.12:
+            blocks.reverse()
+        rest = {
+            "split": split,
             "prefetch": space["prefetch"][-1],
             **({"entries": entries} if "entries" in space else {}),
         }
+        tiles = [
+            (int(lanes), vectors)
+            for several in zip(*(_tiles(spec, int(lanes))[:_TILES_TRIED] for lanes in space["lanes"]), strict=False)
+            for lanes, vectors in zip(space["lanes"], several, strict=True)
+        ]
+        # One tile with every block, and one block with every tile, in turns.
+        pairs = sorted(itertools.product(range(len(blocks)), range(len(tiles))), key=lambda pair: (sum(pair), pair))
+        return [
+            {"lanes": tiles[t][0], "vectors": tiles[t][1], "block": blocks[b], **rest}
+            for b, t in itertools.islice(pairs, count)
+        ]
 
     def prepare(
         self,
@@ -257,6 +278,9 @@ def _entries(spec: ConvSpec, weight: SparseWeight) -> dict[str, tuple[Entries, .
 def _reach(spec: ConvSpec) -> int:
     """Bytes below which offsets stay: a block's used channels may lie anywhere in the image."""
     return 4 * spec.c * spec.h * spec.w
+
+
+_TILES_TRIED = 5
 
 
 def _tiles(spec: ConvSpec, lanes: int) -> list[int]:

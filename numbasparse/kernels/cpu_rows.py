@@ -120,14 +120,6 @@ def compile_rows(
     return compile_c(rows_function(kernels), ROWS_SIGNATURE, repr(kernels))
 
 
-def with_residual(words: np.ndarray, changed: dict[int, int]) -> np.ndarray:
-    """A parameter block of one call's own, since several threads may call a runner at once."""
-    block = words.copy()
-    for place, value in changed.items():
-        block[place] = value
-    return block
-
-
 def reason_unsupported(spec: ConvSpec, weight: SparseWeight) -> str | None:
     """Limits of 32-bit offsets and tables, shared by the CPU kernels."""
     if weight.nnz >= 2**31:
@@ -153,6 +145,16 @@ def reason_not_tiled(lanes: int, vectors: int, pixels: int) -> str | None:
     if (vectors - 1) * lanes >= pixels:
         return f"{vectors} vectors exceed the image's {pixels} pixels"
     return None
+
+
+def lane_choices() -> tuple[int, ...]:
+    """Lanes worth a try, the host's own first.
+
+    Cores with 512-bit vectors have 32 registers of 256 bits too. Some read half a line as fast as a whole one: then
+    narrower vectors waste less where an image ends, and fewer of them lie across two lines.
+    """
+    lanes = cpu.vector_lanes()
+    return (lanes, lanes // 2) if lanes == 16 else (lanes,)
 
 
 def lanes_in_place(spec: ConvSpec) -> int:

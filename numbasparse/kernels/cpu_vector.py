@@ -33,7 +33,8 @@ from numbasparse.activations import Activation
 from numbasparse.codegen.jit import Code, compile_c
 from numbasparse.codegen.simd import clear_f32, finish_sums, gather_dot, load_i32, load_i64
 from numbasparse.kernels.base import Config, Kernel, Runner, Space, check_fields
-from numbasparse.kernels.cpu_rows import entries_of, reason_unsupported, with_entries, with_residual
+from numbasparse.kernels.cpu_job import CpuRunner, Job
+from numbasparse.kernels.cpu_rows import entries_of, reason_unsupported, with_entries
 from numbasparse.runtime import cpu
 from numbasparse.spec import ConvSpec
 from numbasparse.weight import SparseWeight
@@ -50,7 +51,7 @@ _MOST_BLOCK = 1 << 16
 ) = range(14)  # fmt: skip
 
 
-class _Runner(Runner):
+class _Runner(CpuRunner):
     def __init__(self, spec: ConvSpec, weight: SparseWeight, config: Config, activation: Activation) -> None:
         lanes, rows, block = (int(config[field]) for field in ("lanes", "rows", "block"))
         pixels, coded = spec.h * spec.w, entries_of(config) == "coded"
@@ -59,7 +60,6 @@ class _Runner(Runner):
         places = tuple(4 * (n * spec.c * pixels + pixel) for n, pixel in vectors)
         targets = tuple(4 * (n * spec.k * pixels + pixel) for n, pixel in vectors)
         self._code = functools.partial(_compiled, lanes, places, targets, pixels, coded, activation)
-        self._plain = self._code(False)
         self._keep = packed
         self.nbytes = sum(array.nbytes for array in packed)
         words = self._words = np.zeros(_WORDS, np.int64)
@@ -68,15 +68,11 @@ class _Runner(Runner):
         for i, array in enumerate(packed):
             words[_STREAM + i] = array.ctypes.data
         words[_PLANE] = 4 * pixels
-        self.workspace = 64 + 4 * rows * len(vectors)
-        self._address = words.ctypes.data
+        workspace = 64 + 4 * rows * len(vectors)
+        super().__init__(Job(self._code(False), words, workspace))
 
-    def run(self, x: int, y: int, bias: int, threads: int, residual: int = 0) -> None:
-        if residual:
-            words = with_residual(self._words, {_ADDED: residual - y})
-            cpu.run(self._code(True).address, words.ctypes.data, x, y, bias, threads, self.workspace)
-        else:
-            cpu.run(self._plain.address, self._address, x, y, bias, threads, self.workspace)
+    def adding(self) -> Job:
+        return Job(self._code(True), self._words.copy(), self.workspace, residual_at=_ADDED, from_output=True)
 
 
 def pack(weight: SparseWeight, lanes: int, rows: int, block: int, coded: bool) -> tuple[np.ndarray, ...]:
