@@ -11,6 +11,7 @@ import numpy as np
 from numbasparse.activations import Activation
 from numbasparse.choices import Choice, check_float, is_tensor, overlap
 from numbasparse.kernels import TorchRunner, kernel
+from numbasparse.kernels.cpu_job import CpuRunner, Job
 from numbasparse.runtime import memory
 from numbasparse.spec import ConvSpec
 from numbasparse.weight import SparseWeight
@@ -67,6 +68,16 @@ class Plan:
     @property
     def workspace(self) -> int:
         return self._runner.workspace
+
+    def job(self, residual: bool) -> Job | None:
+        """The convolution as a call of machine code, with or without a residual; None where torch computes it."""
+        runner = self._runner
+        return runner.job(residual) if isinstance(runner, CpuRunner) else None
+
+    @property
+    def zero_bias(self) -> int:
+        """Address of a bias of zeros, which lives as long as the plan."""
+        return self._zero_address
 
     def __call__(
         self,

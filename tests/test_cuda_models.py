@@ -132,7 +132,7 @@ def test_a_model_in_nchw_may_run_in_channels_last(net: nn.Module) -> None:
 
 
 def test_capture_wants_a_gpu(net: nn.Module) -> None:
-    with pytest.raises(TypeError, match=r"captured with CUDA tensors as examples, got \['cpu'\]"):
-        capture(net, torch.randn(1, 3, 8, 8))
+    with pytest.raises(TypeError, match=r"captured with tensors on the CPU or on one GPU as examples, got \['meta'\]"):
+        capture(net, torch.randn(1, 3, 8, 8, device="meta"))
     with pytest.raises(TypeError, match="got \\[\\]"):
         capture(net)

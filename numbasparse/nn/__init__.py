@@ -13,11 +13,13 @@ from numbasparse.nn.convert import ConvertedLayer, conversion_report, convert
 from numbasparse.nn.linear import SparseLinear
 from numbasparse.nn.module import SparseConv2d
 from numbasparse.nn.operator import clear_cache, conv2d
+from numbasparse.nn.program import Program
 from numbasparse.nn.saved import load, save
 
 __all__ = [
     "CapturedModel",
     "ConvertedLayer",
+    "Program",
     "SparseConv2d",
     "SparseLinear",
     "capture",

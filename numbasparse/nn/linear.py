@@ -68,6 +68,11 @@ class SparseLinear(SparseConv2d):
             y = self._convolve(image, inside, None).view(self.out_channels, -1).t().contiguous().view(shape)
         return y if residual is None else in_torch(self.activation)(y + residual)
 
+    def as_image(self, x: Tensor) -> Tensor | None:
+        """One vector as an image of one pixel; None for several, which would have to be transposed."""
+        single = x.dim() > 0 and x.shape[-1] == self.in_channels == x.numel()
+        return x.reshape(1, self.in_channels, 1, 1) if single else None
+
     def to_dense(self) -> nn.Linear:  # type: ignore[override]  # what it is the sparse form of
         """Return the dense layer, without the activation."""
         linear = nn.Linear(self.in_channels, self.out_channels, bias=self.bias is not None, device="meta")

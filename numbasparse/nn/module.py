@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from numbasparse.activations import check_activation, in_torch
 from numbasparse.kernels import kernel
-from numbasparse.nn.operator import convolve
-from numbasparse.plans import Choice
+from numbasparse.nn.operator import cached_plan, convolve
+from numbasparse.plans import Choice, Plan
 from numbasparse.runtime.layouts import LAYOUTS, Layout
 from numbasparse.spec import ConvSpec
 from numbasparse.weight import SparseWeight
@@ -194,6 +194,16 @@ class SparseConv2d(nn.Module):
         out_h = (x.shape[2] + top + bottom - self.dilation[0] * (r - 1) - 1) // self.stride[0] + 1
         out_w = (x.shape[3] + left + right - self.dilation[1] * (s - 1) - 1) // self.stride[1] + 1
         return residual.shape == (x.shape[0], self.out_channels, out_h, out_w)
+
+    def as_image(self, x: Tensor) -> Tensor | None:
+        """The input as the convolution reads it; None for an image without a batch."""
+        return x if x.dim() == 4 else None
+
+    def plan_for(self, image: Tensor) -> Plan:
+        """The plan that is run for an image: the weight packed, for who keeps the plan and not the layer."""
+        weight = (self.values, self.indices, self.indptr)
+        how = (self.kernel_shape, self.stride, self.padding, self.dilation, self.groups)
+        return cached_plan(image, weight, *how, self.activation, self._config)
 
     def _convolve(self, x: Tensor, activation: str, residual: Tensor | None) -> Tensor:
         # Past ``nn.Module.__getattr__``, which takes a microsecond for each.  The bias may be made a parameter.

@@ -118,6 +118,18 @@ class _PlanCache:
             while self._nbytes > self.max_bytes and len(self._entries) > 1:
                 self._nbytes -= self._entries.popitem(last=False)[1].nbytes
 
+    @contextmanager
+    def left_as_it_was(self) -> Iterator[None]:
+        """Forget afterwards what comes meanwhile."""
+        with self._lock:
+            before = set(self._entries)
+        try:
+            yield
+        finally:
+            with self._lock:
+                for key in [key for key in self._entries if key not in before]:
+                    self._nbytes -= self._entries.pop(key).nbytes
+
     def clear(self) -> None:
         with self._lock:
             self._entries.clear()
@@ -130,6 +142,11 @@ _plans = _PlanCache(_MAX_BYTES)
 def plans_used() -> AbstractContextManager[Mapping[int, object]]:
     """Collect what the operator uses meanwhile, for one who has to keep it alive: a CUDA graph knows addresses only."""
     return _plans.watched()
+
+
+def plans_not_kept() -> AbstractContextManager[None]:
+    """Let the operator forget afterwards the plans that it makes meanwhile, and the weights that they keep alive."""
+    return _plans.left_as_it_was()
 
 
 def clear_cache() -> None:
@@ -159,7 +176,26 @@ def _conv2d(
     residual: Tensor | None = None,
 ) -> Tensor:
     """Run the convolution with a cached plan; see the module's text for the arguments."""
-    weight = (values, indices, indptr)
+    how = (kernel_shape, stride, padding, dilation, groups, activation, config)
+    made = cached_plan(x, (values, indices, indptr), *how)
+    bias = None if bias is None else bias.detach()
+    residual = None if residual is None else residual.detach()
+    layout = (out_layout or None) if x.is_cuda else None
+    return made(x.detach(), bias, None, residual, cast("layouts.Layout | None", layout))
+
+
+def cached_plan(
+    x: Tensor,
+    weight: tuple[Tensor, Tensor, Tensor],
+    kernel_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str,
+    config: str,
+) -> Plan:
+    """The plan that the operator runs for an input; arguments as in the module's text."""
     key = (
         x.shape,
         *map(_identity, weight),
@@ -178,10 +214,7 @@ def _conv2d(
         made = _make_plan(x, weight, kernel_shape, stride, padding, dilation, groups, activation, config)
         entry = _Entry(made, weight)
         _plans.put(key, entry)
-    bias = None if bias is None else bias.detach()
-    residual = None if residual is None else residual.detach()
-    layout = (out_layout or None) if x.is_cuda else None
-    return entry.plan(x.detach(), bias, None, residual, cast("layouts.Layout | None", layout))
+    return entry.plan
 
 
 def _check_devices(x: Tensor, weight: tuple[Tensor, Tensor, Tensor]) -> None:

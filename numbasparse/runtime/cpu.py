@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
+
 from numbasparse.runtime import openmp
+from numbasparse.runtime.openmp import SERIES_WORDS, series_states
 from numbasparse.runtime.team import ENTRY_SIGNATURE, MAX_THREADS, next_unit, team
 
 __all__ = [
     "ENTRY_SIGNATURE",
     "MAX_THREADS",
+    "SERIES_WORDS",
     "cache_bytes",
     "get_num_threads",
     "next_unit",
     "processor_name",
     "run",
+    "run_series",
+    "series_states",
     "set_num_threads",
     "vector_lanes",
     "vector_registers",
@@ -106,3 +112,21 @@ def run(entry: int, params: int, x: int, y: int, bias: int, threads: int, worksp
             runtime.run(entry, params, x, y, bias, threads, workspace)
             return
     team().run(entry, params, x, y, bias, threads, workspace)
+
+
+def run_series(table: np.ndarray, states: np.ndarray, threads: int, workspace: int) -> None:
+    """Run jobs one after the other, each on the results of those before, as `run` would run each.
+
+    Parameters
+    ----------
+    table : int64, (jobs, SERIES_WORDS)
+        Entry, params, x, y and bias of each.
+    states : int64
+        A fresh copy of what `series_states` gave for so many jobs and threads.
+    """
+    runtime = openmp.loaded() if threads > 1 else None
+    if runtime is not None:
+        runtime.run_series(table.ctypes.data, len(table), states.ctypes.data, threads, workspace)
+        return
+    for entry, params, x, y, bias in table[:, :5].tolist():
+        team().run(entry, params, x, y, bias, threads, workspace)

@@ -19,6 +19,7 @@ import numpy as np
 from numbasparse.codegen.jit import compile_c
 from numbasparse.codegen.simd import (
     atomic_load,
+    compare_exchange,
     fetch_add,
     load_i64,
     relax,
@@ -83,6 +84,68 @@ def _region(control: int) -> None:
             store_i64(control + _COUNTERS + LINE * t, 0)
 
 
+# A series: each job's line of state (as in `team`: open, and how many joined), line of those done, and counters.
+SERIES_WORDS = 8
+"""Words of a job in the table: entry, params, x, y, bias."""
+_OPEN, _JOINED = 1 << 17, (1 << 17) - 1
+
+
+def _series(control: int) -> None:
+    """Run a table's jobs one after the other; who comes to a job late goes on to the next, and nobody waits for it."""
+    thread = call_0(load_i64(control + _HOST), ()) & 0xFFFFFFFF
+    arena = load_i64(control + _ARENAS + 8 * thread)
+    if thread != 0:
+        step_aside(control + _MOVE, load_i64(control + _JOB + 40), arena)
+    table, count = load_i64(control + _JOB), load_i64(control + _JOB + 8)
+    states, threads = load_i64(control + _JOB + 16), load_i64(control + _JOB + 32)
+    for index in range(count):
+        job, state = table + 8 * SERIES_WORDS * index, states + (2 + threads) * LINE * index
+        seen = atomic_load(state)
+        while (seen & _OPEN) != 0 and compare_exchange(state, seen, seen + 1) != seen:
+            seen = atomic_load(state)
+        if (seen & _OPEN) != 0:
+            call_8(
+                load_i64(job),
+                (
+                    load_i64(job + 8),
+                    load_i64(job + 16),
+                    load_i64(job + 24),
+                    load_i64(job + 32),
+                    arena,
+                    state + 2 * LINE,
+                    thread,
+                    threads,
+                ),
+            )
+            # Every unit is taken: nobody need join any more.
+            seen = atomic_load(state)
+            while (seen & _OPEN) != 0 and compare_exchange(state, seen, seen - _OPEN) != seen:
+                seen = atomic_load(state)
+            fetch_add(state + LINE, 1)
+        # The next job reads what this one wrote: wait for all who joined.
+        spins = 0
+        while atomic_load(state + LINE) != (atomic_load(state) & _JOINED):
+            relax()
+            spins += 1
+            if spins > _SPINS:
+                call_1(load_i64(control + _HOST + 16), (_NAP_MICROSECONDS,))
+    fetch_add(control + _FINISHED, 1)
+    members = call_0(load_i64(control + _HOST + 8), ()) & 0xFFFFFFFF
+    spins = 0
+    while atomic_load(control + _FINISHED) < members:
+        relax()
+        spins += 1
+        if spins > _SPINS:
+            call_1(load_i64(control + _HOST + 16), (_NAP_MICROSECONDS,))
+
+
+def series_states(jobs: int, threads: int) -> np.ndarray:
+    """What `OpenMP.run_series` needs in the beginning for so many jobs, int64; it changes it."""
+    states = np.zeros((jobs, 2 + threads, LINE // 8), np.int64)
+    states[:, 0, 0] = _OPEN
+    return states
+
+
 class _Caller(threading.local):
     """Control block and scratch of one calling thread: OpenMP gives every caller a team of its own."""
 
@@ -121,19 +184,39 @@ class OpenMP:
         )
         self._host = [ctypes.cast(f, ctypes.c_void_p).value or 0 for f in functions] + core_functions()
         self._region = compile_c(_region, "void(int64)", "region")
+        self._series = compile_c(_series, "void(int64)", "series")
         self._sched_getcpu = ctypes.CDLL(None).sched_getcpu
         self._caller = _Caller()
 
     def run(self, entry: int, params: int, x: int, y: int, bias: int, threads: int, workspace: int) -> None:
         """Run a kernel's entry on up to ``threads`` threads; returns when the result is complete."""
+        words = self._prepared(threads, workspace)
+        words[0:7] = [entry, params, x, y, threads, self._sched_getcpu(), bias]
+        self._parallel(self._region.address, self._caller.control, threads, 0)
+
+    def run_series(self, table: int, count: int, states: int, threads: int, workspace: int) -> None:
+        """Run jobs one after the other in one parallel region; returns when all results are complete.
+
+        Parameters
+        ----------
+        table : address of int64 (count, `SERIES_WORDS`)
+            Entry, params, x, y and bias of each job.
+        states : address
+            Of a fresh copy of `series_states`.
+        """
+        words = self._prepared(threads, workspace)
+        words[0:6] = [table, count, states, 0, threads, self._sched_getcpu()]
+        self._parallel(self._series.address, self._caller.control, threads, 0)
+
+    def _prepared(self, threads: int, workspace: int) -> Any:
+        """The caller's control block, ready for a region."""
         caller = self._caller
         caller.reserve(threads, workspace)
         words = caller.words
         if words[_HOST // 8] == 0:
             words[_HOST // 8 : _HOST // 8 + len(self._host)] = self._host
-        words[0:7] = [entry, params, x, y, threads, self._sched_getcpu(), bias]
         words[_FINISHED // 8] = 0
-        self._parallel(self._region.address, caller.control, threads, 0)
+        return words
 
 
 _runtime: OpenMP | None = None
