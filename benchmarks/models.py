@@ -5,11 +5,11 @@
     python benchmarks/models.py --tiny               # every path on small models: no figures worth reading
 
 Weights are random.  Masks keep the largest of each convolution but the first, and of each linear layer but the last.
-Ours is tuned and converted (`numbasparse.nn.convert`).  Dense: torch eager in NCHW and channels-last,
-``torch.compile``, the same with frozen weights, and onnxruntime and OpenVINO where they are installed; the ratio is to
-the best of torch's.  With ``--deepsparse PYTHON``, an interpreter that has DeepSparse, the same pruned model runs there
-too, in a process of its own that waits while others are timed.  All are timed in turns.  The results file is written
-anew after every model.
+Ours is tuned, converted and captured (`numbasparse.nn.convert`, `numbasparse.nn.capture`).  Dense: torch eager in NCHW
+and channels-last, ``torch.compile``, the same with frozen weights, and onnxruntime and OpenVINO where they are
+installed; the ratio is to the best of torch's.  With ``--deepsparse PYTHON``, an interpreter that has DeepSparse, the
+same pruned model runs there too, in a process of its own that waits while others are timed.  All are timed in turns.
+The results file is written anew after every model.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from torch import Tensor, nn  # noqa: E402
 
 import autotune  # noqa: E402
 import numbasparse  # noqa: E402
-from numbasparse.nn import SparseConv2d, conversion_report, convert  # noqa: E402
+from numbasparse.nn import SparseConv2d, capture, conversion_report, convert  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
 
@@ -256,7 +256,9 @@ def model_row(name: str, make: Callable[[], nn.Module], shape: tuple[int, ...], 
         check(f"{name} {key}", ours[key](x), model(x))
         details[key] = {"tuning_seconds": round(seconds, 1), **profile(model, ours[key], x, args.seconds / 4)}
         print_profile(f"{name} {key}", details[key])
-        calls[key] = lambda m=ours[key]: m(x)
+        program = capture(ours[key], x)
+        check(f"{name} {key}, captured", program(x), model(x))
+        calls[key] = lambda p=program: p(x)
         if args.deepsparse:
             others[key] = calls["deepsparse", key] = DeepSparse(args.deepsparse, model, x, args.threads)
             check(f"{name} {key}, deepsparse", others[key].output, model(x))

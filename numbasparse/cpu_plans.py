@@ -11,8 +11,9 @@ import numpy as np
 from numbasparse.activations import Activation
 from numbasparse.choices import Choice, check_float, is_tensor, overlap
 from numbasparse.kernels import TorchRunner, kernel
-from numbasparse.kernels.cpu_job import CpuRunner, Job
+from numbasparse.kernels.cpu_runner import CpuRunner
 from numbasparse.runtime import memory
+from numbasparse.runtime.job import Job
 from numbasparse.spec import ConvSpec
 from numbasparse.weight import SparseWeight
 

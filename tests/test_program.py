@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from numbasparse.models.rrdbnet import RRDBNet
 from numbasparse.nn import Program, SparseConv2d, SparseLinear, capture, clear_cache, convert
 from numbasparse.nn.placing import Piece, place
+from numbasparse.nn.pooling import SeparableMaxPool2d
 from numbasparse.pruning import MagnitudePruning, prune_
 from numbasparse.runtime import cpu, openmp
 
@@ -81,6 +82,8 @@ def test_neighbours_are_one_series(threads: int) -> None:
             *(sparse(16, 16, size, "relu") for size in (3, 1, 3, 1, 3)), nn.MaxPool2d(2), sparse(16, 4)
         )
         program = check(model, torch.randn(1, 16, 20, 20), jobs=[5, 1])
+        pools = nn.Sequential(sparse(16, 16), SeparableMaxPool2d(3, 2, 1), sparse(16, 8), SeparableMaxPool2d((1, 2)))
+        check(pools, torch.randn(2, 16, 21, 13), jobs=[4])
         x = torch.randn(1, 16, 20, 20)
         with torch.inference_mode():
             expected = model(x)

@@ -928,6 +928,16 @@ def compare_exchange(typingctx: Any, address: Any, expected: Any, desired: Any) 
 
 
 @intrinsic
+def f32_pointer(typingctx: Any, address: Any) -> Any:
+    """A pointer to float32 at an address: loops over it are vectorized, which they are not over `load_i32`."""
+
+    def codegen(ctx: Any, bd: Any, sig: Any, args: Any) -> Any:
+        return bd.inttoptr(args[0], ir.FloatType().as_pointer())
+
+    return types.CPointer(types.float32)(types.intp), codegen
+
+
+@intrinsic
 def atomic_load(typingctx: Any, address: Any) -> Any:
     """The int64 at ``address``, sequentially consistent."""
 

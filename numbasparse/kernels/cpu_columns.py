@@ -45,7 +45,6 @@ from numbasparse.codegen.simd import (
     load_i64,
 )
 from numbasparse.kernels.base import Config, Kernel, Runner, Space, check_fields
-from numbasparse.kernels.cpu_job import CpuRunner, Job
 from numbasparse.kernels.cpu_rows import (
     coordinates,
     displacements_in_place,
@@ -59,7 +58,9 @@ from numbasparse.kernels.cpu_rows import (
     wide_entries,
     with_entries,
 )
+from numbasparse.kernels.cpu_runner import CpuRunner
 from numbasparse.runtime import cpu
+from numbasparse.runtime.job import Job
 from numbasparse.spec import ConvSpec
 from numbasparse.weight import SparseWeight
 

@@ -65,7 +65,6 @@ from numbasparse.codegen.simd import (
     store_i64,
 )
 from numbasparse.kernels.base import Config, Kernel, Runner, Space, check_fields
-from numbasparse.kernels.cpu_job import CpuRunner, Job
 from numbasparse.kernels.cpu_patches import Geometry, Tiling, estimate, parse_tile
 from numbasparse.kernels.cpu_rows import (
     PackedRows,
@@ -81,7 +80,9 @@ from numbasparse.kernels.cpu_rows import (
     reason_unsupported,
     with_entries,
 )
+from numbasparse.kernels.cpu_runner import CpuRunner
 from numbasparse.runtime import cpu
+from numbasparse.runtime.job import Job
 from numbasparse.spec import ConvSpec
 from numbasparse.weight import SparseWeight
 

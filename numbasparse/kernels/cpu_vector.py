@@ -33,9 +33,10 @@ from numbasparse.activations import Activation
 from numbasparse.codegen.jit import Code, compile_c
 from numbasparse.codegen.simd import clear_f32, finish_sums, gather_dot, load_i32, load_i64
 from numbasparse.kernels.base import Config, Kernel, Runner, Space, check_fields
-from numbasparse.kernels.cpu_job import CpuRunner, Job
 from numbasparse.kernels.cpu_rows import entries_of, reason_unsupported, with_entries
+from numbasparse.kernels.cpu_runner import CpuRunner
 from numbasparse.runtime import cpu
+from numbasparse.runtime.job import Job
 from numbasparse.spec import ConvSpec
 from numbasparse.weight import SparseWeight
 

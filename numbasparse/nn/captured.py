@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from numbasparse.nn.operator import plans_not_kept, plans_used
 from numbasparse.nn.program import Program
-from numbasparse.runtime import cuda
+from numbasparse.runtime import cuda, memory
 
 _WARM_UPS = 3
 
@@ -111,6 +111,8 @@ def _recorded(model: nn.Module, example: tuple[Tensor, ...]) -> Program:
     with plans_not_kept():
         program = Program(model, example)
         _compare(program, model, example)
+    # Results of both lay there, of which the program needs none.
+    memory.blocks.clear()
     return program
 
 

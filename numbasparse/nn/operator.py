@@ -44,6 +44,7 @@ from torch import Tensor
 
 from numbasparse.kernels import kernel
 from numbasparse.nn.gradient import backward, setup_context
+from numbasparse.nn.plain import is_unnoticed
 from numbasparse.plans import Choice, Plan, device_and_dtype, plan, resolve
 from numbasparse.runtime import cpu, layouts
 from numbasparse.runtime.cuda import CudaError
@@ -360,18 +361,4 @@ def convolve(x: Tensor, *rest: Any) -> Tensor:
 
     The dispatcher takes 20 us to hand over so many arguments, half of what a call costs beside the kernel.
     """
-    return _conv2d(x, *rest) if _unnoticed(x) else conv2d(x, *rest)
-
-
-def _unnoticed(x: Tensor) -> bool:
-    """Whether nothing differentiates, records, transforms or stands in for operators, and the tensor is torch's own."""
-    return (
-        not torch.compiler.is_compiling()  # first: what compiles cannot ask for the rest
-        and type(x) is Tensor
-        and torch.is_inference_mode_enabled()
-        and not torch._C._is_tracing()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._len_torch_function_stack() == 0
-        and torch._C._functorch.maybe_current_level() is None
-        and not torch.autograd._profiler_enabled()
-    )
+    return _conv2d(x, *rest) if is_unnoticed(x) and torch.is_inference_mode_enabled() else conv2d(x, *rest)

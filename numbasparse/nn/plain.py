@@ -15,3 +15,16 @@ def is_plain(x: Tensor) -> bool:
         and x.is_cpu
         and not (torch.is_grad_enabled() and x.requires_grad)
     )
+
+
+def is_unnoticed(x: Tensor) -> bool:
+    """Whether nothing records, transforms or stands in for operators, and the tensor is torch's own."""
+    return (
+        not torch.compiler.is_compiling()  # first: what compiles cannot ask for the rest
+        and type(x) is Tensor
+        and not torch._C._is_tracing()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and torch._C._functorch.maybe_current_level() is None
+        and not torch.autograd._profiler_enabled()
+    )

@@ -2,9 +2,9 @@
 
 `Program` is made from the model's graph (torch.fx) and one run on an example. Each node becomes one of these:
 
-- a **job**: a sparse convolution, or a linear layer on one vector, which a kernel of ours computes. Jobs that follow
-  one another are one call of machine code, which keeps its threads between them. Their results lie in one block of
-  memory, which is planned ahead: a place is used again as soon as nothing reads it any more.
+- a **job**: a sparse convolution, a linear layer on one vector, or a max pooling, which code of ours computes. Jobs
+  that follow one another are one call of machine code, which keeps its threads between them. Their results lie in one
+  block of memory, which is planned ahead: a place is used again as soon as nothing reads it any more.
 - a **call**: anything else, called as in the graph at every run.
 - a **constant**: what depends on shapes only, or is another view of a job's result.
 """
@@ -24,11 +24,11 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_map
 
-from numbasparse.kernels.cpu_job import Job
 from numbasparse.nn.native import Tracer
 from numbasparse.nn.placing import Piece, place
 from numbasparse.nn.recording import Layer, Recording, call_of
 from numbasparse.runtime import cpu, memory
+from numbasparse.runtime.job import Job
 
 _ALIGNMENT = 64
 _X, _Y, _BIAS = 2, 3, 4
@@ -205,10 +205,10 @@ class _Builder:
             if seen.constant or node.op == "placeholder" or self._fixed_view(node):
                 continue
             if seen.layer is not None:
-                if series is not None and series.threads != seen.layer.plan.threads:
+                if series is not None and series.threads != seen.layer.threads:
                     yield last, self._ended(series)
                     series = None
-                series = series or _Series(seen.layer.plan.threads, np.zeros((0, cpu.SERIES_WORDS), np.int64))
+                series = series or _Series(seen.layer.threads, np.zeros((0, cpu.SERIES_WORDS), np.int64))
                 self._append(series, node, seen.layer)
             else:
                 if series is not None:
@@ -231,12 +231,11 @@ class _Builder:
         return series
 
     def _append(self, series: _Series, node: fx.Node, layer: Layer) -> None:
-        job = layer.plan.job(layer.residual is not None)
-        assert job is not None
+        job = layer.job
         at = len(series.table)
         words = np.zeros(cpu.SERIES_WORDS, np.int64)
         words[:_X] = job.code.address, job.params
-        words[_BIAS] = layer.plan.zero_bias if layer.bias is None else layer.bias.data_ptr()
+        words[_BIAS] = layer.bias
         x = self._fixed_address(layer.x)
         if x is None:
             series.inputs.append((at, self.number[layer.x]))
@@ -254,7 +253,7 @@ class _Builder:
                 job.add(residual, int(words[_Y]))
         series.table = np.concatenate([series.table, words[None]])
         series.workspace = max(series.workspace, job.workspace)
-        series.keep += [layer.plan, job, layer.bias]
+        series.keep += [job, layer.keep]
 
     def _fixed_address(self, node: fx.Node) -> int | None:
         if node in self.buffers:

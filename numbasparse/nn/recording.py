@@ -11,9 +11,12 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
-from numbasparse.cpu_plans import Plan
 from numbasparse.nn.linear import SparseLinear
 from numbasparse.nn.module import SparseConv2d
+from numbasparse.nn.pooling import SeparableMaxPool2d
+from numbasparse.runtime import cpu, memory
+from numbasparse.runtime.cpu_max_pool import max_pool_job
+from numbasparse.runtime.job import Job
 
 _SHAPE_METHODS = ("size", "dim", "numel", "stride", "ndimension", "is_contiguous", "element_size")
 _SHAPE_ATTRIBUTES = ("shape", "dtype", "device", "ndim", "layout", "requires_grad")
@@ -21,13 +24,23 @@ _SHAPE_ATTRIBUTES = ("shape", "dtype", "device", "ndim", "layout", "requires_gra
 
 @dataclass
 class Layer:
-    """A job: its plan, where its operands come from, and the shape of its result as the graph has it."""
+    """A job: its work, where its operands come from, and the shape of its result as the graph has it.
 
-    plan: Plan
+    Attributes
+    ----------
+    bias
+        Address.
+    keep
+        What the addresses point to.
+    """
+
+    job: Job
+    threads: int
     x: fx.Node
     residual: fx.Node | None
-    bias: Tensor | None
+    bias: int
     shape: tuple[int, ...]
+    keep: Any
 
 
 @dataclass(frozen=True)
@@ -109,9 +122,7 @@ class Recording:
         args, kwargs = (map_arg(a, lambda n: self.seen[n].value) for a in (node.args, node.kwargs))
         layer = self._layer(node, args, kwargs)
         if layer is not None:
-            image = self.seen[layer.x].value.reshape(layer.plan.spec.x_shape)
-            added = None if layer.residual is None else self.seen[layer.residual].value
-            value = layer.plan(image, layer.bias, residual=added).reshape(layer.shape)
+            value = self._run(layer)
             self.storages[value.untyped_storage().data_ptr()] = node
             return Seen(value, layer, base=node)
         return self._call(node, args, kwargs)
@@ -128,26 +139,49 @@ class Recording:
             return Seen(value, constant=True)
         return Seen(value, base=base, is_view=base is not None and unchanged and isinstance(value, Tensor))
 
+    def _run(self, layer: Layer) -> Tensor:
+        x, y, job = self.seen[layer.x].value, memory.empty_tensor(layer.shape), layer.job
+        if layer.residual is not None:
+            job.add(self.seen[layer.residual].value.data_ptr(), y.data_ptr())
+        cpu.run(job.code.address, job.params, x.data_ptr(), y.data_ptr(), layer.bias, layer.threads, job.workspace)
+        return y
+
     def _layer(self, node: fx.Node, args: Any, kwargs: Any) -> Layer | None:
-        """The node as a job, if it is a layer of ours that a kernel of ours computes on these."""
+        """The node as a job, if it is a layer of ours that code of ours computes on these."""
         module: Any = self.modules.get(str(node.target)) if node.op == "call_module" else None
-        if type(module) not in (SparseConv2d, SparseLinear) or module._forward_hooks or module._forward_pre_hooks:
+        if type(module) not in (SparseConv2d, SparseLinear, SeparableMaxPool2d):
             return None
         names = ("x", "residual")
         nodes: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
         values = dict(zip(names, args, strict=False)) | kwargs
-        x, residual = values.get("x"), values.get("residual")
-        image = module.as_image(x) if isinstance(nodes.get("x"), fx.Node) and _is_plain(x) else None
-        if image is None or (residual is not None and (module.takes_vectors or not _is_plain(residual))):
+        hooked = module._forward_hooks or module._forward_pre_hooks
+        if hooked or not isinstance(nodes.get("x"), fx.Node) or not _is_plain(values["x"]):
             return None
-        plan = module.plan_for(image)
-        if plan.job(residual is not None) is None:
-            return None
-        if residual is not None and tuple(residual.shape) != plan.spec.out_shape:
-            return None
-        bias = None if module.bias is None else module.bias.detach().float().contiguous()
-        shape = (*x.shape[:-1], module.out_channels) if module.takes_vectors else plan.spec.out_shape
-        return Layer(plan, nodes["x"], nodes.get("residual"), bias, tuple(shape))
+        if type(module) is SeparableMaxPool2d:
+            return _pooling(module, nodes["x"], values["x"])
+        return _convolution(module, nodes, values["x"], values.get("residual"))
+
+
+def _pooling(module: SeparableMaxPool2d, node: fx.Node, x: Tensor) -> Layer | None:
+    pool = module.as_pool(x)
+    if pool is None:
+        return None
+    threads = min(torch.get_num_threads(), cpu.MAX_THREADS)
+    return Layer(max_pool_job(pool), threads, node, None, 0, (*x.shape[:-2], *pool.out), None)
+
+
+def _convolution(module: SparseConv2d, nodes: dict[str, Any], x: Tensor, residual: Tensor | None) -> Layer | None:
+    image = module.as_image(x)
+    if image is None or (residual is not None and (module.takes_vectors or not _is_plain(residual))):
+        return None
+    plan = module.plan_for(image)
+    job = plan.job(residual is not None)
+    if job is None or (residual is not None and tuple(residual.shape) != plan.spec.out_shape):
+        return None
+    bias = None if module.bias is None else module.bias.detach().float().contiguous()
+    address = plan.zero_bias if bias is None else bias.data_ptr()
+    shape = (*x.shape[:-1], module.out_channels) if module.takes_vectors else plan.spec.out_shape
+    return Layer(job, plan.threads, nodes["x"], nodes.get("residual"), address, tuple(shape), (plan, bias))
 
 
 def call_of(node: fx.Node, modules: Mapping[str, nn.Module]) -> Callable[..., Any]:
