@@ -14,6 +14,7 @@ to the better of the two.  Beside it stands oneDNN with prepacked weights.
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -32,7 +33,7 @@ import autotune  # noqa: E402
 import numbasparse  # noqa: E402
 from numbasparse import ConvSpec, SparseWeight  # noqa: E402
 from numbasparse.kernels import ConfigError, kernels_for  # noqa: E402
-from numbasparse.nn import SparseConv2d, conv2d  # noqa: E402
+from numbasparse.nn import SparseConv2d, capture, conv2d  # noqa: E402
 
 # (kernel, input channels, height and width, output channels)
 LAYERS = [
@@ -210,12 +211,16 @@ def calls(args: argparse.Namespace) -> None:
     alone = numbasparse.plan(
         ConvSpec.create(small.shape, conv.weight.shape, padding=1), layer.weight_matrix(), threads=args.threads
     )
+    several = torch.nn.Sequential(*(copy.deepcopy(layer) for _ in range(20)))
+    captured = capture(several, small)
     given = (small, layer.values, layer.indices, layer.indptr, layer.bias, layer.kernel_shape, layer.stride)
     given += (layer.padding, layer.dilation, layer.groups, "none", "")
     functions: dict[Any, Callable[[], Any]] = {
         "16x4x4 plan, torch": lambda: alone(small),
         "16x4x4 operator": lambda: conv2d(*given),
         "16x4x4 module": lambda: layer(small),
+        "20 times 16x4x4, modules": lambda: several(small),
+        "20 times 16x4x4, captured": lambda: captured(small),
         "plan, one thread": lambda: single(array),
         "plan, NumPy": lambda: plan(array),
         "conv2d, NumPy": lambda: numbasparse.conv2d(array, weight, padding=1),

@@ -151,7 +151,14 @@ SECTIONS: list[tuple[str, Callable[[str], list[str]], list[str]]] = [
     (
         "Whole models on a CPU, one picture",
         models,
-        ["models.json", "models_zen4.json", "models_avx512.json", "models_avx512_run2.json", "models_rrdb.json"],
+        [
+            "models.json",
+            "models_zen4.json",
+            "models_zen4_vgg16.json",
+            "models_avx512.json",
+            "models_avx512_run2.json",
+            "models_rrdb.json",
+        ],
     ),
     (
         "Single convolutions on a GPU in strict float32: ratio to the better of cuDNN's NCHW and channels-last",

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from numbasparse.cli.run import _captured as captured_or_not
 from numbasparse.models.rrdbnet import RRDBNet
 from numbasparse.nn import Program, SparseConv2d, SparseLinear, capture, clear_cache, convert
 from numbasparse.nn.placing import Piece, place
@@ -248,6 +249,16 @@ def test_what_cannot_be_captured() -> None:
         capture(Deciding(), x)
     with pytest.raises(RuntimeError, match="Stateful cannot be captured: what was recorded gives something else"):
         capture(Stateful(), x)
+
+
+def test_the_command_runs_what_cannot_be_captured(capsys: pytest.CaptureFixture[str]) -> None:
+    x = torch.randn(1, 3, 6, 6)
+    model = Deciding()
+    assert captured_or_not(model, x) == (model, "")
+    assert capsys.readouterr().out.startswith("not captured: Deciding cannot be captured")
+    run, how = captured_or_not(model.conv, x)
+    assert isinstance(run, Program)
+    assert how == " of the captured model"
 
 
 def test_what_a_call_refuses() -> None:

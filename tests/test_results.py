@@ -78,6 +78,10 @@ def test_quickstart_and_points(tmp_path: Path) -> None:
     file = read(written(tmp_path, QUICKSTART))
     assert isinstance(file, Points)
     assert [(p.time_ms, p.accuracy) for p in file.points] == [(10.0, 0.95), (10.0, 0.96), (4.0, 0.96)]
+    captured = QUICKSTART | {"whole_model_ms": QUICKSTART["whole_model_ms"] | {"numbasparse, captured": 3.0}}
+    file = read(written(tmp_path, captured))
+    assert isinstance(file, Points)
+    assert [p.time_ms for p in file.points] == [10.0, 10.0, 3.0]
     file = read(written(tmp_path, POINTS))
     assert isinstance(file, Points)
     assert (file.title, file.measure) == ("A network", "accuracy, %")
