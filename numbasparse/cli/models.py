@@ -202,6 +202,17 @@ def convert_model(model: nn.Module, x: torch.Tensor, tuned: Path | None, quantiz
     return convert(model, None if tuned is None else autotune.load(tuned), x, quantized=weights)
 
 
+def captured_or_said(model: nn.Module, x: torch.Tensor) -> Callable[[torch.Tensor], Any] | None:
+    """The model captured; None, and a line that says why, if it cannot be."""
+    from numbasparse.nn import capture
+
+    try:
+        return capture(model, x)
+    except (ValueError, RuntimeError) as error:
+        print(f"not captured: {error}")
+        return None
+
+
 def bench_model(
     model: nn.Module,
     x: torch.Tensor,
@@ -210,7 +221,10 @@ def bench_model(
     threads: int | None,
     quantized: Path | None = None,
 ) -> None:
-    """Print the times of the dense model in both layouts and of the converted one, on the device of both."""
+    """Print the times of the dense model in both layouts and of the converted one, on the device of both.
+
+    On the CPU of the captured one too; a graph of a GPU would have to be compared with graphs of the dense ones.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -220,9 +234,14 @@ def bench_model(
     if x.is_cuda:
         torch.cuda.set_device(x.device)
     converted = convert_model(model, x, tuned, quantized)
+    dense = dense_rivals(model, x)
+    ours: dict[str, Callable[[], Any]] = {"numbasparse": lambda: converted(x)}
+    program = None if x.is_cuda else captured_or_said(converted, x)
+    if program is not None:
+        ours["numbasparse, captured"] = lambda: program(x)
     with torch.inference_mode():
-        times = time_models(dense_rivals(model, x) | {"numbasparse": lambda: converted(x)}, seconds)
-    best = min(t for name, t in times.items() if name != "numbasparse")
+        times = time_models(dense | ours, seconds)
+    best = min(times[name] for name in dense)
     table = Table("model", "milliseconds", "best dense / this")
     for name, t in times.items():
         table.add_row(name, f"{t * 1e3:.3f}", f"{best / t:.2f}")

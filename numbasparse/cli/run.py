@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from numbasparse.cli.models import check_out, convert_model, example_input, load_model, parse_shape, time_models
+from numbasparse.cli.models import (
+    captured_or_said,
+    check_out,
+    convert_model,
+    example_input,
+    load_model,
+    parse_shape,
+    time_models,
+)
 from numbasparse.files import write_whole
-from numbasparse.nn import SparseConv2d, capture, conversion_report, load, save
+from numbasparse.nn import SparseConv2d, conversion_report, load, save
 from numbasparse.nn.saved import choose_kernels
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
@@ -53,7 +60,8 @@ def run_file(
         if choices is not None:
             choose_kernels(loaded, choices, x)
             y = loaded(x)
-        run, how = _captured(loaded, x)
+        program = captured_or_said(loaded, x)
+        run, how = (loaded, "") if program is None else (program, " of the captured model")
         seconds = time_models({"": lambda: run(x)}, 0.0, least=repeat)[""]
     print_layers(loaded)
     outputs = [t for t in torch.utils._pytree.tree_leaves(y) if isinstance(t, Tensor)]
@@ -62,15 +70,6 @@ def run_file(
     print(f"median of {repeat} calls{how}: {1e3 * seconds:.3f} milliseconds, {torch.get_num_threads()} threads")
     if output is not None:
         write_output(output, outputs)
-
-
-def _captured(model: nn.Module, x: Tensor) -> tuple[Callable[[Tensor], Any], str]:
-    """The model as it runs fastest, and how that is called."""
-    try:
-        return capture(model, x), " of the captured model"
-    except (ValueError, RuntimeError) as error:
-        print(f"not captured: {error}")
-        return model, ""
 
 
 def _channels(model: nn.Module) -> int | None:

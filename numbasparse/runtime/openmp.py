@@ -15,6 +15,7 @@ import threading
 from typing import Any
 
 import numpy as np
+from numba import njit
 
 from numbasparse.codegen.jit import compile_c
 from numbasparse.codegen.simd import (
@@ -50,6 +51,20 @@ _LIBRARIES = ("libgomp", "libiomp5", "libomp")
 _SPINS = 2000
 
 
+@njit
+def _meet(control: int) -> None:
+    """Wait until every member of the region is here: none goes to the runtime's own barrier before all have come."""
+    fetch_add(control + _FINISHED, 1)
+    members = call_0(load_i64(control + _HOST + 8), ()) & 0xFFFFFFFF
+    spins = 0
+    while atomic_load(control + _FINISHED) < members:
+        relax()
+        spins += 1
+        if spins > _SPINS:
+            # Sleep, not sched_yield: a fair scheduler gives the core straight back after a yield.
+            call_1(load_i64(control + _HOST + 16), (_NAP_MICROSECONDS,))
+
+
 def _region(control: int) -> None:
     # C ints come back in the low half of the register.
     thread = call_0(load_i64(control + _HOST), ()) & 0xFFFFFFFF
@@ -69,15 +84,7 @@ def _region(control: int) -> None:
             load_i64(control + _JOB + 32),
         ),
     )
-    fetch_add(control + _FINISHED, 1)
-    members = call_0(load_i64(control + _HOST + 8), ()) & 0xFFFFFFFF
-    spins = 0
-    while atomic_load(control + _FINISHED) < members:
-        relax()
-        spins += 1
-        if spins > _SPINS:
-            # Sleep, not sched_yield: a fair scheduler gives the core straight back after a yield.
-            call_1(load_i64(control + _HOST + 16), (_NAP_MICROSECONDS,))
+    _meet(control)
     if thread == 0:
         # Nobody claims units any more: the next call finds zeros, and its caller need not write them.
         for t in range(load_i64(control + _JOB + 32)):
@@ -129,14 +136,7 @@ def _series(control: int) -> None:
             spins += 1
             if spins > _SPINS:
                 call_1(load_i64(control + _HOST + 16), (_NAP_MICROSECONDS,))
-    fetch_add(control + _FINISHED, 1)
-    members = call_0(load_i64(control + _HOST + 8), ()) & 0xFFFFFFFF
-    spins = 0
-    while atomic_load(control + _FINISHED) < members:
-        relax()
-        spins += 1
-        if spins > _SPINS:
-            call_1(load_i64(control + _HOST + 16), (_NAP_MICROSECONDS,))
+    _meet(control)
 
 
 def series_states(jobs: int, threads: int) -> np.ndarray:
