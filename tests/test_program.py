@@ -132,6 +132,24 @@ def test_linear_layers_of_one_vector_are_jobs() -> None:
     check(model, torch.randn(3, 2, 3, 3), jobs=[1])  # several vectors are transposed: not jobs
 
 
+@pytest.mark.parametrize("shape", [(70, 9), (64, 1), (200, 33), (3, 8)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_dense_linear_layers_of_one_vector_are_jobs(shape: tuple[int, int], bias: bool) -> None:
+    torch.manual_seed(0)
+    c, k = shape
+    check(nn.Linear(c, k, bias=bias), torch.randn(1, c), jobs=[1])
+    check(nn.Sequential(nn.Linear(c, c), nn.ReLU(), nn.Linear(c, k, bias=bias)), torch.randn(1, 1, c), jobs=[1, 1])
+    check(nn.Linear(c, k, bias=bias), torch.randn(2, c), jobs=[])
+    check(nn.Linear(c, k, bias=bias).double(), torch.randn(1, c, dtype=torch.float64), jobs=[])
+
+
+def test_poolings_of_single_values_are_no_steps() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(sparse(3, 4), nn.AdaptiveAvgPool2d(5), nn.Flatten(1), nn.Linear(100, 6))
+    check(model, torch.randn(1, 3, 5, 5), jobs=[2])
+    check(model, torch.randn(1, 3, 10, 10), jobs=[1, 1])
+
+
 def test_a_converted_network_with_shared_concatenations() -> None:
     torch.manual_seed(0)
     net = RRDBNet(1, 8, 4).eval()

@@ -2,7 +2,7 @@
 
 `Program` is made from the model's graph (torch.fx) and one run on an example. Each node becomes one of these:
 
-- a **job**: a sparse convolution, a linear layer on one vector, or a max pooling, which code of ours computes. Jobs
+- a **job**: a sparse convolution, a max pooling, or a linear layer on one vector, which code of ours computes. Jobs
   that follow one another are one call of machine code, which keeps its threads between them. Their results lie in one
   block of memory, which is planned ahead: a place is used again as soon as nothing reads it any more.
 - a **call**: anything else, called as in the graph at every run.

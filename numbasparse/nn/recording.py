@@ -15,6 +15,7 @@ from numbasparse.nn.linear import SparseLinear
 from numbasparse.nn.module import SparseConv2d
 from numbasparse.nn.pooling import SeparableMaxPool2d
 from numbasparse.runtime import cpu, memory
+from numbasparse.runtime.cpu_gemv import gemv_job
 from numbasparse.runtime.cpu_max_pool import max_pool_job
 from numbasparse.runtime.job import Job
 
@@ -131,6 +132,8 @@ class Recording:
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         before = _changes(given)
         value = call_of(node, self.modules)(*args, **kwargs)
+        if self._gives_its_input(node, args, value):
+            value = args[0]
         unchanged = before == _changes(given)
         bases = [self.storages.get(t.untyped_storage().data_ptr()) for t in tree_leaves(value) if _has_memory(t)]
         base = next((found for found in bases if found is not None), None)
@@ -138,6 +141,13 @@ class Recording:
         if base is None and unchanged and _of_shapes_only(node, value, sources):
             return Seen(value, constant=True)
         return Seen(value, base=base, is_view=base is not None and unchanged and isinstance(value, Tensor))
+
+    def _gives_its_input(self, node: fx.Node, args: Any, value: Any) -> bool:
+        """Whether a pooling has windows of one value, so that its result may be its input itself."""
+        module = self.modules.get(str(node.target)) if node.op == "call_module" else None
+        if type(module) is not nn.AdaptiveAvgPool2d or not args or not isinstance(args[0], Tensor):
+            return False
+        return not (module._forward_hooks or module._forward_pre_hooks) and args[0].shape == value.shape
 
     def _run(self, layer: Layer) -> Tensor:
         x, y, job = self.seen[layer.x].value, memory.empty_tensor(layer.shape), layer.job
@@ -149,25 +159,44 @@ class Recording:
     def _layer(self, node: fx.Node, args: Any, kwargs: Any) -> Layer | None:
         """The node as a job, if it is a layer of ours that code of ours computes on these."""
         module: Any = self.modules.get(str(node.target)) if node.op == "call_module" else None
-        if type(module) not in (SparseConv2d, SparseLinear, SeparableMaxPool2d):
+        if type(module) not in (SparseConv2d, SparseLinear, SeparableMaxPool2d, nn.Linear):
             return None
-        names = ("x", "residual")
+        names = ("input",) if type(module) is nn.Linear else ("x", "residual")
         nodes: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
         values = dict(zip(names, args, strict=False)) | kwargs
         hooked = module._forward_hooks or module._forward_pre_hooks
-        if hooked or not isinstance(nodes.get("x"), fx.Node) or not _is_plain(values["x"]):
+        first = nodes.get(names[0])
+        if hooked or not isinstance(first, fx.Node) or not _is_plain(values[names[0]]):
             return None
+        if type(module) is nn.Linear:
+            return _product(module, first, values["input"])
         if type(module) is SeparableMaxPool2d:
-            return _pooling(module, nodes["x"], values["x"])
+            return _pooling(module, first, values["x"])
         return _convolution(module, nodes, values["x"], values.get("residual"))
+
+
+def _product(module: nn.Linear, node: fx.Node, x: Tensor) -> Layer | None:
+    """A dense linear layer on one vector."""
+    weight, bias = module.weight.detach(), module.bias
+    if x.shape[-1:] != weight.shape[1:] or x.numel() != weight.shape[1] or not _is_plain(weight):
+        return None
+    added = torch.zeros(len(weight)) if bias is None else bias.detach()
+    if not _is_plain(added):
+        return None
+    job = gemv_job(len(weight), weight.shape[1], weight.data_ptr())
+    shape = (*x.shape[:-1], len(weight))
+    return Layer(job, _threads(), node, None, added.data_ptr(), shape, (weight, added))
 
 
 def _pooling(module: SeparableMaxPool2d, node: fx.Node, x: Tensor) -> Layer | None:
     pool = module.as_pool(x)
     if pool is None:
         return None
-    threads = min(torch.get_num_threads(), cpu.MAX_THREADS)
-    return Layer(max_pool_job(pool), threads, node, None, 0, (*x.shape[:-2], *pool.out), None)
+    return Layer(max_pool_job(pool), _threads(), node, None, 0, (*x.shape[:-2], *pool.out), None)
+
+
+def _threads() -> int:
+    return min(torch.get_num_threads(), cpu.MAX_THREADS)
 
 
 def _convolution(module: SparseConv2d, nodes: dict[str, Any], x: Tensor, residual: Tensor | None) -> Layer | None:
