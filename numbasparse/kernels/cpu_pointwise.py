@@ -237,9 +237,12 @@ class CpuPointwise(Kernel):
         space = self.space(spec, weight, threads)
         entries: Entries = _entries(spec, weight).get("entries", ("wide",))[0]
         split = int(space["split"][-1])
-        blocks = [int(b) for b in space["block"] if reason_cut_too_much(weight, int(b), split, entries) is None]
+        sizes = [int(block) for block in space["block"]]
         if weight.density <= 0.12:
-            blocks.reverse()
+            sizes.reverse()
+        # To look at a size takes time: no more than can be suggested.
+        valid_sizes = (size for size in sizes if reason_cut_too_much(weight, size, split, entries) is None)
+        blocks = list(itertools.islice(valid_sizes, count))
         rest = {
             "split": split,
             "prefetch": space["prefetch"][-1],

@@ -29,6 +29,6 @@ class CpuRunner(Runner):
         if residual:
             job = self.adding()
             job.add(residual, y)
-            cpu.run(job.code.address, job.params, x, y, bias, threads, self.workspace)
+            job.run(x, y, bias, threads)
         else:
             cpu.run(self._entry, self._params, x, y, bias, threads, self.workspace)

@@ -44,9 +44,9 @@ from torch import Tensor
 
 from numbasparse.kernels import kernel
 from numbasparse.nn.gradient import backward, setup_context
-from numbasparse.nn.plain import is_unnoticed
+from numbasparse.nn.plain import is_unnoticed, threads
 from numbasparse.plans import Choice, Plan, device_and_dtype, plan, resolve
-from numbasparse.runtime import cpu, layouts
+from numbasparse.runtime import layouts
 from numbasparse.runtime.cuda import CudaError
 from numbasparse.spec import ConvSpec
 from numbasparse.weight import SparseWeight
@@ -251,10 +251,10 @@ def _make_plan(
     device, dtype = ("cpu", "float32") if x.is_cpu else device_and_dtype(x)
     pads = ((top, bottom), (left, right))
     spec = ConvSpec.create(tuple(x.shape), weight.shape, stride, pads, dilation, groups, dtype)
-    threads = min(torch.get_num_threads(), cpu.MAX_THREADS)
+    count = threads()
     with nullcontext() if x.is_cpu else torch.cuda.device(x.device):
-        choice = _fitting(config, spec, weight, threads, x.device.type)
-        return plan(spec, weight, device=device, config=choice, activation=activation, threads=threads)
+        choice = _fitting(config, spec, weight, count, x.device.type)
+        return plan(spec, weight, device=device, config=choice, activation=activation, threads=count)
 
 
 def _fitting(config: str, spec: ConvSpec, weight: SparseWeight, threads: int, kind: str) -> Choice | None:

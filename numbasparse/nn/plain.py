@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from numbasparse.runtime import cpu
+
 
 def is_plain(x: Tensor) -> bool:
     """Whether it is a batch of images on the CPU of which no gradient is asked, and nobody traces this."""
@@ -15,6 +17,11 @@ def is_plain(x: Tensor) -> bool:
         and x.is_cpu
         and not (torch.is_grad_enabled() and x.requires_grad)
     )
+
+
+def threads() -> int:
+    """As many as torch has, or as our own code knows."""
+    return min(torch.get_num_threads(), cpu.MAX_THREADS)
 
 
 def is_unnoticed(x: Tensor) -> bool:

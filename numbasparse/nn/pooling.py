@@ -8,8 +8,8 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from numbasparse.nn.plain import is_unnoticed
-from numbasparse.runtime import cpu, max_pool, memory
+from numbasparse.nn.plain import is_unnoticed, threads
+from numbasparse.runtime import max_pool, memory
 from numbasparse.runtime.cpu_max_pool import Pool, max_pool_job
 from numbasparse.runtime.job import Job
 from numbasparse.runtime.layouts import Layout, layout_of
@@ -72,15 +72,7 @@ class SeparableMaxPool2d(nn.MaxPool2d):
 
 def _pooled(pool: Pool, x: Tensor) -> Tensor:
     job, y = _job(pool), memory.empty_tensor((*x.shape[:-2], *pool.out))
-    cpu.run(
-        job.code.address,
-        job.params,
-        x.data_ptr(),
-        y.data_ptr(),
-        0,
-        min(torch.get_num_threads(), cpu.MAX_THREADS),
-        job.workspace,
-    )
+    job.run(x.data_ptr(), y.data_ptr(), 0, threads())
     return y
 
 

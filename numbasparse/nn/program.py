@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -95,10 +96,9 @@ class _Series:
     residuals: list[tuple[int, Job, int]] = field(default_factory=list)
     keep: list[Any] = field(default_factory=list)
 
-    def ready(self) -> None:
-        """Behind the last job."""
-        self._fresh = cpu.series_states(len(self.table), self.threads)
-        self._states = self._fresh.copy()
+    @functools.cached_property
+    def _fresh(self) -> np.ndarray:
+        return cpu.series_states(len(self.table), self.threads)
 
     def __call__(self, values: list[Any]) -> None:
         table = self.table
@@ -109,8 +109,7 @@ class _Series:
             table[job, _Y] = made.data_ptr()
         for job, work, slot in self.residuals:
             work.add(_address_of(values, slot), int(table[job, _Y]))
-        self._states[:] = self._fresh
-        cpu.run_series(table, self._states, self.threads, self.workspace)
+        cpu.run_series(table, self._fresh.copy(), self.threads, self.workspace)
 
 
 def _address_of(values: list[Any], slot: int) -> int:
@@ -165,8 +164,10 @@ class _Builder:
         return self.seen[node].layer is not None and not self._made_anew(node)
 
     def _made_anew(self, node: fx.Node) -> bool:
-        shared = [other for other in self.nodes if self.seen[other].base is node and other is not node]
-        return node in self.returned and set(node.users) == {u for u in node.users if u.op == "output"} and not shared
+        """Whether a job's result is only returned, and nothing else lies in its memory."""
+        if node not in self.returned or any(user.op != "output" for user in node.users):
+            return False
+        return not any(self.seen[other].base is node for other in self.nodes if other is not node)
 
     def constants(self) -> list[Any]:
         """What each slot holds before a run."""
@@ -206,29 +207,24 @@ class _Builder:
                 continue
             if seen.layer is not None:
                 if series is not None and series.threads != seen.layer.threads:
-                    yield last, self._ended(series)
+                    yield last, series
                     series = None
                 series = series or _Series(seen.layer.threads, np.zeros((0, cpu.SERIES_WORDS), np.int64))
                 self._append(series, node, seen.layer)
             else:
                 if series is not None:
-                    yield last, self._ended(series)
+                    yield last, series
                     series = None
                 args, kwargs = (self.with_slots(part) for part in (node.args, node.kwargs))
                 yield number, _Call(call_of(node, self.modules), args, kwargs, number)
             last = number
         if series is not None:
-            yield last, self._ended(series)
+            yield last, series
 
     def with_slots(self, arguments: Any) -> Any:
         """Arguments with slots in place of nodes, in tuples, lists and dicts of Python's own, not those of fx."""
         slotted: Any = map_arg
         return _plain_containers(slotted(arguments, lambda node: _Slot(self.number[node])))
-
-    @staticmethod
-    def _ended(series: _Series) -> _Series:
-        series.ready()
-        return series
 
     def _append(self, series: _Series, node: fx.Node, layer: Layer) -> None:
         job = layer.job

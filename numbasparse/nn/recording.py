@@ -13,8 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 from numbasparse.nn.linear import SparseLinear
 from numbasparse.nn.module import SparseConv2d
+from numbasparse.nn.plain import threads
 from numbasparse.nn.pooling import SeparableMaxPool2d
-from numbasparse.runtime import cpu, memory
+from numbasparse.runtime import memory
 from numbasparse.runtime.cpu_gemv import gemv_job
 from numbasparse.runtime.cpu_max_pool import max_pool_job
 from numbasparse.runtime.job import Job
@@ -107,8 +108,10 @@ class Recording:
         if seen.constant:
             return
         seen.value = None
+        if seen.base is None:
+            return
         held = any(other.value is not None for other in self.seen.values() if other.base is seen.base)
-        if seen.base is not None and not held:
+        if not held:
             self.storages = {address: base for address, base in self.storages.items() if base is not seen.base}
 
     def _look(self, node: fx.Node) -> Seen:
@@ -147,13 +150,13 @@ class Recording:
         module = self.modules.get(str(node.target)) if node.op == "call_module" else None
         if type(module) is not nn.AdaptiveAvgPool2d or not args or not isinstance(args[0], Tensor):
             return False
-        return not (module._forward_hooks or module._forward_pre_hooks) and args[0].shape == value.shape
+        return not _has_hooks(module) and args[0].shape == value.shape
 
     def _run(self, layer: Layer) -> Tensor:
         x, y, job = self.seen[layer.x].value, memory.empty_tensor(layer.shape), layer.job
         if layer.residual is not None:
             job.add(self.seen[layer.residual].value.data_ptr(), y.data_ptr())
-        cpu.run(job.code.address, job.params, x.data_ptr(), y.data_ptr(), layer.bias, layer.threads, job.workspace)
+        job.run(x.data_ptr(), y.data_ptr(), layer.bias, layer.threads)
         return y
 
     def _layer(self, node: fx.Node, args: Any, kwargs: Any) -> Layer | None:
@@ -164,9 +167,8 @@ class Recording:
         names = ("input",) if type(module) is nn.Linear else ("x", "residual")
         nodes: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
         values = dict(zip(names, args, strict=False)) | kwargs
-        hooked = module._forward_hooks or module._forward_pre_hooks
         first = nodes.get(names[0])
-        if hooked or not isinstance(first, fx.Node) or not _is_plain(values[names[0]]):
+        if _has_hooks(module) or not isinstance(first, fx.Node) or not _is_plain(values[names[0]]):
             return None
         if type(module) is nn.Linear:
             return _product(module, first, values["input"])
@@ -185,18 +187,14 @@ def _product(module: nn.Linear, node: fx.Node, x: Tensor) -> Layer | None:
         return None
     job = gemv_job(len(weight), weight.shape[1], weight.data_ptr())
     shape = (*x.shape[:-1], len(weight))
-    return Layer(job, _threads(), node, None, added.data_ptr(), shape, (weight, added))
+    return Layer(job, threads(), node, None, added.data_ptr(), shape, (weight, added))
 
 
 def _pooling(module: SeparableMaxPool2d, node: fx.Node, x: Tensor) -> Layer | None:
     pool = module.as_pool(x)
     if pool is None:
         return None
-    return Layer(max_pool_job(pool), _threads(), node, None, 0, (*x.shape[:-2], *pool.out), None)
-
-
-def _threads() -> int:
-    return min(torch.get_num_threads(), cpu.MAX_THREADS)
+    return Layer(max_pool_job(pool), threads(), node, None, 0, (*x.shape[:-2], *pool.out), None)
 
 
 def _convolution(module: SparseConv2d, nodes: dict[str, Any], x: Tensor, residual: Tensor | None) -> Layer | None:
@@ -211,6 +209,10 @@ def _convolution(module: SparseConv2d, nodes: dict[str, Any], x: Tensor, residua
     address = plan.zero_bias if bias is None else bias.data_ptr()
     shape = (*x.shape[:-1], module.out_channels) if module.takes_vectors else plan.spec.out_shape
     return Layer(job, plan.threads, nodes["x"], nodes.get("residual"), address, tuple(shape), (plan, bias))
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def call_of(node: fx.Node, modules: Mapping[str, nn.Module]) -> Callable[..., Any]:

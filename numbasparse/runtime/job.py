@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from numbasparse.codegen.jit import Code
+from numbasparse.runtime import cpu
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,10 @@ class Job:
         """Address of the parameter block."""
         address: int = self.words.ctypes.data
         return address
+
+    def run(self, x: int, y: int, bias: int, threads: int) -> None:
+        """Do the work on memory at these addresses."""
+        cpu.run(self.code.address, self.params, x, y, bias, threads, self.workspace)
 
     def add(self, residual: int, y: int) -> None:
         """Say where the residual and the output are."""
