@@ -53,16 +53,18 @@ SPARSITIES = (0.9, 0.95, 0.98)
 AT_ONCE = (0.5, 0.7, 0.8, *SPARSITIES)
 QUANTIZATIONS = [(kind, bits) for bits in (4, 8, 3) for kind in ("codebook", "linear")]
 
-# method, scope, vector, function; gradual with global scope and V = 1 is in ``core``
+# method, scope, vector, two of four, function
 METHODS = [
-    ("gradual", "layer", 1, single),
-    ("gradual", "erk", 1, single),
-    ("gradual", "lamp", 1, single),
-    ("gradual", "global", 4, single),
-    ("gradual", "global", 16, single),
-    ("acdc", "global", 1, single),
-    ("dense, one-shot, retrained", "global", 1, retrain_after),
-    ("gradual", "uniform+", 1, single),
+    ("gradual", "global", 1, False, single),
+    ("gradual", "global", 1, True, single),
+    ("gradual", "layer", 1, False, single),
+    ("gradual", "erk", 1, False, single),
+    ("gradual", "lamp", 1, False, single),
+    ("gradual", "global", 4, False, single),
+    ("gradual", "global", 16, False, single),
+    ("acdc", "global", 1, False, single),
+    ("dense, one-shot, retrained", "global", 1, False, retrain_after),
+    ("gradual", "uniform+", 1, False, single),
 ]
 
 
@@ -78,13 +80,15 @@ def common_parameters(args: argparse.Namespace) -> dict[str, Any]:
         "method": "gradual",
         "scope": args.scope,
         "vector": 1,
+        "two_of_four": False,
         "ramp": (0.05, 0.6),
     }
 
 
 def checkpoint_parameters(args: argparse.Namespace) -> dict[str, Any]:
     """Return what every job has that starts from a dense checkpoint."""
-    p = common_parameters(args) | {"first_epochs": args.epochs // 2, "checkpoints": str(args.checkpoints)}
+    first = args.first_epochs or args.epochs // 2
+    p = common_parameters(args) | {"first_epochs": first, "checkpoints": str(args.checkpoints)}
     return p | {"distil": True, "committee": (), "teachers": (), "second": {}, "ramp": tuple(args.ramp)}
 
 
@@ -209,10 +213,12 @@ def methods_jobs(args: argparse.Namespace) -> Iterator[Job]:
     """One network, pruned by each method."""
     for seed in range(args.method_seeds):
         for sparsity in SPARSITIES[:1] if args.tiny else SPARSITIES:
-            for method, scope, vector, function in METHODS:
+            for method, scope, vector, two_of_four, function in METHODS:
                 p = common_parameters(args) | {"group": "methods", "network": "resnet18", "seed": seed}
                 p |= {"sparsity": sparsity, "method": method, "scope": scope, "vector": vector}
-                name = f"methods {method} {scope} V={vector} {sparsity:.0%} seed {seed} {args.epochs} epochs"
+                p |= {"two_of_four": two_of_four}
+                how = f"{method} {scope} V={vector}{' two of four' if two_of_four else ''}"
+                name = f"methods {how} {sparsity:.0%} seed {seed} {args.epochs} epochs"
                 yield Job(name, function, p)
 
 
@@ -278,11 +284,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=420.0, help="stop when so many are over")
     parser.add_argument("--workers", type=int, default=4, help="processes on each GPU")
     parser.add_argument("--epochs", type=int, default=40, help="of each training")
+    parser.add_argument("--first-epochs", type=int, help="of them until the checkpoint, half if not given")
     parser.add_argument("--fine-epochs", type=int, default=2, help="of retraining quantized")
     parser.add_argument("--lr", type=float, default=Recipe.lr)
     parser.add_argument("--fine-lr", type=float, default=0.02)
     parser.add_argument("--weight-decay", type=float, default=Recipe.weight_decay)
     parser.add_argument("--scope", default="global", help="of the pruned networks of core")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="jobs whose names have one of these")
     parser.add_argument("--sparsities", type=float, nargs="+", default=SPARSITIES, help="of distilled and committee")
     parser.add_argument("--quantizations", type=int, default=6, help="of distilled, committee: the first so many")
     parser.add_argument("--seeds", type=int, default=3, help="of core")
@@ -316,7 +324,8 @@ def main() -> int:
     # An ordinary exit, which ends the workers too: they would otherwise go on alone.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     args = parse()
-    jobs = [job for group in args.groups for job in GROUPS[group](args)]
+    every = [job for group in args.groups for job in GROUPS[group](args)]
+    jobs = [job for job in every if any(text in job.name for text in args.only)]
     workers = devices(args.workers)
     results = Results(args.out / FILE, describe(args, workers), None if args.tiny else RESULTS / FILE)
     return 1 if Pool(workers, results, args.seconds).run(jobs) else 0

@@ -41,6 +41,8 @@ from numbasparse.quantization import CodebookQuantization, LinearQuantization, Q
 from numbasparse.quantization.layers import QuantizationConfig
 
 VALIDATION = 5000
+HOW = ("method", "scope", "vector", "two_of_four")
+"""What a row says of how a network was pruned."""
 
 
 @cache
@@ -82,7 +84,7 @@ class Experiment:
 
 def method_config(p: dict[str, Any]) -> MagnitudePruning:
     """Return the pruning config of a job."""
-    return MagnitudePruning(p["sparsity"], scope=p["scope"], vector=p["vector"])
+    return MagnitudePruning(p["sparsity"], p["scope"], p["vector"], p["two_of_four"])
 
 
 def method_pruner(model: nn.Module, p: dict[str, Any], steps: int) -> Pruner | None:
@@ -111,7 +113,7 @@ def train_once(e: Experiment) -> nn.Module:
     model = e.network()
     steps = len(e.data) // e.recipe.batch * p["epochs"]
     loss = train_pruned(model, e, e.recipe, p["epochs"], method_pruner(model, p, steps))
-    method = {name: p[name] for name in ("method", "scope", "vector")} if p["sparsity"] else {"method": "dense"}
+    method = {name: p[name] for name in HOW} if p["sparsity"] else {"method": "dense"}
     e.row(model, **method, loss=round(loss, 4), recipe=asdict(e.recipe), by_layer=by_layer(model))
     return model
 
@@ -210,7 +212,7 @@ def from_checkpoint(job: Job, device: torch.device, emit: Emit) -> None:
     recipe = replace(e.recipe, **p["second"])
     pruner = method_pruner(model, p, len(e.data) // recipe.batch * epochs)
     loss = train_pruned(model, e, recipe, epochs, pruner, teacher)
-    method = {"method": "gradual", "scope": p["scope"], "vector": p["vector"]} if p["sparsity"] else {"method": "dense"}
+    method = {name: p[name] for name in HOW} if p["sparsity"] else {"method": "dense"}
     more = {"first_epochs": p["first_epochs"], "distilled": teacher is not None}
     more |= {"committee": p["committee"], "teachers": p["teachers"]}
     e.row(model, **method, **more, loss=round(loss, 4), recipe=asdict(recipe), by_layer=by_layer(model))
@@ -255,7 +257,7 @@ def retrain_after(job: Job, device: torch.device, emit: Emit) -> None:
     first = p["epochs"] // 2
     train(model, e.data, epochs=first, recipe=e.recipe)
     train_pruned(model, e, e.recipe, p["epochs"] - first, Pruner(model, method_config(p)))
-    e.row(model, **{name: p[name] for name in ("method", "scope", "vector")}, by_layer=by_layer(model))
+    e.row(model, **{name: p[name] for name in HOW}, by_layer=by_layer(model))
 
 
 def one_shot(e: Experiment, dense: nn.Module) -> None:

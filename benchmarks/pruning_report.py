@@ -115,6 +115,12 @@ def aims(rows: list[Row]) -> list[str]:
     return lines
 
 
+def method_name(row: Row) -> str:
+    """How a row's network was pruned."""
+    name = f"{row['method']}, {row['scope']}, V = {row['vector']}"
+    return f"{name}, two of four" if row.get("two_of_four") else name
+
+
 def by_sparsity(rows: list[Row], name: Callable[[Row], str], key: str = "accuracy") -> list[str]:
     """A row for each name, a column for each sparsity."""
     sparsities = sorted({row["sparsity"] for row in rows})
@@ -128,16 +134,14 @@ def by_sparsity(rows: list[Row], name: Callable[[Row], str], key: str = "accurac
 
 def methods(rows: list[Row]) -> list[str]:
     """Pruning methods with the same total of epochs, and at once without retraining."""
-    own = chosen(rows, group="methods")
-    epochs = sorted({row["epochs"] for row in own})
-    same = [row for row in chosen(rows, group="core", network="resnet18", method="gradual") if row["epochs"] in epochs]
-    trained = [*same, *own]
+    trained = chosen(rows, group="methods")
+    epochs = sorted({row["epochs"] for row in trained})
     at_once = [row for row in rows if row["method"].endswith("one-shot") and row["group"] in ("core", "one-shot")]
     shipped = accuracies(chosen(rows, group="one-shot", method="dense, as shipped"))
     lines: list[str] = []
     if trained:
         lines += ["", f"Methods, ResNet-18, {' and '.join(map(str, epochs))} epochs in all:", ""]
-        lines += by_sparsity(trained, lambda row: f"{row['method']}, {row['scope']}, V = {row['vector']}")
+        lines += by_sparsity(trained, method_name)
     if at_once:
         before = f" (dense: {100 * shipped[0]:.2f})" if shipped else ""
         lines += ["", f"At once, no retraining, the quickstart's network{before}; batch norm measured anew:", ""]

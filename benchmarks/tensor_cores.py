@@ -3,7 +3,8 @@
     python benchmarks/tensor_cores.py checks   # tests and sanitizers, one process each, with a log of each in --out
     python benchmarks/tensor_cores.py layers   # cuda_wgmma on the ten layers against cuDNN's float16, N = 32, 128 and
                                                # 8, and what the kernel's own estimate says of each config measured
-    python benchmarks/tensor_cores.py nhwc     # cuda_wgmma_nhwc the same way, N = 1, 8, 32 and 128
+    python benchmarks/tensor_cores.py nhwc     # cuda_wgmma_nhwc the same way, N = 1, 8, 32 and 128, and with masks of
+                                               # at most two of four neighbouring channels
     python benchmarks/tensor_cores.py codes    # the same kernel with quantized weights as codes
     python benchmarks/tensor_cores.py gathered # cuda_mma the same way: unstructured masks, and masks of 16 x 1 vectors
     python benchmarks/tensor_cores.py grid     # a small grid against float64, as compute-sanitizer gets it
@@ -43,6 +44,7 @@ from autotune.space import Candidate, LayerProblem
 from numbasparse import ConvSpec, SparseWeight
 from numbasparse.kernels import Config, kernel, wgmma_shape
 from numbasparse.kernels.cuda_tiles import EstimatedKernel
+from numbasparse.pruning import MagnitudePruning, prune_
 from numbasparse.quantization import CodebookQuantization, LinearQuantization
 from numbasparse.runtime import cuda
 from numbasparse.weight import Quantization
@@ -88,10 +90,10 @@ def configs(problem: LayerProblem, count: int, clusters: int) -> list[Candidate]
 
 
 def pixel_configs(problem: LayerProblem, count: int) -> list[Candidate]:
-    """Those of cuda_wgmma_nhwc."""
-    return of_each_shape(
-        problem, PIXELS, ("batch", "tile", "split", "groups", "turns", "channels"), count, lambda config: True
-    )
+    """Those of cuda_wgmma_nhwc; of each shape, blocks by themselves and in clusters."""
+    fields = ("batch", "tile", "split", "groups", "turns", "channels")
+    alone = of_each_shape(problem, PIXELS, fields, count, lambda config: config["cluster"] == 1)
+    return unique([*alone, *of_each_shape(problem, PIXELS, fields, count, lambda config: config["cluster"] == 2)])
 
 
 # ---- right --------------------------------------------------------------------------------------------------
@@ -132,20 +134,25 @@ SMALL += [
             "channels": channels,
             "stages": 2,
             "split": split,
+            "cluster": cluster,
             "groups": groups,
             "turns": turns,
             "entries": entries,
+            "steps": steps,
         },
     )
-    for (n, c, h, k, r), (batch, tile, channels, split, groups, turns, entries) in (
-        ((3, 72, 14, 76, 3), (1, "14x8", 32, 1, 1, 1, "wide")),
-        ((4, 72, 7, 72, 3), (2, "7x8", 64, 1, 2, 1, "wide")),
-        ((2, 128, 9, 64, 3), (1, "4x16", 32, 2, 2, 1, "wide")),
-        ((4, 160, 4, 64, 1), (1, "8x8", 64, 1, 1, 1, "wide")),
-        ((2, 3, 12, 64, 3), (1, "12x8", 32, 1, 1, 1, "wide")),
-        ((3, 72, 14, 76, 3), (1, "14x8", 32, 1, 1, 1, "coded")),
-        ((3, 160, 14, 76, 3), (1, "7x16", 32, 1, 1, 2, "wide")),
-        ((3, 160, 14, 76, 3), (1, "7x16", 32, 1, 1, 2, "coded")),
+    for (n, c, h, k, r), (batch, tile, channels, split, cluster, groups, turns, entries, steps) in (
+        ((3, 72, 14, 76, 3), (1, "14x8", 32, 1, 1, 1, 1, "wide", "listed")),
+        ((4, 72, 7, 72, 3), (2, "7x8", 64, 1, 1, 2, 1, "wide", "listed")),
+        ((2, 128, 9, 64, 3), (1, "4x16", 32, 2, 1, 2, 1, "wide", "listed")),
+        ((4, 160, 4, 64, 1), (1, "8x8", 64, 1, 1, 1, 1, "wide", "listed")),
+        ((2, 3, 12, 64, 3), (1, "12x8", 32, 1, 1, 1, 1, "wide", "listed")),
+        ((3, 72, 14, 76, 3), (1, "14x8", 32, 1, 1, 1, 1, "coded", "listed")),
+        ((3, 160, 14, 76, 3), (1, "7x16", 32, 1, 1, 1, 2, "wide", "listed")),
+        ((3, 160, 14, 76, 3), (1, "7x16", 32, 1, 1, 1, 2, "coded", "listed")),
+        ((3, 72, 14, 76, 3), (1, "14x8", 32, 1, 2, 1, 1, "wide", "every")),
+        ((3, 160, 14, 76, 3), (1, "14x16", 32, 1, 1, 2, 1, "wide", "every")),
+        ((3, 160, 14, 76, 3), (1, "7x16", 32, 1, 1, 1, 2, "wide", "every")),
     )
 ]
 SMALL += [
@@ -268,38 +275,66 @@ def layers(args: argparse.Namespace) -> None:
     wanted = [Case(layer, n, "float16") for rows in (SQUARE, POINTWISE) for n in batches for layer in rows]
     if not args.batch:
         wanted += [Case(layer, 8, "float16") for layer in SQUARE]
-    of_sparsities(args, wanted, "tensor_layers", lambda problem, count: configs(problem, count, args.clusters))
+    by_sparsity = [[(f"{s:.0%}", functools.partial(Case.problem, sparsity=s)) for s in ordered(args.sparsity)]]
+    of_masks(args, wanted, "tensor_layers", by_sparsity, lambda problem, count: configs(problem, count, args.clusters))
 
 
 def nhwc(args: argparse.Namespace) -> None:
-    """The same of cuda_wgmma_nhwc."""
+    """The same of cuda_wgmma_nhwc, and with masks that leave no rest."""
     batches = args.batch or (1, 8, 32, 128)
     wanted = [Case(layer, n, "float16") for rows in (SQUARE, POINTWISE) for n in batches for layer in rows]
-    of_sparsities(args, wanted, "tensor_nhwc", pixel_configs)
+    masks = [
+        [(f"{s:.0%}", functools.partial(Case.problem, sparsity=s)) for s in ordered(args.sparsity)],
+        [(f"two of four {s:.0%}", functools.partial(two_of_four, sparsity=s)) for s in ordered(args.two_of_four)],
+    ]
+    of_masks(args, wanted, "tensor_nhwc", masks, pixel_configs)
 
 
-def of_sparsities(
-    args: argparse.Namespace, wanted: list[Case], name: str, choose: Callable[[LayerProblem, int], list[Candidate]]
+def ordered(sparsities: list[float]) -> list[float]:
+    """The one that configs are chosen at first."""
+    return sorted(sparsities, key=lambda s: s != TUNED_AT)
+
+
+def two_of_four(case: Case, sparsity: float) -> LayerProblem:
+    """The layer with a random mask that has at most two of every four neighbouring input channels of a tap."""
+    layer = torch.nn.Conv2d(case.spec.c_per_group, case.spec.k, (case.spec.r, case.spec.s), bias=False)
+    layer.weight.data = torch.randn(
+        layer.weight.shape, generator=torch.Generator().manual_seed(hash((*case.layer, round(sparsity * 1000))))
+    )
+    prune_(layer, MagnitudePruning(sparsity, two_of_four=True), lambda module, name: True)
+    return LayerProblem(f"{case.name} two of four", case.spec, SparseWeight.from_dense(layer.weight.detach().numpy()))
+
+
+def of_masks(
+    args: argparse.Namespace,
+    wanted: list[Case],
+    name: str,
+    masks: list[list[tuple[str, Callable[[Case], LayerProblem]]]],
+    choose: Callable[[LayerProblem, int], list[Candidate]],
 ) -> None:
-    """Rows of cases at all sparsities; the configs that are best at 90 % zeros are measured at the others too."""
-    sparsities = sorted(args.sparsity, key=lambda s: s != TUNED_AT)
+    """Rows of cases with masks of some kinds, each at some sparsities; the configs that are best at the first of a kind
+    are measured at its others too.
+    """
+    problem_of = functools.cache(lambda case, make: make(case))
     with session(args) as (gpu, compilers):
         for case in wanted:
-            for sparsity in sparsities:
-                count = args.raced if sparsity == sparsities[0] else SUGGESTED
-                compilers.submit(case.problem(sparsity), choose(case.problem(sparsity), count))
+            for kind in masks:
+                for number, (_, make) in enumerate(kind):
+                    problem = problem_of(case, make)
+                    compilers.submit(problem, choose(problem, SUGGESTED if number else args.raced))
 
         def race_all(case: Case, row: Row) -> dict[str, list[dict[str, Any]]]:
             raced: dict[str, list[dict[str, Any]]] = {}
-            few = choose(case.problem(sparsities[0]), args.raced)
-            for sparsity in sparsities:
-                bench, label = GpuBench(case.problem(sparsity), gpu, compilers), f"{sparsity:.0%}"
-                own = unique([*few, *choose(bench.problem, SUGGESTED)])
-                raced[label] = race(bench, compilers, own, row, label)
-                few = [Candidate(own[0].kernel, f["config"]) for f in raced[f"{sparsities[0]:.0%}"][:BEST_FEW]]
+            for kind in masks:
+                few: list[Candidate] = []
+                for label, make in kind:
+                    bench = GpuBench(problem_of(case, make), gpu, compilers)
+                    own = unique([*few, *choose(bench.problem, SUGGESTED if few else args.raced)])
+                    raced[label] = race(bench, compilers, own, row, label)
+                    few = few or [Candidate(own[0].kernel, f["config"]) for f in raced[label][:BEST_FEW]]
             return raced
 
-        timed(args, gpu, wanted, name, tuple(f"{sparsity:.0%}" for sparsity in args.sparsity), race_all)
+        timed(args, gpu, wanted, name, tuple(label for kind in masks for label, _ in kind), race_all)
 
 
 def codes(args: argparse.Namespace) -> None:
@@ -569,6 +604,7 @@ def main() -> None:
     parser.add_argument("--config", help='once: as "batch=32,tile=4x4,channels=32,stages=3,split=1,cluster=1,groups=2"')
     parser.add_argument("--batch", type=int, nargs="+", help="other batch sizes")
     parser.add_argument("--sparsity", type=float, nargs="+", default=list(SPARSITIES))
+    parser.add_argument("--two-of-four", type=float, nargs="*", default=[0.9, 0.8], help="nhwc: of such masks")
     parser.add_argument("--raced", type=int, default=RACED, help="configs measured at the first sparsity")
     parser.add_argument("--out", default="benchmarks/results/tensor", help="checks: folder of the logs")
     parser.add_argument("--workers", type=int, help="compiling processes; all cores but one if not given")

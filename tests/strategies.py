@@ -67,6 +67,14 @@ def random_weight(spec: ConvSpec, density: float, rng: np.random.Generator, *, e
     return weight
 
 
+def two_of_four(weight: np.ndarray) -> np.ndarray:
+    """A weight with at most the two largest of every four neighbouring input channels."""
+    k, c, r, s = weight.shape
+    quads = np.pad(weight, ((0, 0), (0, -c % 4), (0, 0), (0, 0))).reshape(k, -1, 4, r, s)
+    rank = np.argsort(np.argsort(-np.abs(quads), axis=2), axis=2)
+    return np.where(rank < 2, quads, np.float32(0)).reshape(k, -1, r, s)[:, :c]
+
+
 def quantized(weight: SparseWeight, bits: int, kind: str) -> SparseWeight:
     """Codes of a codebook, or of linear levels with a scale for each output channel."""
     if kind == "codebook":

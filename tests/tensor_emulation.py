@@ -102,10 +102,13 @@ def k_major_operand(memory: np.ndarray, low: int, high: int, n: int) -> np.ndarr
     return memory.view(np.uint16)[swizzled(linear, row_bytes) // 2]
 
 
-def box(image: np.ndarray, origin: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:
-    """A box of an array, whose outside is zero; the outermost dimension first."""
+def box(
+    image: np.ndarray, origin: tuple[int, ...], shape: tuple[int, ...], every: tuple[int, ...] | None = None
+) -> np.ndarray:
+    """A box of an array, whose outside is zero; the outermost dimension first; of every so many-th value."""
     made = np.zeros(shape, image.dtype)
-    index = [np.arange(start, start + size) for start, size in zip(origin, shape, strict=True)]
+    steps = every or (1,) * len(shape)
+    index = [start + step * np.arange(size) for start, size, step in zip(origin, shape, steps, strict=True)]
     inside = [(i >= 0) & (i < size) for i, size in zip(index, image.shape, strict=True)]
     made[np.ix_(*inside)] = image[np.ix_(*(i[there] for i, there in zip(index, inside, strict=True)))]
     return made

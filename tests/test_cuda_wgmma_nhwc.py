@@ -10,7 +10,7 @@ import pytest
 from compare import assert_as_tensor_cores, assert_right_on_gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import quantized, random_weight
+from strategies import quantized, random_weight, two_of_four
 from tensor_emulation import OutputTile, box, k_major_operand, swizzled
 from wgmma_emulation import Emulator, assert_code, case_name, code_cases
 
@@ -28,9 +28,11 @@ BASE: Config = {
     "channels": 32,
     "stages": 2,
     "split": 1,
+    "cluster": 1,
     "groups": 1,
     "turns": 1,
     "entries": "wide",
+    "steps": "listed",
 }
 
 
@@ -88,10 +90,13 @@ class PixelEmulator(Emulator):
 
     def placed(self, x: np.ndarray, image: int, corner: tuple[int, int], channel: int) -> tuple[np.ndarray, np.ndarray]:
         g, words, where = self.g, [], []
-        width = g.row_bytes // 2
+        width, spec, each = g.row_bytes // 2, self.spec, g.planes // (g.phases[0] * g.phases[1])
         for plane in range(g.planes):
-            origin = (image, *corner, channel + plane * width)
-            copied = box(x.transpose(0, 2, 3, 1), origin, (g.batch, g.patch_h, g.patch_w, width))
+            i, j = divmod(plane // each, g.phases[1])
+            y = corner[0] + i * spec.dilation[0] % spec.stride[0]
+            left = corner[1] + j * spec.dilation[1] % spec.stride[1]
+            origin = (image, y, left, channel + plane % each * width)
+            copied = box(x.transpose(0, 2, 3, 1), origin, (g.batch, g.patch_h, g.patch_w, width), (1, *spec.stride, 1))
             words.append(copied.ravel())
             where.append(plane * g.plane_bytes + 2 * np.arange(copied.size))
         return np.concatenate(words), np.concatenate(where)
@@ -145,6 +150,7 @@ def problems(draw: st.DrawFn) -> tuple[ConvSpec, Config]:
     spec = ConvSpec.create(
         (n, c * groups, h, w),
         (k * groups, c, r, s),
+        draw(st.sampled_from([1, 1, 2, (1, 2), 3])),
         padding=padding,
         dilation=dilation,
         groups=groups,
@@ -156,19 +162,22 @@ def problems(draw: st.DrawFn) -> tuple[ConvSpec, Config]:
         "channels": draw(st.sampled_from([32, 64, 128])),
         "stages": draw(st.integers(2, 3)),
         "split": draw(st.sampled_from([1, 1, 2])),
+        "cluster": draw(st.sampled_from([1, 1, 2])),
         "groups": draw(st.sampled_from([1, 2])),
         "turns": draw(st.sampled_from([1, 2])),
         "entries": draw(st.sampled_from(["wide", "coded"])),
+        "steps": draw(st.sampled_from(["listed", "every"])),
     }
     return spec, config
 
 
 @given(problem=problems(), density=st.sampled_from([0.0, 0.05, 0.2, 0.5, 1.0]), seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_emulated(problem: tuple[ConvSpec, Config], density: float, seed: int) -> None:
     spec, config = problem
     rng = np.random.default_rng(seed)
-    weight = SparseWeight.from_dense(random_weight(spec, density, rng, empty_rows=seed % 3 == 0), spec.groups)
+    dense = random_weight(spec, density, rng, empty_rows=seed % 3 == 0)
+    weight = SparseWeight.from_dense(two_of_four(dense) if seed % 5 < 2 else dense, spec.groups)
     linear = config["entries"] == "coded" and seed % 2 == 1
     if config["entries"] == "coded" and weight.nnz:
         weight = (
@@ -193,6 +202,38 @@ def test_a_rest_and_doubled_steps_are_emulated() -> None:
         assert (max(int(c[1]) for c in counts) > 0) == rest
         assert (max(int(c[0]) for c in counts) == 36) == doubled
         assert_as_tensor_cores(emulator.run(x), spec, weight, x)
+
+
+@pytest.mark.parametrize("density", [0.05, 0.12, 0.2])
+@pytest.mark.parametrize(("c", "channels", "r"), [(64, 32, 3), (96, 64, 3), (72, 128, 1), (64, 64, 2)])
+def test_every_step_is_known(c: int, channels: int, r: int, density: float) -> None:
+    """Of all masks; without a rest where two of four neighbours at most are there."""
+    spec = spec_of(2, c, 9, 72, r, padding=r // 2)
+    rng = np.random.default_rng(c + r)
+    x = rng.standard_normal(spec.x_shape).astype(np.float32)
+    dense = random_weight(spec, density, rng)
+    dense[5, 4:7] = 1.0
+    config = config_of(tile="10x8", channels=channels, steps="every")
+    for own, rest in ((two_of_four(dense), False), (dense, True)):
+        weight = SparseWeight.from_dense(own)
+        emulator = PixelEmulator(spec, weight, config)
+        assert emulator.shape.every
+        assert (emulator.shape.rest, wgmma_shape.leaves_rest(weight)) == (rest, rest)
+        assert len(emulator.g.run().words) == r * r * channels // 32
+        assert_as_tensor_cores(emulator.run(x), spec, weight, x)
+
+
+def test_chunks_without_room_come_with_every_step_again() -> None:
+    """One part has far more of a rest than its share: a second job of it has steps of zeros."""
+    spec = spec_of(2, 64, 7, 64, 3, padding=1)
+    rng = np.random.default_rng(3)
+    dense = random_weight(spec, 0.02, rng)
+    dense[:16, :4] = 1.0
+    weight = SparseWeight.from_dense(dense)
+    emulator = PixelEmulator(spec, weight, config_of(steps="every"))
+    assert emulator.packed.ranges[0, 0, 1] > 2
+    x = rng.standard_normal(spec.x_shape).astype(np.float32)
+    assert_as_tensor_cores(emulator.run(x), spec, weight, x)
 
 
 @pytest.mark.parametrize(
@@ -285,6 +326,9 @@ def spec_of(n: int, c: int, h: int, k: int, r: int, dtype: str = "float16", grou
             "2 warpgroups that take turns need as many stages, or twice as many",
         ),
         ({"entries": "coded"}, "coded entries need a quantized weight"),
+        ({"entries": "coded", "steps": "every"}, "every step of a tile needs entries 'wide', got 'coded'"),
+        ({"steps": "some"}, "steps must be one of"),
+        ({"channels": 256, "steps": "every"}, "made for 3 to 64 of them, got 72"),
     ],
 )
 def test_bad_configs(changes: dict[str, Any], words: str) -> None:
@@ -303,7 +347,8 @@ def test_what_is_not_supported() -> None:
     with cuda.assumed((9, 0)):
         assert KERNEL.supports(spec, weight) is None
         assert "float16 or bfloat16, got float32" in str(KERNEL.supports(spec_of(3, 8, 14, 16, 3, "float32"), weight))
-        assert "got a stride of (2, 2)" in str(KERNEL.supports(spec_of(3, 8, 14, 16, 3, stride=2), weight))
+        assert KERNEL.supports(spec_of(3, 8, 14, 16, 3, stride=2), weight) is None
+        assert "got a stride of (9, 9)" in str(KERNEL.supports(spec_of(3, 8, 14, 16, 3, stride=9), weight))
         grouped = spec_of(3, 24, 14, 16, 3, groups=2)
         in_groups = SparseWeight.from_dense(random_weight(grouped, 0.2, rng), 2)
         assert KERNEL.supports(grouped, in_groups) is None
@@ -334,12 +379,27 @@ CODES: list[Config] = [
     config_of(tile="16x8", groups=2, split=2, stages=3),
     config_of(tile="14x16", turns=2),
     config_of(tile="7x8", turns=2, channels=64, split=2),
+    config_of(tile="14x16", cluster=2),
+]
+EVERY: list[Config] = [
+    config_of(steps="every"),
+    config_of(tile="28x8", steps="every"),
+    config_of(tile="14x16", channels=64, steps="every"),
+    config_of(tile="28x8", batch=2, groups=2, steps="every"),
+    config_of(tile="14x16", turns=2, split=2, steps="every"),
+    config_of(tile="28x8", batch=2, groups=2, cluster=2, steps="every"),
 ]
 
 
 @pytest.mark.parametrize(("config", "dtype", "form"), code_cases(CODES), ids=case_name)
 def test_code(config: Config, dtype: str, form: tuple[int, str] | None) -> None:
     assert_code(KERNEL, spec_of(8, 128, 28, 128, 3, dtype, padding=1), config, form)
+
+
+@pytest.mark.parametrize("config", EVERY, ids=case_name)
+@pytest.mark.parametrize("rest", [False, True], ids=["two of four", "rest"])
+def test_code_of_every_step(config: Config, rest: bool) -> None:
+    assert_code(KERNEL, spec_of(8, 128, 28, 128, 3, padding=1), config, None, rest)
 
 
 # --- on a GPU ------------------------------------------------------------------------------------------------
@@ -362,8 +422,23 @@ GPU_CASES: list[tuple[ConvSpec, Config, float]] = [
             ({"tile": "7x16", "turns": 2}, 0.1),
             ({"tile": "14x16", "turns": 2, "stages": 2}, 0.2),
             ({"tile": "7x8", "batch": 2, "turns": 2, "split": 2}, 0.1),
+            ({"tile": "14x8", "cluster": 2}, 0.1),
+            ({"tile": "7x8", "batch": 2, "groups": 2, "cluster": 2, "stages": 3}, 0.2),
         )
     ),
+    *(
+        (spec_of(5, 72, size, 76, r, stride=stride, padding=r // 2, **rest), config_of(**changes), 0.15)
+        for size, r, stride, rest, changes in (
+            (14, 3, 2, {}, {"tile": "7x8"}),
+            (28, 3, 2, {}, {"tile": "14x8", "batch": 2, "groups": 2}),
+            (15, 3, (2, 1), {}, {"tile": "8x16", "turns": 2}),
+            (28, 3, 2, {"dilation": 2}, {"tile": "7x8", "channels": 64}),
+            (17, 3, 3, {}, {"tile": "6x8"}),
+            (28, 1, 2, {}, {"tile": "14x8", "channels": 128}),
+            (28, 3, 2, {}, {"tile": "14x8", "cluster": 2}),
+        )
+    ),
+    (spec_of(64, 128, 14, 256, 3, **SAME), config_of(tile="14x8", batch=2, groups=2, cluster=2, stages=3), 0.1),
     (spec_of(5, 72, 14, 76, 3, **SAME), BASE, 0.0),
     (spec_of(1, 32, 56, 64, 3, **SAME), config_of(tile="28x8", groups=1), 0.1),
     (spec_of(1, 32, 56, 64, 3, **SAME), config_of(tile="56x8", groups=2), 0.1),
@@ -382,11 +457,17 @@ GPU_CASES: list[tuple[ConvSpec, Config, float]] = [
 ]
 
 
-@pytest.mark.parametrize("number", range(len(GPU_CASES)))
-def test_cases_for_a_gpu_are_valid(number: int) -> None:
+EVERY_CASES = [
+    (spec, {**config, "steps": "every"}, density)
+    for spec, config, density in GPU_CASES
+    if density <= 0.2 and (spec.r > 1 or int(config["channels"]) >= 128)
+]
+
+
+@pytest.mark.parametrize(("spec", "config", "density"), GPU_CASES + EVERY_CASES)
+def test_cases_for_a_gpu_are_valid(spec: ConvSpec, config: Config, density: float) -> None:
     """Where there is none: nobody should find out there."""
-    spec, config, density = GPU_CASES[number]
-    weight = SparseWeight.from_dense(random_weight(spec, density, np.random.default_rng(number)), spec.groups)
+    weight = SparseWeight.from_dense(random_weight(spec, density, np.random.default_rng(0)), spec.groups)
     assert KERNEL.supports(spec, weight) is None
     assert KERNEL.check(spec, weight, config) is None
 
@@ -402,6 +483,20 @@ def test_variants(number: int, with_residual: bool) -> None:
     rng = np.random.default_rng(number)
     weight = SparseWeight.from_dense(random_weight(spec, density, rng, empty_rows=number % 2 == 1), spec.groups)
     assert_right_on_gpu(KERNEL, spec, weight, config, rng, with_residual)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    cuda.reason_unavailable() is not None or cuda.current().capability != (9, 0), reason="needs an H100 or H200"
+)
+@pytest.mark.parametrize("rest", [False, True], ids=["two of four", "rest"])
+@pytest.mark.parametrize("number", range(len(EVERY_CASES)))
+def test_every_step(number: int, rest: bool) -> None:
+    spec, config, density = EVERY_CASES[number]
+    rng = np.random.default_rng(number)
+    dense = random_weight(spec, density, rng, empty_rows=number % 4 == 1)
+    weight = SparseWeight.from_dense(dense if rest else two_of_four(dense), spec.groups)
+    assert_right_on_gpu(KERNEL, spec, weight, config, rng, number % 2 == 1)
 
 
 @pytest.mark.gpu

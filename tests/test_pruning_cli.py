@@ -66,6 +66,16 @@ def test_scopes_and_vectors(folder: Path, scope: str) -> None:
     assert (shares()[0] * 1152 + shares()[1] * 128) / 1280 == pytest.approx(0.75, abs=0.01)
 
 
+def test_two_of_four(folder: Path) -> None:
+    code, output = prune("--two-of-four")
+    assert code == 0, output
+    weight = load_file("pruned.safetensors")["3.weight"] != 0
+    assert int(weight.unflatten(1, (-1, 4)).sum(2).max()) == 2
+    code, output = prune("--two-of-four", "--calibrate", "nets.py:batches")
+    assert code != 0
+    assert "OBSPruning has no two_of_four" in output
+
+
 def test_calibration(folder: Path) -> None:
     code, output = prune("--calibrate", "nets.py:batches")
     assert code == 0, output

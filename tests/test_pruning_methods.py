@@ -221,6 +221,68 @@ def test_first_vector_of_every_layer_is_needed() -> None:
         prune_(small_model(), MagnitudePruning(0.985, vector=16))
 
 
+def most_of_four(weight: Tensor) -> int:
+    """Return the most living weights of four neighbouring input channels at one place of the kernel."""
+    k, c = weight.shape[:2]
+    living = F.pad((weight != 0).reshape(k, c, -1).int(), (0, 0, 0, -c % 4))
+    return int(living.unflatten(1, (-1, 4)).sum(2).max())
+
+
+@pytest.mark.parametrize("scope", ["global", "layer", "lamp"])
+@pytest.mark.parametrize("sparsity", [0.5, 0.8, 0.95])
+@pytest.mark.parametrize("vector", [1, 4])
+def test_two_of_four(scope: Any, sparsity: float, vector: int) -> None:
+    model, plain = small_model(), small_model()
+    prune_(model, MagnitudePruning(sparsity, scope, vector, two_of_four=True))
+    prune_(plain, MagnitudePruning(sparsity, scope, vector))
+    assert sum(zeros(model)) == pytest.approx(sum(zeros(plain)), abs=vector)
+    for name in CHOSEN:
+        assert most_of_four(weight(model, name)) <= 2
+    if vector == 1 and sparsity <= 0.8:
+        assert most_of_four(weight(plain, "2")) > 2
+
+
+def test_two_of_four_takes_the_largest_that_it_may() -> None:
+    model = nn.Conv2d(6, 1, 1, bias=False)
+    with torch.no_grad():
+        model.weight[:] = torch.tensor([4.0, -6.0, 5.0, 3.0, 0.5, -1.0])[None, :, None, None]
+
+    def kept(sparsity: float) -> list[float]:
+        pruned = copy.deepcopy(nn.Sequential(model))
+        prune_(pruned, MagnitudePruning(sparsity, "layer", two_of_four=True), every_layer)
+        return [w for w in pruned[0].weight.flatten().tolist() if w]
+
+    assert kept(0.5) == [-6.0, 5.0, -1.0]
+    # Less than half: all pairs, then the rest by size.
+    assert kept(1 / 3) == [-6.0, 5.0, 0.5, -1.0]
+    assert kept(1 / 6) == [4.0, -6.0, 5.0, 0.5, -1.0]
+
+
+def test_two_of_four_on_a_schedule_and_by_gradients() -> None:
+    model = small_model()
+    pruner = Pruner(model, MagnitudePruning(0.9, two_of_four=True), CubicSchedule(0, 6, every=1))
+    pruner.begin()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    for x, y in batches() * 2:
+        F.cross_entropy(model(x), y).backward()
+        sgd.step()
+        sgd.zero_grad()
+        pruner.step()
+    pruner.finish()
+    assert sum(zeros(model)) == round(0.9 * sum(SIZES))
+    assert max(most_of_four(weight(model, name)) for name in CHOSEN) <= 2
+    model = small_model()
+    prune_with_data_(model, batches(), FirstOrderPruning(0.8, two_of_four=True))
+    assert max(most_of_four(weight(model, name)) for name in CHOSEN) <= 2
+
+
+def test_two_of_four_is_no_option_of_obs() -> None:
+    with pytest.raises(ValueError, match="OBSPruning has no two_of_four"):
+        OBSPruning(0.5, two_of_four=True)
+    with pytest.raises(ValueError, match="two_of_four must be True or False, got 2"):
+        MagnitudePruning(0.5, two_of_four=2)  # type: ignore[arg-type]
+
+
 # Data
 
 

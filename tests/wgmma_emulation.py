@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from strategies import quantized, random_weight
+from strategies import quantized, random_weight, two_of_four
 from tensor_emulation import OutputTile, opened, opened_dense, output_tiles, widened
 
 from numbasparse import SparseWeight
@@ -86,12 +86,10 @@ class Emulator(ABC):
             steps, chunks = (int(v) for v in blob[:8].view(np.int32))
             assert steps <= self.shape.room[0]
             assert chunks <= self.shape.room[1]
-            entries = self.shape.entries
-            units = blob[wgmma_shape.HEADER_BYTES :][: steps * entries.unit_bytes].reshape(steps, entries.unit_bytes)
-            rest = blob[wgmma_shape.HEADER_BYTES + units.size :][: chunks * wgmma_shape.CHUNK_BYTES]
-            for unit in units:
-                word = int(unit[entries.word :][:4].view(np.int32)[0])
-                registers, metadata = self._registers(unit), unit[entries.metadata : entries.word].view(np.uint32)
+            steps_bytes = self.shape.steps_bytes(self.shape.room[0] if self.shape.every else steps)
+            body = blob[wgmma_shape.HEADER_BYTES :][:steps_bytes]
+            rest = blob[wgmma_shape.HEADER_BYTES + steps_bytes :][: chunks * wgmma_shape.CHUNK_BYTES]
+            for registers, metadata, word in self._every(body) if self.shape.every else self._listed(body, steps):
                 sums += opened(registers, metadata, self.spec.dtype) @ self._values(self.operands(memory, stage, word))
             for number, chunk in enumerate(rest.reshape(chunks, wgmma_shape.CHUNK_BYTES)):
                 a = opened_dense(chunk[:1024].view(np.uint32).reshape(128, 2), self.spec.dtype).reshape(4, 16, 8)
@@ -101,6 +99,22 @@ class Emulator(ABC):
                 products = a @ self._values(self.rest_operands(memory, stage, offsets))
                 sums += products.reshape(sums.shape)
         return sums
+
+    def _listed(self, body: np.ndarray, steps: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+        """Of each step its values as 128 threads get them, its metadata and its word."""
+        entries = self.shape.entries
+        for unit in body.reshape(steps, entries.unit_bytes):
+            word = int(unit[entries.word :][:4].view(np.int32)[0])
+            yield self._registers(unit), unit[entries.metadata : entries.word].view(np.uint32), word
+
+    def _every(self, body: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+        """The same where the code knows the steps: lanes 0 and 1 of four have the metadata of the first of two."""
+        run = self.g.run()
+        assert body.size == run.nbytes
+        lanes = body[run.metadata :].view(np.uint32).reshape(-1, 32, 4)
+        for step, word in enumerate(run.words):
+            values = body[2048 * step :][:2048].view(np.uint32).reshape(128, 4)
+            yield values, np.ascontiguousarray(lanes[step // 2, :, step % 2 * 2 :][:, :2]).ravel(), word
 
     def _registers(self, unit: np.ndarray) -> np.ndarray:
         """A step's values as 128 threads get them, (128, 4) of uint32."""
@@ -156,9 +170,10 @@ def case_name(value: Any) -> str:
     return str(tuple(value.values())) if isinstance(value, dict) else str(value)
 
 
-def assert_code(kernel: Any, spec: ConvSpec, config: Config, form: tuple[int, str] | None) -> None:
+def assert_code(kernel: Any, spec: ConvSpec, config: Config, form: tuple[int, str] | None, rest: bool = True) -> None:
     """Sums stay in registers, and the tensor cores are given a step before the last one is done."""
-    weight = SparseWeight.from_dense(random_weight(spec, 0.1, np.random.default_rng(0)))
+    dense = random_weight(spec, 0.1, np.random.default_rng(0))
+    weight = SparseWeight.from_dense(dense if rest else two_of_four(dense))
     if form is not None:
         weight = quantized(weight, *form)
         config = {**config, "entries": "coded"}

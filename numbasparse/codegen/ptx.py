@@ -804,38 +804,183 @@ def sparse_wgmma(units: Sequence[int], n: int, dtype: str, k_major: bool = False
     total = len(units) * n // 2
     kind = types.UniTuple(types.float32, total)
     signature = kind(kind, types.UniTuple(types.uint32, 4), types.uint32, types.uint32, types.uint32)
-    short = _SHORT[dtype]
-    a = ", ".join(f"${2 * total + i}" for i in range(4))
-    metadata, low, high = (f"${2 * total + 4 + i}" for i in range(3))
-    lines = [
-        ".reg .pred p;",
-        ".reg .b64 d;",
-        ".reg .b32 l;",
-        "setp.ne.b32 p, 1, 0;",
-        "wgmma.fence.sync.aligned;",
-        f"mov.b32 l, {low};",
-    ]
-    for i, (unit, before) in enumerate(zip(units, [0, *units], strict=False)):
-        sums = ", ".join(f"${i * n // 2 + j}" for j in range(n // 2))
-        if unit != before:
-            lines.append(f"add.u32 l, l, {unit - before};")
-        lines.append(f"mov.b64 d, {{l, {high}}};")
-        lines.append(
-            f"wgmma.mma_async.sp.sync.aligned.m64n{n}k32.f32.{short}.{short} "
-            f"{{{sums}}}, {{{a}}}, d, {metadata}, 0, p, 1, 1, {int(not k_major)};"
-        )
-    lines.append("wgmma.commit_group.sync.aligned;")
-    text = "{ " + " ".join(lines) + " }"
-    constraint = ",".join(["=f"] * total + [str(i) for i in range(total)] + ["r"] * 7 + ["~{memory}"])
+    step = _SparseStep(tuple(units), n, dtype, k_major)
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-        packed, values, *words = arguments
-        operands = [(_F32, builder.extract_value(packed, i)) for i in range(total)]
-        operands += [(_I32, builder.extract_value(values, i)) for i in range(4)] + [(_I32, w) for w in words]
-        made = _asm(builder, ir.LiteralStructType([_F32] * total), text, constraint, operands)
-        return context.make_tuple(builder, kind, [builder.extract_value(made, i) for i in range(total)])
+        packed, values, metadata, low, high = arguments
+        sums = [builder.extract_value(packed, i) for i in range(total)]
+        kept = [builder.extract_value(values, i) for i in range(4)]
+        return context.make_tuple(builder, kind, step.emit(builder, sums, kept, metadata, low, high))
 
     return _intrinsic_of_arity(5, signature, generate)
+
+
+@dataclass(frozen=True)
+class _SparseStep:
+    """The text of one group of `sparse_wgmma`: see there; ``selector`` says which lanes give the metadata."""
+
+    units: tuple[int, ...]
+    n: int
+    dtype: str
+    k_major: bool
+    selector: int = 0
+
+    def emit(
+        self,
+        builder: ir.IRBuilder,
+        sums: Sequence[ir.Value],
+        values: Sequence[ir.Value],
+        metadata: ir.Value,
+        low: ir.Value,
+        high: ir.Value,
+    ) -> list[ir.Value]:
+        """The sums after it."""
+        total, n, short = len(sums), self.n, _SHORT[self.dtype]
+        a = ", ".join(f"${2 * total + i}" for i in range(4))
+        places = [f"${2 * total + 4 + i}" for i in range(3)]
+        lines = [
+            ".reg .pred p;",
+            ".reg .b64 d;",
+            ".reg .b32 l;",
+            "setp.ne.b32 p, 1, 0;",
+            "wgmma.fence.sync.aligned;",
+            f"mov.b32 l, {places[1]};",
+        ]
+        for i, (unit, before) in enumerate(zip(self.units, [0, *self.units], strict=False)):
+            own = ", ".join(f"${i * n // 2 + j}" for j in range(n // 2))
+            if unit != before:
+                lines.append(f"add.u32 l, l, {unit - before};")
+            lines.append(f"mov.b64 d, {{l, {places[2]}}};")
+            lines.append(
+                f"wgmma.mma_async.sp.sync.aligned.m64n{n}k32.f32.{short}.{short} "
+                f"{{{own}}}, {{{a}}}, d, {places[0]}, {self.selector}, p, 1, 1, {int(not self.k_major)};"
+            )
+        lines.append("wgmma.commit_group.sync.aligned;")
+        constraint = ",".join(["=f"] * total + [str(i) for i in range(total)] + ["r"] * 7 + ["~{memory}"])
+        operands = [(_F32, v) for v in sums] + [(_I32, v) for v in (*values, metadata, low, high)]
+        made = _asm(builder, ir.LiteralStructType([_F32] * total), "{ " + " ".join(lines) + " }", constraint, operands)
+        return [builder.extract_value(made, i) for i in range(total)]
+
+
+@dataclass(frozen=True)
+class StepRun:
+    """Steps of `sparse_wgmma` one behind another, all of them known when the code is made; K-major.
+
+    Their weights lie in shared memory as `numbasparse.kernels.two_four.fragments` has them, 2048 bytes a step, and
+    behind them the metadata, 512 bytes for every two steps: thread i of a warp reads its word i, which is of the first
+    step in the first two lanes of four (sparsity selector 0), of the second one in the others (selector 1).
+
+    A step's weight is read while the step two before it is ordered, since reads queue behind the tensor cores' own of
+    shared memory.  Two steps are under way when the next is ordered: five sets of registers.
+
+    Parameters
+    ----------
+    words
+        Start of each step's operands, in 16 bytes from where the descriptor says.
+    units, n, dtype
+        As of `sparse_wgmma`.
+    high
+        Of the descriptor: `k_major_descriptor`.
+    """
+
+    words: tuple[int, ...]
+    units: tuple[int, ...]
+    n: int
+    dtype: str
+    high: int
+
+    FIRST = 2
+    """Steps of `begin`."""
+    CARRIED = 9
+    """Words: what a thread has of the weights of the two steps behind them, and their metadata."""
+
+    @property
+    def metadata(self) -> int:
+        """Bytes from the values of the first step to the metadata."""
+        return 2048 * len(self.words)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all values and metadata."""
+        return self.metadata + 512 * -(-len(self.words) // 2)
+
+    @property
+    def _sums(self) -> Any:
+        return types.UniTuple(types.float32, len(self.units) * self.n // 2)
+
+    def begin(self) -> Any:
+        """Intrinsic ``(sums, own, metadata, low) -> (sums, carried)``: the first steps.
+
+        ``own`` is where a thread's values of the first step are, ``metadata`` its first word; ``low`` of the
+        descriptor.  When it ends, no group is under way that was before.
+        """
+        kept = types.UniTuple(types.uint32, self.CARRIED)
+        both = types.Tuple((self._sums, kept))
+        signature = both(self._sums, kept.dtype, kept.dtype, kept.dtype)
+
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+            packed, *addresses = arguments
+            total = self._sums.count
+            sums = [builder.extract_value(packed, i) for i in range(total)]
+            weights = {i: self._load(builder, i, addresses) for i in range(2)}
+            words = {0: self._load_metadata(builder, 0, addresses)}
+            sums = self._steps(builder, range(self.FIRST), sums, weights, words, addresses)
+            zero = ir.Constant(_I32, 0)
+            carried = [*weights[2], *weights.get(3, [zero] * 4), words[1]]
+            made = context.make_tuple(builder, self._sums, sums), context.make_tuple(builder, kept, carried)
+            return context.make_tuple(builder, both, made)
+
+        return _intrinsic_of_arity(4, signature, generate)
+
+    def go_on(self) -> Any:
+        """Intrinsic ``(sums, carried, own, metadata, low) -> sums``: the others; the last two are still under way."""
+        kept = types.UniTuple(types.uint32, self.CARRIED)
+        signature = self._sums(self._sums, kept, kept.dtype, kept.dtype, kept.dtype)
+
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+            packed, carried, *addresses = arguments
+            sums = [builder.extract_value(packed, i) for i in range(self._sums.count)]
+            words = [builder.extract_value(carried, i) for i in range(self.CARRIED)]
+            weights, metadata = {2: words[:4], 3: words[4:8]}, {1: words[8]}
+            rest = range(self.FIRST, len(self.words))
+            sums = self._steps(builder, rest, sums, weights, metadata, addresses)
+            return context.make_tuple(builder, self._sums, sums)
+
+        return _intrinsic_of_arity(5, signature, generate)
+
+    def _steps(
+        self,
+        builder: ir.IRBuilder,
+        steps: range,
+        sums: list[ir.Value],
+        weights: dict[int, list[ir.Value]],
+        words: dict[int, ir.Value],
+        addresses: Sequence[ir.Value],
+    ) -> list[ir.Value]:
+        """Order them; ``weights`` and ``words`` of steps and of pairs get what is read ahead."""
+        high = ir.Constant(_I32, self.high)
+        for i in steps:
+            low = builder.add(addresses[2], ir.Constant(_I32, self.words[i]))
+            step = _SparseStep(self.units, self.n, self.dtype, k_major=True, selector=i % 2)
+            sums = step.emit(builder, sums, weights[i], words[i // 2], low, high)
+            if i + 2 < len(self.words):
+                weights[i + 2] = self._load(builder, i + 2, addresses)
+                if i % 2 == 0:
+                    words[i // 2 + 1] = self._load_metadata(builder, i // 2 + 1, addresses)
+            _asm(builder, _VOID, "wgmma.wait_group.sync.aligned 2;", "~{memory}", [])
+        return sums
+
+    @staticmethod
+    def _load(builder: ir.IRBuilder, step: int, addresses: Sequence[ir.Value]) -> list[ir.Value]:
+        text = f"ld.relaxed.cta.shared.v4.u32 {{$0, $1, $2, $3}}, [$4+{2048 * step}];"
+        letters = "=r,=r,=r,=r,r,~{memory}"
+        made = _asm(builder, ir.LiteralStructType([_I32] * 4), text, letters, [(_I32, addresses[0])])
+        return [builder.extract_value(made, i) for i in range(4)]
+
+    @staticmethod
+    def _load_metadata(builder: ir.IRBuilder, pair: int, addresses: Sequence[ir.Value]) -> ir.Value:
+        text = f"ld.relaxed.cta.shared.u32 $0, [$1+{512 * pair}];"
+        return _asm(builder, _I32, text, "=r,r,~{memory}", [(_I32, addresses[1])])
 
 
 def wgmma_wait(groups: int) -> Any:

@@ -95,8 +95,9 @@ class ImageTile(Geometry):
         return pixel * (self.channels // 8) + c // 8
 
     def cover(
-        self, part: np.ndarray, row: np.ndarray, column: np.ndarray, data: np.ndarray, parts: int
+        self, part: np.ndarray, row: np.ndarray, column: np.ndarray, data: np.ndarray, parts: int, once: bool
     ) -> tuple[two_four.Steps, two_four.Rest]:
+        assert not once
         spec = self.spec
         # Of every column of a weight's matrix, and then of every non-zero.
         c, tap = np.divmod(np.arange(spec.c_per_group * spec.r * spec.s), spec.r * spec.s)

@@ -26,6 +26,8 @@ Search space
     Input channels of a stage, and stages of the ring.
 ``split``
     Blocks that share the input channels of one tile; a second kernel adds up their sums.
+``cluster``
+    Blocks of output channels that share a copy of an input tile.
 ``groups``
     Warpgroups of a block, which share its images, or columns, or rows.
 ``turns``
@@ -33,6 +35,9 @@ Search space
 ``entries``
     ``"wide"``: 16-bit values.  ``"coded"``, for quantized weights with at most 16 values or with whole numbers of a
     byte: codes, which are decoded on the way to the tensor cores.
+``steps``
+    ``"listed"``: those that have a non-zero.  ``"every"``: all of a tile, in an order that the code knows, at most
+    once; of 16-bit values.
 """
 
 from __future__ import annotations
@@ -41,7 +46,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import ceil, sqrt
+from math import ceil, gcd, sqrt
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -59,6 +64,8 @@ from numbasparse.weight import SparseWeight
 if TYPE_CHECKING:
     import torch
 
+    from numbasparse.codegen import ptx
+
 _EIGHT = 8
 """Pixels that an operand has in neighbouring rows of shared memory."""
 
@@ -66,6 +73,9 @@ _EIGHT = 8
 @dataclass(frozen=True)
 class PixelTile(Geometry):
     """Channels of pixels of images, the channels innermost, in *planes* of so many channels as a row has.
+
+    With a stride neighbouring outputs need every second (third...) pixel: those of one remainder have planes of their
+    own, a *phase* for each that some tap needs.
 
     A *piece* of a tile is what one ``wgmma`` has as its n: `rows` x 8 pixels of one image.
 
@@ -95,8 +105,21 @@ class PixelTile(Geometry):
         return self.pieces * self.n // 2
 
     @property
+    def phases(self) -> tuple[int, int]:
+        """How many there are, down and across: i of them begins ``i * dilation % stride`` from the first tap."""
+        spec = self.spec
+        taps, steps = (spec.r, spec.s), zip(spec.dilation, spec.stride, strict=True)
+        down, across = (min(count, s // gcd(d, s)) for count, (d, s) in zip(taps, steps, strict=True))
+        return down, across
+
+    @property
     def planes(self) -> int:
-        """Of a stage."""
+        """Of a stage: of each phase all channels."""
+        down, across = self.phases
+        return down * across * self._phase_planes
+
+    @property
+    def _phase_planes(self) -> int:
         return self.channels * 2 // self.row_bytes
 
     @property
@@ -128,22 +151,36 @@ class PixelTile(Geometry):
 
     @property
     def octets(self) -> int:
-        """From the first channel of the first tap to the last one of the last."""
-        spec = self.spec
-        span = (spec.r - 1) * spec.dilation[0] * self.patch_w + (spec.s - 1) * spec.dilation[1] + 1
-        return self.planes * span * self._octets_of_row
+        """From the first channel of the first tap to the last one of the last, in all planes."""
+        _, pixel = self._taps()
+        return self.planes * (int(pixel.max()) + 1) * self._octets_of_row
 
     def cover(
-        self, part: np.ndarray, row: np.ndarray, column: np.ndarray, data: np.ndarray, parts: int
+        self, part: np.ndarray, row: np.ndarray, column: np.ndarray, data: np.ndarray, parts: int, once: bool
     ) -> tuple[two_four.Steps, two_four.Rest]:
         spec = self.spec
         # Of every column of a weight's matrix, and then of every non-zero.
         c, tap = np.divmod(np.arange(spec.c_per_group * spec.r * spec.s), spec.r * spec.s)
-        pixel = tap // spec.s * spec.dilation[0] * self.patch_w + tap % spec.s * spec.dilation[1]
         plane, within = np.divmod(c % self.channels, self.row_bytes // 2)
+        phase, pixel = (found[tap] for found in self._taps())
+        plane += phase * self._phase_planes
         octet = plane * (self.octets // self.planes) + pixel * self._octets_of_row + within // 8
         arrays = (part, row, octet[column], (within % 8)[column], data)
-        return two_four.cover_steps(*arrays, parts, self.octets, aligned=True)
+        return two_four.cover_steps(*arrays, parts, self.octets, aligned=True, once=once)
+
+    def _taps(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of every tap its phase, and the pixels from the first of that."""
+        spec, phases = self.spec, self.phases
+        row, column = np.divmod(np.arange(spec.r * spec.s), spec.s)
+        pixel = row * spec.dilation[0] // spec.stride[0] * self.patch_w + column * spec.dilation[1] // spec.stride[1]
+        # As many taps on a phase comes again.
+        return row % phases[0] * phases[1] + column % phases[1], pixel
+
+    def all_octets(self) -> np.ndarray:
+        phase, pixel = self._taps()
+        plane = phase[:, None] * self._phase_planes + np.arange(self._phase_planes)
+        first = plane * (self.octets // self.planes) + pixel[:, None] * self._octets_of_row
+        return np.sort((first[:, :, None] + np.arange(0, self._octets_of_row, 4)).ravel())
 
     def _bytes(self, octet: np.ndarray) -> np.ndarray:
         """Where an octet of the first pixel begins."""
@@ -153,6 +190,13 @@ class PixelTile(Geometry):
     def words(self, steps: two_four.Steps) -> np.ndarray:
         """The start, in units of 16 bytes."""
         return (self._bytes(steps.columns[:, 0]) // 16).astype(np.int32)
+
+    def run(self) -> ptx.StepRun:
+        from numbasparse.codegen import ptx
+
+        words = tuple(int(start) // 16 for start in self._bytes(self.all_octets()))
+        high = ptx.k_major_descriptor(self.row_bytes, self.line_bytes)
+        return ptx.StepRun(words, self._units, self.n, self.spec.dtype, high)
 
     def offsets(self, rest: two_four.Rest) -> np.ndarray:
         """Of the chunk's four pairs, twice."""
@@ -175,23 +219,32 @@ class PixelTile(Geometry):
         sizes, pixel = (spec.c, spec.w, spec.h, spec.n), 2 * spec.c
         strides = (pixel, pixel * spec.w, pixel * spec.w * spec.h)
         box = (self.row_bytes // 2, self.patch_w, self.patch_h, self.batch)
-        return cuda.TensorMap(address, spec.dtype, sizes, strides, box, self.row_bytes)
+        every = (1, spec.stride[1], spec.stride[0], 1)
+        return cuda.TensorMap(address, spec.dtype, sizes, strides, box, self.row_bytes, every)
 
     def copy_tile(self, cluster: int) -> Any:
         from numba import types
 
         from numbasparse.codegen import ptx
 
-        assert cluster == 1
-        i32, u32 = types.int32, types.uint32
-        planes, plane_bytes, channels = self.planes, self.plane_bytes, self.row_bytes // 2
+        i32, u32, blocks = types.int32, types.uint32, (1 << cluster) - 1
+        planes, plane_bytes, channels = self._phase_planes, self.plane_bytes, self.row_bytes // 2
+        (phases_down, phases_across), (dilation, stride) = self.phases, (self.spec.dilation, self.spec.stride)
+        (dilation_y, dilation_x), (stride_y, stride_x) = dilation, stride
 
         def copy_tile(stage, channel, origin, full):  # type: ignore[no-untyped-def]
             tensor_map = ptx.tensor_map_address()
             image, top, left = i32(origin[0]), i32(origin[1]), i32(origin[2])
-            for plane in range(planes):
-                to, c = u32(stage + plane * plane_bytes), i32(channel + plane * channels)
-                ptx.copy_box(to, tensor_map, c, left, top, image, full)
+            for i in range(phases_down):
+                for j in range(phases_across):
+                    y, x = i32(top + i * dilation_y % stride_y), i32(left + j * dilation_x % stride_x)
+                    for plane in range(planes):
+                        number = (i * phases_across + j) * planes + plane
+                        to, c = u32(stage + number * plane_bytes), i32(channel + plane * channels)
+                        if cluster > 1:
+                            ptx.copy_box_to_cluster(to, tensor_map, c, x, y, image, full, i32(blocks))
+                        else:
+                            ptx.copy_box(to, tensor_map, c, x, y, image, full)
 
         return device_function(copy_tile)
 
@@ -199,6 +252,11 @@ class PixelTile(Geometry):
         """Of the pieces of a warpgroup, from its first."""
         strips = self.strips
         return [i // strips * self.image_bytes + i % strips * _EIGHT * self.row_bytes for i in range(self.pieces)]
+
+    @property
+    def _units(self) -> tuple[int, ...]:
+        """The same in units of 16 bytes."""
+        return tuple(d // 16 for d in self._displacements())
 
     @property
     def group_origin(self) -> tuple[int, int, int]:
@@ -218,7 +276,7 @@ class PixelTile(Geometry):
         from numbasparse.codegen import ptx
 
         u32 = types.uint32
-        wgmma = ptx.sparse_wgmma([d // 16 for d in self._displacements()], self.n, self.spec.dtype, k_major=True)
+        wgmma = ptx.sparse_wgmma(self._units, self.n, self.spec.dtype, k_major=True)
         high = ptx.k_major_descriptor(self.row_bytes, self.line_bytes)
 
         def multiply(sums, values, metadata, word, stage):  # type: ignore[no-untyped-def]
@@ -322,8 +380,8 @@ def geometry_of(spec: ConvSpec, config: Config) -> PixelTile:
         channels=channels,
         tile_h=tile_h,
         tile_w=tile_w,
-        patch_h=tile_h + (spec.r - 1) * spec.dilation[0],
-        patch_w=tile_w + (spec.s - 1) * spec.dilation[1],
+        patch_h=tile_h + (spec.r - 1) * spec.dilation[0] // spec.stride[0],
+        patch_w=tile_w + (spec.s - 1) * spec.dilation[1] // spec.stride[1],
         row_bytes=128 if channels % 64 == 0 else 64,
         rows=rows,
         pieces=pieces,
@@ -331,8 +389,8 @@ def geometry_of(spec: ConvSpec, config: Config) -> PixelTile:
 
 
 @functools.lru_cache(maxsize=4096)
-def expected_work(channels: int, taps: int, density: float) -> tuple[int, float, float]:
-    """Steps of a tile whose zeros are random, its chunks, and their standard deviation.
+def expected_work(channels: int, taps: int, density: float, once: bool = False) -> tuple[int, float, float]:
+    """Steps of a tile whose zeros are random, its chunks, and their standard deviation; ``once`` as of `cover_steps`.
 
     Every step has a non-zero.  A quad has more than two non-zeros with probability ``over``, and leaves one of its two
     pairs to the rest; the chunks of a tile are those of the one among four groups of 16 rows that has most.
@@ -344,7 +402,7 @@ def expected_work(channels: int, taps: int, density: float) -> tuple[int, float,
     # A chunk is begun for the last pairs.
     chunks = min(pairs * each + 1.03 * deviation, float(pairs)) / 4 + 0.4 * min(1.0, pairs * each)
     # See `two_four.cover_steps`.
-    return (steps, chunks, deviation / 4) if chunks < steps else (2 * steps, 0.0, 0.0)
+    return (steps, chunks, deviation / 4) if once or chunks < steps else (2 * steps, 0.0, 0.0)
 
 
 class _FillingRunner(CudaRunner):
@@ -373,11 +431,11 @@ class CudaWgmmaNhwc(WgmmaKernel):
     """Sparse tensor cores of Hopper, channels innermost; see the module's text."""
 
     name = "cuda_wgmma_nhwc"
-    version = 2
+    version = 3
 
     def reason_spec(self, spec: ConvSpec) -> str | None:
-        if spec.stride != (1, 1):
-            return f"eight neighbouring outputs need eight neighbouring inputs, got a stride of {spec.stride}"
+        if max(spec.stride) > 8:
+            return f"the copy engine takes every eighth pixel at most, got a stride of {spec.stride}"
         if filled(spec).c % 8 or spec.k_per_group % 4:
             return (
                 "pixels are copied and stored in pieces of 16 and 8 bytes: input channels (of several groups) must be "
@@ -399,13 +457,15 @@ class CudaWgmmaNhwc(WgmmaKernel):
             "channels": tuple(c for c in (32, 64, 128, 256) if c < 2 * max(spec.c_per_group, 32)),
             "stages": (2, 3, 4),
             "split": tuple(s for s in (1, 2, 4, 8, 16) if s == 1 or 32 * s <= spec.c_per_group),
+            "cluster": (1, 2),
             "groups": (1, 2),
             "turns": (1, 2),
             "entries": self.entries(weight),
+            "steps": ("listed", "every"),
         }
 
     def reason_config(self, spec: ConvSpec, config: Config) -> str | None:
-        return check_fields(config, _FIELDS) or _reason_shape(spec, config)
+        return check_fields(config, _FIELDS) or _reason_shape(spec, config) or _reason_steps(spec, config)
 
     def geometry(self, spec: ConvSpec, config: Config) -> PixelTile:
         return geometry_of(spec, config)
@@ -420,12 +480,15 @@ class CudaWgmmaNhwc(WgmmaKernel):
     def shape(
         self, spec: ConvSpec, config: Config, facts: Facts, activation: str = "none", residual: bool = False
     ) -> Shape:
-        geometry = geometry_of(spec, config)
-        steps, chunks, deviation = _work(geometry, facts.density * spec.c / filled(spec).c)
-        room = steps, ceil(chunks + 2 * deviation) + 1
+        geometry, every = geometry_of(spec, config), config["steps"] == "every"
+        steps, chunks, deviation = _work(geometry, facts, spec, every)
+        # Steps that are listed have a rest even if it is empty, so that one code serves many weights.
+        rest = facts.rest or not every
+        room = steps, ceil(chunks + 2 * deviation) + 1 if rest else 0
         blocks = spec.groups * -(-spec.k_per_group // two_four.ROWS)
-        stages, split, turns = (int(config[f]) for f in ("stages", "split", "turns"))
-        return Shape(geometry, room, stages, split, 1, blocks, turns, facts.entries, activation, residual)
+        stages, split, cluster, turns = (int(config[f]) for f in ("stages", "split", "cluster", "turns"))
+        entries = facts.entries
+        return Shape(geometry, room, stages, split, cluster, blocks, turns, entries, activation, residual, every, rest)
 
     def runner(self, spec: ConvSpec, packed: Packed, scale: np.ndarray, make: Callable[..., Shape]) -> CudaRunner:
         whole = filled(spec)
@@ -433,19 +496,37 @@ class CudaWgmmaNhwc(WgmmaKernel):
         return made if whole == spec else _FillingRunner(spec, made)
 
     def estimate(self, spec: ConvSpec, weight: SparseWeight, config: Config, device: cuda.Device) -> float:
-        shape, g = self.shape(spec, config, facts_of(weight, config)), geometry_of(spec, config)
-        steps, chunks, _ = _work(g, weight.density * spec.c / filled(spec).c)
-        copy = g.planes * g.batch * g.patch_h * g.patch_w * row_clocks(g.row_bytes)
+        facts, g = facts_of(weight, config), geometry_of(spec, config)
+        shape = self.shape(spec, config, facts)
+        steps, chunks, _ = _work(g, facts, spec, shape.every)
+        copy = g.planes * g.batch * g.patch_h * g.patch_w * row_clocks(g.row_bytes) / shape.cluster
         stores = g.groups * g.sums / 4 * _STORE_CLOCKS
         return clocks(shape, steps, chunks, 64 * g.n * g.pieces * g.groups, copy, stores, device)
 
 
-def _work(geometry: PixelTile, density: float) -> tuple[int, float, float]:
-    """`expected_work` of a stage."""
-    spec = geometry.spec
-    return expected_work(min(geometry.channels, spec.c_per_group), spec.r * spec.s, density)
+def _reason_steps(spec: ConvSpec, config: Config) -> str | None:
+    """Reason why the code cannot know all steps of a tile."""
+    if config["steps"] != "every":
+        return None
+    if config["entries"] != "wide":
+        return f"every step of a tile needs entries 'wide', got {config['entries']!r}"
+    count = len(geometry_of(spec, config).all_octets())
+    if not StepsKnown[0] <= count <= StepsKnown[1]:
+        return f"code for every step of a tile is made for {StepsKnown[0]} to {StepsKnown[1]} of them, got {count}"
+    return None
 
 
+def _work(geometry: PixelTile, facts: Facts, spec: ConvSpec, every: bool) -> tuple[int, float, float]:
+    """`expected_work` of a stage; without a rest if there is none."""
+    whole = geometry.spec
+    channels = geometry.channels if every else min(geometry.channels, whole.c_per_group)
+    density = facts.density * spec.c / whole.c
+    steps, chunks, deviation = expected_work(channels, whole.r * whole.s, density, every or not facts.rest)
+    return (steps, chunks, deviation) if facts.rest else (steps, 0.0, 0.0)
+
+
+StepsKnown = 3, 64
+"""How many steps of a tile the code can know: the first two are a part of their own, and it grows with each."""
 _STORE_CLOCKS = 12.0
 """Of transposing, finishing and storing eight pixels by a warp."""
 _FIELDS: dict[str, Any] = {
@@ -454,9 +535,11 @@ _FIELDS: dict[str, Any] = {
     "channels": (32, 256),
     "stages": (2, 8),
     "split": (1, 64),
+    "cluster": (1, 8),
     "groups": (1, 2),
     "turns": (1, 2),
     "entries": ("wide", "coded"),
+    "steps": ("listed", "every"),
 }
 _FALLBACK: Config = {
     "batch": 1,
@@ -464,9 +547,11 @@ _FALLBACK: Config = {
     "channels": 32,
     "stages": 2,
     "split": 1,
+    "cluster": 1,
     "groups": 1,
     "turns": 1,
     "entries": "wide",
+    "steps": "listed",
 }
 
 
@@ -490,6 +575,6 @@ def _reason_shape(spec: ConvSpec, config: Config) -> str | None:
         return f"{groups} warpgroups cannot share {strips} strips of {batch} images evenly"
     if geometry.sums > 128:
         return f"{geometry.sums} sums exceed a thread's registers, at most 128 fit"
-    if max(geometry.patch_h, geometry.patch_w) > 256:
-        return "a box has at most 256 values along a dimension"
+    if max(geometry.patch_h * spec.stride[0], geometry.patch_w * spec.stride[1]) > 256:
+        return "a box reaches over at most 256 values along a dimension"
     return None

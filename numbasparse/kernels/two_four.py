@@ -329,6 +329,7 @@ def cover_steps(
     parts: int,
     octets: int,
     aligned: bool = False,
+    once: bool = False,
 ) -> tuple[Steps, Rest]:
     """Cover the non-zeros of each part by steps of four octets at equal distances, and a rest.
 
@@ -342,6 +343,8 @@ def cover_steps(
     aligned : bool
         Steps are octets 4 i to 4 i + 3 only, and the rest takes columns in pairs, 2 i and 2 i + 1; then ``octets`` is a
         multiple of 4.
+    once : bool
+        Aligned steps take no octet twice, however long the rest becomes.
 
     Returns
     -------
@@ -353,9 +356,9 @@ def cover_steps(
     """
     order, starts = compiled(_sort)(part * octets + octet, parts * octets)
     row, place, data = (np.ascontiguousarray(a[order]) for a in (row, place, data))
-    first, columns, rest_first, rest_columns, column_of = compiled(_cover_aligned if aligned else _cover)(
-        starts, row, place, parts, octets
-    )
+    given = (starts, row, place, parts, octets)
+    covered = compiled(_cover_aligned)(*given, once) if aligned else compiled(_cover)(*given)
+    first, columns, rest_first, rest_columns, column_of = covered
     arrays = (starts, row, place, data, octets, first, columns, column_of)
     values, metadata, rest_values = compiled(_fill_covered)(*arrays, rest_first)
     return Steps(first, columns, values, metadata), Rest(rest_first, rest_columns, rest_values)
@@ -451,7 +454,7 @@ def _cover(starts: Any, row: Any, place: Any, parts: int, octets: int) -> Any:
     return first, columns[:made].copy(), rest_first, rest_columns[:rest].copy(), column_of
 
 
-def _cover_aligned(starts: Any, row: Any, place: Any, parts: int, octets: int) -> Any:
+def _cover_aligned(starts: Any, row: Any, place: Any, parts: int, octets: int, once: bool) -> Any:
     """What `_cover` gives, for aligned steps."""
     first, rest_first = np.zeros(parts + 1, np.int64), np.zeros(parts + 1, np.int64)
     columns = np.empty((octets // 2 * parts, 2), np.int32)
@@ -468,7 +471,7 @@ def _cover_aligned(starts: Any, row: Any, place: Any, parts: int, octets: int) -
         for q in range(steps):
             times[q] = 1 if starts[offset + 4 * q + 4] > starts[offset + 4 * q] else 0
         _leave_pairs(starts, row, place, offset, times, known, keys, width, own, column_of)
-        while True:
+        while not once:
             best, least = -1, (width.max() + 3) // 4 - 1
             for q in range(steps):
                 fewer = ((width - own[q]).max() + 3) // 4

@@ -8,7 +8,15 @@ import numpy as np
 
 from numbasparse.kernels import two_four
 from numbasparse.kernels.cuda_fragments import coding_of
-from numbasparse.kernels.wgmma_shape import CHUNK_BYTES, HEADER_BYTES, NIBBLES, OFFSETS, Entries, Geometry, Shape
+from numbasparse.kernels.wgmma_shape import (
+    CHUNK_BYTES,
+    HEADER_BYTES,
+    NIBBLES,
+    OFFSETS,
+    Entries,
+    Geometry,
+    Shape,
+)
 from numbasparse.weight import SparseWeight
 
 
@@ -23,7 +31,8 @@ class Packed:
         uint8 the number of chunks that have any of them, and 4 bytes of nothing; of every step its values (2048 bytes
         of `two_four.fragments`, or what `Entries` says), 256 bytes of `two_four.Steps.metadata`, one of
         `Geometry.words` and 12 bytes of nothing; of every chunk of the rest 1024 bytes of `two_four.fragments` and its
-        `Geometry.offsets`.
+        `Geometry.offsets`.  Where each job has every step, the values of all come first and then their metadata, as
+        `codegen.ptx.StepRun` says.
     jobs : int32, (jobs, 4)
         First input channel of the tile, start of the blob in units of 16 bytes, bytes of the blob, 0.
     ranges : int32, (blocks, splits, 2)
@@ -54,7 +63,8 @@ class Packed:
 def pack(weight: SparseWeight, shape: Shape) -> Packed:
     """Cut a weight into blocks of 64 output channels and tiles of input channels, and write their steps.
 
-    A tile with more steps or chunks than there is room for is copied again for the others.
+    A tile with more steps or chunks than there is room for is copied again for the others; where each job has every
+    step, with zeros the second time.
     """
     geometry, form, split, cluster = shape.geometry, shape.entries.form, shape.split, shape.cluster
     spec, rows = geometry.spec, geometry.row_blocks(weight)
@@ -64,15 +74,18 @@ def pack(weight: SparseWeight, shape: Shape) -> Packed:
     else:
         values, places = coding_of(weight)
         data = places.astype(np.float32)
-    steps, rest = _steps(data, weight, geometry, rows, per_block)
+    steps, rest = _steps(data, weight, geometry, rows, per_block, shape.every)
     if form != "wide":
         rest = replace(rest, values=values[rest.values.astype(np.int64)])
     live = _live(np.diff(steps.first), per_block, cluster)
     pieces, ranges = _pieces(np.diff(steps.first), np.diff(rest.first), shape.room, live, split, cluster)
     block, tile = np.divmod(pieces[:, 0], per_block)
     group = block // (len(rows) // spec.groups)
-    units = _units(steps, geometry, shape.entries, values)
-    blobs, starts, sizes = _blobs(units, _chunks(rest, geometry), rest, pieces)
+    if shape.every:
+        units, counts = _every_unit(steps, shape, pieces), np.ones(len(pieces), np.int64)
+    else:
+        units, counts = _units(steps, geometry, shape.entries, values), pieces[:, 1]
+    blobs, starts, sizes = _blobs(units, counts, _chunks(rest, geometry), rest, pieces)
     jobs = np.zeros((len(pieces), 4), np.int32)
     jobs[:, 0] = group * spec.c_per_group + tile * geometry.channels
     jobs[:, 1], jobs[:, 2] = starts // 16, sizes
@@ -88,7 +101,7 @@ def _table(values: np.ndarray, form: str, dtype: str) -> np.ndarray:
 
 
 def _steps(
-    data: np.ndarray, weight: SparseWeight, geometry: Geometry, rows: np.ndarray, per_block: int
+    data: np.ndarray, weight: SparseWeight, geometry: Geometry, rows: np.ndarray, per_block: int, once: bool
 ) -> tuple[two_four.Steps, two_four.Rest]:
     """Steps of every block and tile of input channels; part ``block * per_block + tile``.  ``data`` is not zero."""
     spec = geometry.spec
@@ -99,7 +112,7 @@ def _steps(
     # Of every column of a weight's matrix, and then of every non-zero.
     tile = np.arange(spec.c_per_group * spec.r * spec.s) // (spec.r * spec.s) // geometry.channels
     part = (block * per_block)[k] + tile[column]
-    return geometry.cover(part, row[k], column, data, len(rows) * per_block)
+    return geometry.cover(part, row[k], column, data, len(rows) * per_block, once)
 
 
 def _live(counts: np.ndarray, per_block: int, cluster: int) -> list[np.ndarray]:
@@ -115,7 +128,7 @@ def _pieces(
 
     Blocks of a cluster take the same tiles together, as often as the one with the largest weight must.
     """
-    often = np.maximum(1, np.maximum(-(-steps // room[0]), -(-chunks // room[1])))
+    often = np.maximum(1, np.maximum(-(-steps // room[0]), -(-chunks // max(1, room[1]))))
     pieces: list[tuple[int, int, int]] = []
     ranges = np.zeros((len(live), split, 2), np.int32)
     per_block = len(steps) // max(1, len(live))
@@ -136,13 +149,14 @@ def _pieces(
 
 
 def _blobs(
-    units: np.ndarray, chunks: np.ndarray, rest: two_four.Rest, pieces: np.ndarray
+    units: np.ndarray, counts: np.ndarray, chunks: np.ndarray, rest: two_four.Rest, pieces: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The blobs of all jobs from the bytes of steps and chunks, their starts and their sizes in bytes.
+    """The blobs of all jobs, their starts and their sizes in bytes: of the bytes of units, so many of a job (its steps,
+    or one with all of them), and of those of chunks.
 
     Jobs are in the order of their parts, and a part is some job's: so are steps and chunks in their order.
     """
-    counts, rest_counts = pieces[:, 1], pieces[:, 2]
+    rest_counts = pieces[:, 2]
     sizes = HEADER_BYTES + counts * units.shape[1] + rest_counts * CHUNK_BYTES
     starts = np.cumsum(sizes) - sizes
     lines = np.zeros((int(sizes.sum()) // 16, 16), np.uint8)
@@ -184,6 +198,33 @@ def _units(steps: two_four.Steps, geometry: Geometry, entries: Entries, values: 
     units[:, entries.metadata : entries.word] = _as_bytes(steps.metadata)
     units[:, entries.word :].view(np.int32)[:, 0] = geometry.words(steps)
     return units
+
+
+def _every_unit(steps: two_four.Steps, shape: Shape, pieces: np.ndarray) -> np.ndarray:
+    """Of every job all its steps as one row of bytes, `Shape.steps_bytes`; those that a part lacks are zeros."""
+    octets = shape.geometry.all_octets()
+    every, parts = len(octets), len(steps.first) - 1
+    place = np.full(int(octets.max()) + 1, -1)
+    place[octets] = np.arange(every)
+    part = np.repeat(np.arange(parts), np.diff(steps.first))
+    at = part * every + place[steps.columns[:, 0]]
+    values = np.zeros((parts * every, two_four.ROWS, two_four.STEP // 2), np.float32)
+    metadata = np.full((parts, every + every % 2, 4, 8, 2), _NO_PLACES, np.uint32)
+    values[at] = steps.values
+    metadata.reshape(parts, -1, two_four.ROWS)[part, place[steps.columns[:, 0]]] = steps.metadata
+    # Of two steps a row's words lie side by side: (part, pair, warp, row, step, word).
+    metadata = metadata.reshape(parts, -1, 2, 4, 8, 2).transpose(0, 1, 3, 4, 2, 5)
+    own = _as_bytes(two_four.fragments(values, shape.spec.dtype)).reshape(parts, -1)
+    rows = np.concatenate([own, _as_bytes(metadata)], axis=1)
+    # The second job of a part has only chunks.
+    again = np.flatnonzero(pieces[1:, 0] == pieces[:-1, 0]) + 1
+    made = rows[pieces[:, 0]]
+    made[again, : own.shape[1]] = 0
+    return made
+
+
+_NO_PLACES = 0x44444444
+"""Metadata of quads that are empty: two different places of each."""
 
 
 def _codes(places: np.ndarray, entries: Entries, values: np.ndarray) -> np.ndarray:

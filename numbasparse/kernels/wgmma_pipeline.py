@@ -76,16 +76,33 @@ def _code(shape: Shape) -> Callable[..., None]:
     i32, u32, i64 = types.int32, types.uint32, types.int64
     stages, cluster, works, turns, sums_at = shape.stages, shape.cluster, shape.works, shape.turns, shape.sums_at
     load_table, decode = _decoder(shape)
-    shared_base, place_of, compute, (numbers_of, finish) = (
+    shared_base, place_of, (begin, compute), (numbers_of, finish) = (
         ptx.shared_base(1024),
         locate(shape),
-        _compute(shape, decode),
+        _compute_every(shape) if shape.every else _compute(shape, decode),
         shape.geometry.finish(shape.split, shape.residual, shape.activation, shape.entries.scaled),
     )
     (jobs_of, advance), (copy_first, copy_next) = _cursor(shape), _copies(shape)
-    zeros, load_job = ptx.zeros(shape.geometry.sums), ptx.load_words("global", 4)
+    zeros, settle, load_job = (
+        ptx.zeros(shape.geometry.sums),
+        ptx.wgmma_settle(shape.geometry.sums),
+        ptx.load_words("global", 4),
+    )
+    # Without a rest nothing waits for the steps of a job before those of the next are ordered, and so a stage is left
+    # when these are under way.
+    late = shape.every and not shape.rest
     store_sums, add_sums = ptx.store_sums(shape.geometry.sums), ptx.add_sums(shape.geometry.sums)
     stage_bytes = shape.stage_bytes
+
+    def leave(base, blobs, slot, following, origin, wanted, lane):  # type: ignore[no-untyped-def]
+        """A warp has done with a stage, which gets the job that follows, if one is wanted."""
+        # Every lane has read the stage when the first one counts.
+        ptx.warp_barrier()
+        # Where nothing follows nobody counts, so that no block is asked which may have ended.
+        if wanted and lane == 0:
+            copy_next(base, slot, blobs, following, origin)
+
+    leave = device_function(leave)
 
     def cuda_wgmma(y, residual, bias, scale, rows, blobs, jobs, ranges, table):  # type: ignore[no-untyped-def]
         base = i64(shared_base())
@@ -118,6 +135,9 @@ def _code(shape: Shape) -> Callable[..., None]:
                     copy_first(base, i, blobs, load_job(job), origin)
                 job, left, ahead, origin = advance(jobs, ranges, job, left, ahead, step, origin)
         slot, phase = i32(0), i32(0)
+        # The stage that is left late, and what follows there.
+        nothing = u32(0)
+        left_slot, left_job, left_origin, left_wanted = slot, (nothing, nothing, nothing, nothing), origin, False
         while work < works:
             sums = zeros()
             block, part, first_image, oy, ox, _, _ = place_of(work)
@@ -127,12 +147,13 @@ def _code(shape: Shape) -> Callable[..., None]:
                 if turns == 1 or i32(number) % i32(turns) == turn:
                     ptx.mbarrier_wait(u32(base + 8 * slot), phase)
                     stage = base + HEAD_BYTES + slot * stage_bytes
-                    sums = compute(sums, stage, values, group, within, warp, lane)
-                    # Every lane has read the stage when the first one counts.
-                    ptx.warp_barrier()
-                    # Where nothing follows nobody counts, so that no block is asked which may have ended.
-                    if ahead < works and lane == 0:
-                        copy_next(base, slot, blobs, following, origin)
+                    sums, carried = begin(sums, stage, group, within, warp, lane)
+                    if late:
+                        leave(base, blobs, left_slot, left_job, left_origin, left_wanted, lane)
+                        left_slot, left_job, left_origin, left_wanted = slot, following, origin, ahead < works
+                    sums = compute(sums, carried, stage, values, group, within, warp, lane)
+                    if not late:
+                        leave(base, blobs, slot, following, origin, ahead < works, lane)
                 if ahead < works:
                     job, left, ahead, origin = advance(jobs, ranges, job, left, ahead, step, origin)
                 # The next instructions want all lanes together.
@@ -141,6 +162,10 @@ def _code(shape: Shape) -> Callable[..., None]:
                 if slot == i32(stages):
                     slot = i32(0)
                     phase ^= i32(1)
+            if late:
+                sums = settle(sums)
+                leave(base, blobs, left_slot, left_job, left_origin, left_wanted, lane)
+                left_wanted = False
             if turns > 1:
                 own = u32(base + sums_at + within * 16)
                 if turn == 1:
@@ -288,8 +313,50 @@ def _decoder(shape: Shape) -> tuple[Any, Any]:
     return device_function(load), device_function(decode)
 
 
-def _compute(shape: Shape, decode: Any) -> Any:
-    """Device function: a warpgroup adds what the tile and the weight of a stage give to its sums; see `_decoder`."""
+def _compute_every(shape: Shape) -> tuple[Any, Any]:
+    """What `_compute` gives, where a job has every step: without a rest, the last two are under way when it ends."""
+    from numba import types
+
+    from numbasparse.codegen import ptx
+
+    i32, u32, i64 = types.int32, types.uint32, types.int64
+    geometry, run, rest = shape.geometry, shape.geometry.run(), shape.rest
+    values_at = geometry.tile_bytes + HEADER_BYTES
+    own_bytes, metadata_at, rest_at = geometry.group_bytes, values_at + run.metadata, values_at + run.nbytes
+    first, others, settle = run.begin(), run.go_on(), ptx.wgmma_settle(geometry.sums)
+    leftover, fetch = _leftover(shape)
+    load_four = ptx.load_words("shared", 4)
+
+    def places_of(stage, group, within, warp, lane):  # type: ignore[no-untyped-def]
+        """A thread's values and its metadata, and the descriptor of the pixels of its warpgroup."""
+        operand = (stage + group * own_bytes) & WINDOW
+        return u32(stage + values_at + within * 16), u32(stage + metadata_at + warp * 128 + lane * 4), u32(operand >> 4)
+
+    places_of = device_function(places_of)
+
+    def begin(sums, stage, group, within, warp, lane):  # type: ignore[no-untyped-def]
+        values, metadata, low = places_of(stage, group, within, warp, lane)
+        return first(sums, values, metadata, low)
+
+    def compute(sums, carried, stage, values, group, within, warp, lane):  # type: ignore[no-untyped-def]
+        own, metadata, low = places_of(stage, group, within, warp, lane)
+        if not rest:
+            return others(sums, carried, own, metadata, low)
+        header = load_four(u32(stage + geometry_tile))
+        fetched = fetch(stage + rest_at, within, warp, lane)
+        sums = settle(others(sums, carried, own, metadata, low))
+        chunks = i32(header[2] >> u32(8 * warp) & u32(255))
+        return leftover(sums, chunks, i64(stage + group * own_bytes), fetched, i64(stage + rest_at), within, warp, lane)
+
+    geometry_tile = geometry.tile_bytes
+    return device_function(begin), device_function(compute)
+
+
+def _compute(shape: Shape, decode: Any) -> tuple[Any, Any]:
+    """Device functions: ``(sums, stage, group, within, warp, lane) -> (sums, carried)`` begins a job, and ``(sums,
+    carried, stage, values, group, within, warp, lane) -> sums`` adds what the tile and the weight of its stage give to
+    the sums of a warpgroup; see `_decoder`.
+    """
     from numba import types
 
     from numbasparse.codegen import ptx
@@ -318,7 +385,10 @@ def _compute(shape: Shape, decode: Any) -> Any:
 
     step = device_function(step)
 
-    def compute(sums, stage, values, group, within, warp, lane):  # type: ignore[no-untyped-def]
+    def begin(sums, stage, group, within, warp, lane):  # type: ignore[no-untyped-def]
+        return sums, i32(0)
+
+    def compute(sums, carried, stage, values, group, within, warp, lane):  # type: ignore[no-untyped-def]
         lane_at, metadata = within * lane_bytes, metadata_at + ((warp * 8 + (lane >> 2)) * 2 + (lane & 1)) * 4
         own, unit = stage + group * own_bytes, stage + tile_bytes + HEADER_BYTES
         operand = own & WINDOW
@@ -351,7 +421,7 @@ def _compute(shape: Shape, decode: Any) -> Any:
         sums = settle(sums)
         return leftover(sums, i32(chunks), own, fetched, rest, within, warp, lane)
 
-    return device_function(compute)
+    return device_function(begin), device_function(compute)
 
 
 def _leftover(shape: Shape) -> tuple[Any, Any]:
@@ -527,12 +597,14 @@ def _reason_resources(geometry: Geometry, make: Callable[[], Shape], stages: int
 
 
 _SHARED_BYTES_PER_CLOCK = 128.0
-_BULK_BYTES_PER_CLOCK, _L2_BYTES_PER_CLOCK = 60.0, 21.7
+_BULK_BYTES_PER_CLOCK, _L2_BYTES_PER_CLOCK = 60.0, 21.0
 """Of the copy engine, for what is in one piece; and of all that a multiprocessor copies, while the others do too."""
-_START_CLOCKS, _JOB_CLOCKS, _STEP_CLOCKS, _COLUMN_CLOCKS, _TURN_CLOCKS = 3860.0, 975.0, 64.0, 1.63, 624.0
-"""Of a warpgroup by itself: everything before the first job, a job beside steps and rest, a step at least, a column of
-a chunk, and handing sums over."""
-_TOGETHER = 2.5
+_START_CLOCKS, _STEP_CLOCKS, _COLUMN_CLOCKS, _TURN_CLOCKS = 4110.0, 71.0, 2.3, 465.0
+"""Of a warpgroup by itself: everything before the first job, a step at least, a column of a chunk, and handing sums
+over."""
+_LISTED_CLOCKS, _EVERY_CLOCKS = 812.0, 510.0
+"""A job beside steps and rest; without a rest, where the code knows all steps, jobs follow one another at once."""
+_TOGETHER = 2.8
 """What takes time together takes nearly as long as the slowest: the exponent of a norm."""
 
 
@@ -542,8 +614,8 @@ def clocks(
     """Clocks that a kernel may take.
 
     Warpgroups by themselves, shared memory (or the tensor cores), the copy engine and the second cache all have their
-    part. The constants are a fit to 278 measured times of `cuda_wgmma_nhwc` (benchmarks/results/tensor_nhwc.json and
-    tensor_nhwc_turns.json), which they meet to 6 % (standard deviation).
+    part. The constants are a fit to 438 measured times of `cuda_wgmma_nhwc`, which they meet to 8 % (standard
+    deviation): those of benchmarks/results/tensor_nhwc*.json, and 60 more.
 
     Parameters
     ----------
@@ -555,18 +627,19 @@ def clocks(
         Clocks that the copy engine takes for a job, and that an output tile takes to be stored.
     """
     spec, g = shape.spec, shape.geometry
-    unit_bytes = shape.entries.unit_bytes
+    unit_bytes = shape.steps_bytes(1024) / 1024
     blob = steps * unit_bytes + chunks * CHUNK_BYTES
     shared = ((steps + chunks) * operand + g.tile_bytes + (1 + g.groups) * blob) / _SHARED_BYTES_PER_CLOCK
     step = max(_STEP_CLOCKS, (operand + (1 + g.groups) * unit_bytes) / _SHARED_BYTES_PER_CLOCK)
-    alone = steps * step + chunks * _COLUMN_CLOCKS * 2 * g.sums + _JOB_CLOCKS
+    between = (_EVERY_CLOCKS if shape.rest else 0.0) if shape.every else _LISTED_CLOCKS
+    alone = steps * step + chunks * _COLUMN_CLOCKS * 2 * g.sums + between
     copy += blob / _BULK_BYTES_PER_CLOCK
     jobs = ceil(ceil(spec.c_per_group / g.channels) / shape.split)
     each, waves = shape.resident(device), ceil(shape.works / shape.grid(device)[0])
     if waves == 1:
         each = min(each, ceil(shape.works / device.multiprocessors))
     # Blocks share all but their warpgroups.  A stage is filled while the others are computed.
-    together = (shared, copy / (shape.stages - 1), (blob + g.copied_bytes) / _L2_BYTES_PER_CLOCK)
+    together = (shared, copy / (shape.stages - 1), (blob + g.copied_bytes / shape.cluster) / _L2_BYTES_PER_CLOCK)
     parts = (alone / shape.turns, *(each * part for part in together))
     job = sum(part**_TOGETHER for part in parts) ** (1 / _TOGETHER)
     exposed = stores if each == 1 else 0.0

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,12 +17,17 @@ from numbasparse.runtime import cuda, layouts
 from numbasparse.spec import ConvSpec
 from numbasparse.weight import SparseWeight
 
+if TYPE_CHECKING:
+    from numbasparse.codegen import ptx
+
 HEAD_BYTES = 1024
 """Of shared memory: the barriers, and so much that the stages are aligned to the swizzle's pattern."""
 CHUNK_BYTES, HEADER_BYTES = 1152, 16
 """Of a chunk of the rest in a blob, and of what is before steps and chunks."""
 OFFSETS = 1024
 """Where a chunk has the offsets of its rows."""
+METADATA_BYTES = 512
+"""Of the metadata of two steps: see `codegen.ptx.StepRun`."""
 
 
 # ---- values -------------------------------------------------------------------------------------------------
@@ -91,15 +97,34 @@ NIBBLES = 16
 
 @dataclass(frozen=True)
 class Facts:
-    """What the code depends on of a weight and how it is stored."""
+    """What the code depends on of a weight and how it is stored.
+
+    ``rest`` says whether any four neighbouring input channels hold more than two non-zeros.
+    """
 
     density: float
     entries: Entries
+    rest: bool
 
 
 def facts_of(weight: SparseWeight, config: Config) -> Facts:
     """Those of a weight that a config has no objection to."""
-    return Facts(weight.density, entries_of(weight, config))
+    return Facts(weight.density, entries_of(weight, config), leaves_rest(weight))
+
+
+_rests: weakref.WeakKeyDictionary[SparseWeight, bool] = weakref.WeakKeyDictionary()
+
+
+def leaves_rest(weight: SparseWeight) -> bool:
+    """Whether any four input channels, from a multiple of four on, hold more than two non-zeros of a tap."""
+    found = _rests.get(weight)
+    if found is None:
+        channels, r, s = weight.kernel_shape
+        channel, tap = np.divmod(weight.indices.astype(np.int64), r * s)
+        row = np.repeat(np.arange(weight.k), np.diff(weight.indptr))
+        quad = (row * -(-channels // 4) + channel // 4) * (r * s) + tap
+        found = _rests[weight] = bool((np.bincount(quad) > 2).any())
+    return found
 
 
 # ---- geometry -----------------------------------------------------------------------------------------------
@@ -158,13 +183,24 @@ class Geometry(ABC):
 
     @abstractmethod
     def cover(
-        self, part: np.ndarray, row: np.ndarray, column: np.ndarray, data: np.ndarray, parts: int
+        self, part: np.ndarray, row: np.ndarray, column: np.ndarray, data: np.ndarray, parts: int, once: bool
     ) -> tuple[two_four.Steps, two_four.Rest]:
-        """Steps and rest of the non-zeros of parts (a tile's input channels): columns are those of a group's matrix."""
+        """Steps and rest of the non-zeros of parts (a tile's input channels): columns are those of a group's matrix.
+
+        With ``once`` no octet is taken by two steps.
+        """
 
     @abstractmethod
     def words(self, steps: two_four.Steps) -> np.ndarray:
         """Of every step the word that `multiply` gets: int32."""
+
+    def run(self) -> ptx.StepRun:
+        """All steps of a tile, in the order of `all_octets`; for those that know one."""
+        raise NotImplementedError
+
+    def all_octets(self) -> np.ndarray:
+        """The first octet of every step of a tile, int64; for those that know one."""
+        raise NotImplementedError
 
     @abstractmethod
     def offsets(self, rest: two_four.Rest) -> np.ndarray:
@@ -221,7 +257,8 @@ class Shape(OutputTiles):
     """All constants of the kernel's code: what the compiled code depends on, and nothing else.
 
     ``room`` is that of a stage, steps and chunks; ``blocks`` those of output channels; ``turns`` the warpgroups that
-    take turns with input channels; ``entries`` say how values are stored.
+    take turns with input channels; ``entries`` say how values are stored.  With ``every`` each job has all steps of its
+    tile, in one order, so that the code knows them; ``rest`` says whether there are chunks.
     """
 
     geometry: Geometry
@@ -234,6 +271,8 @@ class Shape(OutputTiles):
     entries: Entries
     activation: str
     residual: bool
+    every: bool = False
+    rest: bool = True
 
     @property
     def spec(self) -> ConvSpec:  # type: ignore[override]
@@ -242,8 +281,14 @@ class Shape(OutputTiles):
     @property
     def stage_bytes(self) -> int:
         """An input tile and behind it a blob, up to the next multiple of 1024."""
-        blob = HEADER_BYTES + self.room[0] * self.entries.unit_bytes + self.room[1] * CHUNK_BYTES
+        blob = HEADER_BYTES + self.steps_bytes(self.room[0]) + self.room[1] * CHUNK_BYTES
         return -(-(self.geometry.tile_bytes + blob) // 1024) * 1024
+
+    def steps_bytes(self, steps: int) -> int:
+        """Of so many steps in a blob; every job has as many if it has all."""
+        if self.every:
+            return self.entries.metadata * steps + METADATA_BYTES * -(-steps // 2)
+        return self.entries.unit_bytes * steps
 
     @property
     def shared_bytes(self) -> int:

@@ -23,7 +23,7 @@ def check_config(config: PruningConfig) -> None:
     if hasattr(config, "new_weights") and not isinstance(config, type):
         raise TypeError(f"{type(config).__name__} needs data: call prune_with_data_(model, batches, config)")
     if isinstance(config, type) or not all(
-        hasattr(config, name) for name in ("sparsity", "vector", "criterion", "allocation")
+        hasattr(config, name) for name in ("sparsity", "vector", "two_of_four", "criterion", "allocation")
     ):
         raise TypeError(f"config must be a pruning config like MagnitudePruning(sparsity=0.9), got {config!r}")
 
@@ -69,7 +69,7 @@ def masks_from_scores(
     regrow: bool = False,
 ) -> dict[str, Tensor]:
     """Compute the mask of every layer from scores of its weights; see `compute_masks`."""
-    vectors = {name: _vector_scores(layer, scores[name], config.vector, regrow) for name, layer in layers.items()}
+    vectors = {name: _vector_scores(layer, scores[name], config, regrow) for name, layer in layers.items()}
     keep = config.allocation(vectors, sparsity)
     masks = {name: top_mask(vectors[name], keep[name]) for name in layers}
     return masks if regrow else {name: mask & ~_pruned(layers[name].module) for name, mask in masks.items()}
@@ -88,15 +88,18 @@ def check_finite(layers: Mapping[str, Layer]) -> None:
             )
 
 
-def _vector_scores(layer: Layer, scores: Tensor, vector: int, regrow: bool) -> LayerScores:
-    grid = layer.grid(vector)
+def _vector_scores(layer: Layer, scores: Tensor, config: Placement, regrow: bool) -> LayerScores:
+    grid = layer.grid(config.vector)
     scores = scores.detach()
     # Means of half floats would be rounded, and equal where they are not.
     scores = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
     if regrow or mask_of(layer.module) is None:
-        return LayerScores(grid.mean(scores), grid, layer.first, layer.last)
-    pruned = _pruned(layer.module)
-    values = grid.mean(scores.masked_fill(pruned, 0.0)).masked_fill(grid.all(pruned), -torch.inf)
+        values = grid.mean(scores)
+    else:
+        pruned = _pruned(layer.module)
+        values = grid.mean(scores.masked_fill(pruned, 0.0)).masked_fill(grid.all(pruned), -torch.inf)
+    if config.two_of_four:
+        values = grid.prefer_two_of_four(values)
     return LayerScores(values, grid, layer.first, layer.last)
 
 

@@ -41,8 +41,8 @@ class OBSPruning(ScopedPruning):
     Parameters
     ----------
     sparsity, scope, vector
-        As in `ScopedPruning`; the scopes rank by ``w^2 / [H^-1]_jj``, ``"global"`` by its share of the squared output
-        of the layer, since errors of different layers are not of the same scale.
+        As in `ScopedPruning`, whose ``two_of_four`` it has not; the scopes rank by ``w^2 / [H^-1]_jj``, ``"global"`` by
+        its share of the squared output of the layer, since errors of different layers are not of the same scale.
     damping : float
         Added to the diagonal of H, as a fraction of its mean; above 0.
     block : int
@@ -65,6 +65,8 @@ class OBSPruning(ScopedPruning):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.two_of_four:
+            raise ValueError("OBSPruning has no two_of_four: its masks are chosen by blocks of columns")
         if not 0.0 < self.damping < float("inf"):
             raise ValueError(f"damping must be above 0 (a fraction of the Hessian's mean diagonal), got {self.damping}")
         if isinstance(self.block, bool) or not isinstance(self.block, int) or self.block < 1:

@@ -635,6 +635,9 @@ class TensorMap:
         Values along each dimension, the innermost first: of the array, and of a box (at most 256).
     strides : sequence of int
         Bytes from one to the next along all dimensions but the innermost; multiples of 16.
+    every : sequence of int, optional
+        Along each dimension a box takes every so many-th value, from its first; at most 8, and then ``box`` times it
+        is at most 256.
     swizzle : int
         Bytes of a box's rows whose 16-byte pieces change places (see `codegen.ptx.Swizzle`): 128, 64 or 32; 0 or 16
         for none.
@@ -657,10 +660,12 @@ class TensorMap:
         strides: Sequence[int],
         box: Sequence[int],
         swizzle: int = 0,
+        every: Sequence[int] | None = None,
     ) -> None:
         driver = _bindings("driver")
         kinds = driver.CUtensorMapDataType
         rank = len(sizes)
+        every = every or [1] * rank
         mode = f"{swizzle}B" if swizzle > 16 else "NONE"
         result = driver.cuTensorMapEncodeTiled(
             getattr(kinds, f"CU_TENSOR_MAP_DATA_TYPE_{dtype.upper()}"),
@@ -668,8 +673,8 @@ class TensorMap:
             address,
             [driver.cuuint64_t(size) for size in sizes],
             [driver.cuuint64_t(stride) for stride in strides],
-            [driver.cuuint32_t(size) for size in box],
-            [driver.cuuint32_t(1)] * rank,
+            [driver.cuuint32_t(size * step) for size, step in zip(box, every, strict=True)],
+            [driver.cuuint32_t(step) for step in every],
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
             getattr(driver.CUtensorMapSwizzle, f"CU_TENSOR_MAP_SWIZZLE_{mode}"),
             driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
