@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import RESULTS, geometric_mean
-from gpu import POINTWISE, SPARSITIES, SQUARE, TUNED_AT, Case, Row, add_dense, ratios, save, session, unique
+from gpu import POINTWISE, SPARSITIES, SQUARE, TUNED_AT, Case, Row, add_dense, ratios, save, session
 
 from autotune.compiling import Compilers
 from autotune.gpu import GpuBench
@@ -49,6 +49,7 @@ from numbasparse.quantization import CodebookQuantization, LinearQuantization
 from numbasparse.runtime import cuda
 from numbasparse.weight import Quantization
 
+Kind = Callable[[Config], bool]
 NAME, PIXELS, GATHERING = "cuda_wgmma", "cuda_wgmma_nhwc", "cuda_mma"
 TARGET = Case((3, 256, 56, 256), 32, "float16")
 """The layer of the profile."""
@@ -67,33 +68,36 @@ CODES = {
 
 
 def of_each_shape(
-    problem: LayerProblem, name: str, fields: tuple[str, ...], count: int, wanted: Callable[[Config], bool]
+    problem: LayerProblem, name: str, fields: tuple[str, ...], kinds: list[Kind], count: int
 ) -> list[Candidate]:
-    """What a kernel thinks best of what is wanted, one config for each shape of a block, which ``fields`` are."""
-    best: dict[tuple[Any, ...], Candidate] = {}
-    for config in kernel(name).suggest(problem.spec, problem.weight, 1, 2000):
-        if wanted(config):
+    """What a kernel thinks best: so many of each kind of config, one for each shape of a block, given by ``fields``."""
+    suggested = kernel(name).suggest(problem.spec, problem.weight, 1, 10000)
+    found: list[Candidate] = []
+    for wanted in kinds:
+        best: dict[tuple[Any, ...], Candidate] = {}
+        for config in filter(wanted, suggested):
             best.setdefault(tuple(config[f] for f in fields), Candidate(name, config))
-    return list(best.values())[:count]
+        found += list(best.values())[:count]
+    return found
 
 
 def gathering_configs(problem: LayerProblem, count: int) -> list[Candidate]:
     """Those of cuda_mma."""
     fields = ("batch", "tile", "warps", "parts", "split")
-    return of_each_shape(problem, GATHERING, fields, count, lambda config: config["entries"] == "wide")
+    return of_each_shape(problem, GATHERING, fields, [lambda config: config["entries"] == "wide"], count)
 
 
 def configs(problem: LayerProblem, count: int, clusters: int) -> list[Candidate]:
     """Those of cuda_wgmma."""
     fields = ("batch", "tile", "split", "cluster", "groups", "turns")
-    return of_each_shape(problem, NAME, fields, count, lambda config: int(config["cluster"]) <= clusters)
+    return of_each_shape(problem, NAME, fields, [lambda config: int(config["cluster"]) <= clusters], count)
 
 
 def pixel_configs(problem: LayerProblem, count: int) -> list[Candidate]:
     """Those of cuda_wgmma_nhwc; of each shape, blocks by themselves and in clusters."""
     fields = ("batch", "tile", "split", "groups", "turns", "channels")
-    alone = of_each_shape(problem, PIXELS, fields, count, lambda config: config["cluster"] == 1)
-    return unique([*alone, *of_each_shape(problem, PIXELS, fields, count, lambda config: config["cluster"] == 2)])
+    kinds: list[Kind] = [lambda config: config["cluster"] == 1, lambda config: config["cluster"] == 2]
+    return of_each_shape(problem, PIXELS, fields, kinds, count)
 
 
 # ---- right --------------------------------------------------------------------------------------------------
@@ -214,9 +218,7 @@ def race(
 ) -> list[dict[str, Any]]:
     """Measure candidates, the best of which becomes a column; what came of each, the fastest first."""
     problem, device, found = bench.problem, cuda.current(), []
-    # What suits one sparsity may have no room for the weight of another.
-    fitting = [c for c in candidates if kernel(c.kernel).check(problem.spec, problem.weight, dict(c.config)) is None]
-    for candidate in fitting:
+    for candidate in candidates:
         compilers.wait(problem, candidate)
         result = measure(bench, candidate, min((f["us"] for f in found if f["us"]), default=float("inf")))
         clocks = estimated(candidate.kernel).estimator(problem.spec, problem.weight)(candidate.config)
@@ -227,10 +229,15 @@ def race(
         )
     found.sort(key=lambda f: f["us"] or float("inf"))
     if found[0]["us"]:
-        winner = Candidate(fitting[0].kernel, found[0]["config"])
+        winner = Candidate(candidates[0].kernel, found[0]["config"])
         ready = bench.prepare(winner)
         row.add(f"ours native {label}", bench.call(ready, ready.takes, ready.gives), bench.wrong(winner, ready))
     return found
+
+
+def fits(candidate: Candidate, problem: LayerProblem) -> bool:
+    """Whether a config can run a problem."""
+    return kernel(candidate.kernel).check(problem.spec, problem.weight, dict(candidate.config)) is None
 
 
 def estimated(name: str) -> EstimatedKernel:
@@ -315,26 +322,31 @@ def of_masks(
     """Rows of cases with masks of some kinds, each at some sparsities; the configs that are best at the first of a kind
     are measured at its others too.
     """
-    problem_of = functools.cache(lambda case, make: make(case))
+    labels = [label for kind in masks for label, _ in kind]
+    problems = {(case, label): make(case) for case in wanted for kind in masks for label, make in kind}
+    firsts = [kind[0][0] for kind in masks]
+    chosen = {key: choose(problem, args.raced) for key, problem in problems.items() if key[1] in firsts}
     with session(args) as (gpu, compilers):
-        for case in wanted:
-            for kind in masks:
-                for number, (_, make) in enumerate(kind):
-                    problem = problem_of(case, make)
-                    compilers.submit(problem, choose(problem, SUGGESTED if number else args.raced))
+        for key, candidates in chosen.items():
+            compilers.submit(problems[key], candidates)
 
         def race_all(case: Case, row: Row) -> dict[str, list[dict[str, Any]]]:
             raced: dict[str, list[dict[str, Any]]] = {}
-            for kind in masks:
-                few: list[Candidate] = []
-                for label, make in kind:
-                    bench = GpuBench(problem_of(case, make), gpu, compilers)
-                    own = unique([*few, *choose(bench.problem, SUGGESTED if few else args.raced)])
-                    raced[label] = race(bench, compilers, own, row, label)
-                    few = few or [Candidate(own[0].kernel, f["config"]) for f in raced[label][:BEST_FEW]]
+            few: list[Candidate] = []
+            for label in labels:
+                problem = problems[case, label]
+                if label in firsts:
+                    own = chosen[case, label]
+                else:
+                    # Another sparsity may have no room for what was best.
+                    own = [c for c in few if fits(c, problem)] or choose(problem, SUGGESTED)
+                compilers.submit(problem, own)
+                raced[label] = race(GpuBench(problem, gpu, compilers), compilers, own, row, label)
+                if label in firsts:
+                    few = [Candidate(own[0].kernel, f["config"]) for f in raced[label][:BEST_FEW]]
             return raced
 
-        timed(args, gpu, wanted, name, tuple(label for kind in masks for label, _ in kind), race_all)
+        timed(args, gpu, wanted, name, tuple(labels), race_all)
 
 
 def codes(args: argparse.Namespace) -> None:

@@ -371,6 +371,25 @@ def test_common_layers_have_configs(n: int, c: int, h: int, r: int) -> None:
     assert KERNEL.check(spec, weight, room._FALLBACK) is None
 
 
+def test_steps_are_listed_where_many_are_empty() -> None:
+    spec = spec_of(2, 128, 7, 128, 3, padding=1)
+    dense = random_weight(spec, 0.1, np.random.default_rng(0))
+    assert KERNEL.space(spec, SparseWeight.from_dense(dense), 1)["steps"] == ("every",)
+    dense[:64, 32:64] = 0.0
+    assert KERNEL.space(spec, SparseWeight.from_dense(dense), 1)["steps"] == ("listed", "every")
+
+
+def test_stages_are_left_late_where_another_is_there() -> None:
+    spec = spec_of(2, 128, 14, 64, 3, padding=1)
+    dense = random_weight(spec, 0.1, np.random.default_rng(0))
+    for own, rest in ((two_of_four(dense), False), (dense, True)):
+        facts = wgmma_shape.facts_of(SparseWeight.from_dense(own), BASE)
+        for turns, stages, steps in ((1, 2, "every"), (2, 2, "every"), (2, 4, "every"), (1, 2, "listed")):
+            shape = KERNEL.shape(spec, config_of(turns=turns, stages=stages, steps=steps), facts)
+            # A warpgroup whose next job comes into the stage of its last would wait for itself.
+            assert shape.late == (not rest and steps == "every" and stages > turns)
+
+
 CODES: list[Config] = [
     BASE,
     config_of(tile="28x8", groups=2, batch=2),

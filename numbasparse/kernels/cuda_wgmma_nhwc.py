@@ -104,7 +104,7 @@ class PixelTile(Geometry):
     def sums(self) -> int:
         return self.pieces * self.n // 2
 
-    @property
+    @functools.cached_property
     def phases(self) -> tuple[int, int]:
         """How many there are, down and across: i of them begins ``i * dilation % stride`` from the first tap."""
         spec = self.spec
@@ -112,7 +112,7 @@ class PixelTile(Geometry):
         down, across = (min(count, s // gcd(d, s)) for count, (d, s) in zip(taps, steps, strict=True))
         return down, across
 
-    @property
+    @functools.cached_property
     def planes(self) -> int:
         """Of a stage: of each phase all channels."""
         down, across = self.phases
@@ -342,6 +342,18 @@ class PixelTile(Geometry):
         return device_function(numbers_of), device_function(finish)
 
 
+def _has_gaps(spec: ConvSpec, weight: SparseWeight) -> bool:
+    """Whether one in twenty of the pieces that steps multiply is empty: 64 output and 32 input channels of a tap."""
+    taps, rows = spec.r * spec.s, -(-spec.k_per_group // two_four.ROWS)
+    columns = -(-spec.c_per_group // two_four.STEP)
+    k = np.arange(spec.k)
+    block = (k // spec.k_per_group * rows + k % spec.k_per_group // two_four.ROWS).repeat(np.diff(weight.indptr))
+    channel, tap = np.divmod(weight.indices.astype(np.int64), taps)
+    pieces = np.zeros(spec.groups * rows * columns * taps, bool)
+    pieces[(block * columns + channel // two_four.STEP) * taps + tap] = True
+    return bool(pieces.mean() < 0.95)
+
+
 def filled(spec: ConvSpec) -> ConvSpec:
     """The convolution with input channels up to the next multiple of eight, which have no weights.
 
@@ -461,7 +473,8 @@ class CudaWgmmaNhwc(WgmmaKernel):
             "groups": (1, 2),
             "turns": (1, 2),
             "entries": self.entries(weight),
-            "steps": ("listed", "every"),
+            # No step is worth its word where all are there; codes need it.
+            "steps": ("listed", "every") if weight.levels is not None or _has_gaps(spec, weight) else ("every",),
         }
 
     def reason_config(self, spec: ConvSpec, config: Config) -> str | None:
@@ -510,7 +523,7 @@ def _reason_steps(spec: ConvSpec, config: Config) -> str | None:
         return None
     if config["entries"] != "wide":
         return f"every step of a tile needs entries 'wide', got {config['entries']!r}"
-    count = len(geometry_of(spec, config).all_octets())
+    count = spec.r * spec.s * int(config["channels"]) // two_four.STEP
     if not StepsKnown[0] <= count <= StepsKnown[1]:
         return f"code for every step of a tile is made for {StepsKnown[0]} to {StepsKnown[1]} of them, got {count}"
     return None

@@ -88,9 +88,7 @@ def _code(shape: Shape) -> Callable[..., None]:
         ptx.wgmma_settle(shape.geometry.sums),
         ptx.load_words("global", 4),
     )
-    # Without a rest nothing waits for the steps of a job before those of the next are ordered, and so a stage is left
-    # when these are under way.
-    late = shape.every and not shape.rest
+    late = shape.late
     store_sums, add_sums = ptx.store_sums(shape.geometry.sums), ptx.add_sums(shape.geometry.sums)
     stage_bytes = shape.stage_bytes
 
@@ -314,13 +312,15 @@ def _decoder(shape: Shape) -> tuple[Any, Any]:
 
 
 def _compute_every(shape: Shape) -> tuple[Any, Any]:
-    """What `_compute` gives, where a job has every step: without a rest, the last two are under way when it ends."""
+    """What `_compute` gives, where a job has every step; the last two are under way when it ends, if stages are left
+    late.
+    """
     from numba import types
 
     from numbasparse.codegen import ptx
 
     i32, u32, i64 = types.int32, types.uint32, types.int64
-    geometry, run, rest = shape.geometry, shape.geometry.run(), shape.rest
+    geometry, run, rest, late = shape.geometry, shape.geometry.run(), shape.rest, shape.late
     values_at = geometry.tile_bytes + HEADER_BYTES
     own_bytes, metadata_at, rest_at = geometry.group_bytes, values_at + run.metadata, values_at + run.nbytes
     first, others, settle = run.begin(), run.go_on(), ptx.wgmma_settle(geometry.sums)
@@ -340,8 +340,10 @@ def _compute_every(shape: Shape) -> tuple[Any, Any]:
 
     def compute(sums, carried, stage, values, group, within, warp, lane):  # type: ignore[no-untyped-def]
         own, metadata, low = places_of(stage, group, within, warp, lane)
-        if not rest:
+        if late:
             return others(sums, carried, own, metadata, low)
+        if not rest:
+            return settle(others(sums, carried, own, metadata, low))
         header = load_four(u32(stage + geometry_tile))
         fetched = fetch(stage + rest_at, within, warp, lane)
         sums = settle(others(sums, carried, own, metadata, low))
@@ -603,7 +605,7 @@ _START_CLOCKS, _STEP_CLOCKS, _COLUMN_CLOCKS, _TURN_CLOCKS = 4110.0, 71.0, 2.3, 4
 """Of a warpgroup by itself: everything before the first job, a step at least, a column of a chunk, and handing sums
 over."""
 _LISTED_CLOCKS, _EVERY_CLOCKS = 812.0, 510.0
-"""A job beside steps and rest; without a rest, where the code knows all steps, jobs follow one another at once."""
+"""A job beside steps and rest; where stages are left late, jobs follow one another at once."""
 _TOGETHER = 2.8
 """What takes time together takes nearly as long as the slowest: the exponent of a norm."""
 
@@ -631,7 +633,7 @@ def clocks(
     blob = steps * unit_bytes + chunks * CHUNK_BYTES
     shared = ((steps + chunks) * operand + g.tile_bytes + (1 + g.groups) * blob) / _SHARED_BYTES_PER_CLOCK
     step = max(_STEP_CLOCKS, (operand + (1 + g.groups) * unit_bytes) / _SHARED_BYTES_PER_CLOCK)
-    between = (_EVERY_CLOCKS if shape.rest else 0.0) if shape.every else _LISTED_CLOCKS
+    between = 0.0 if shape.late else _EVERY_CLOCKS if shape.every else _LISTED_CLOCKS
     alone = steps * step + chunks * _COLUMN_CLOCKS * 2 * g.sums + between
     copy += blob / _BULK_BYTES_PER_CLOCK
     jobs = ceil(ceil(spec.c_per_group / g.channels) / shape.split)

@@ -284,6 +284,13 @@ class Shape(OutputTiles):
         blob = HEADER_BYTES + self.steps_bytes(self.room[0]) + self.room[1] * CHUNK_BYTES
         return -(-(self.geometry.tile_bytes + blob) // 1024) * 1024
 
+    @property
+    def late(self) -> bool:
+        """Whether a stage is left when the first steps of the next job are under way: what waits for nothing must have
+        another stage to go on with.
+        """
+        return self.every and not self.rest and self.stages > self.turns
+
     def steps_bytes(self, steps: int) -> int:
         """Of so many steps in a blob; every job has as many if it has all."""
         if self.every:
