@@ -49,7 +49,6 @@ from numbasparse.quantization import CodebookQuantization, LinearQuantization
 from numbasparse.runtime import cuda
 from numbasparse.weight import Quantization
 
-Kind = Callable[[Config], bool]
 NAME, PIXELS, GATHERING = "cuda_wgmma", "cuda_wgmma_nhwc", "cuda_mma"
 TARGET = Case((3, 256, 56, 256), 32, "float16")
 """The layer of the profile."""
@@ -68,36 +67,35 @@ CODES = {
 
 
 def of_each_shape(
-    problem: LayerProblem, name: str, fields: tuple[str, ...], kinds: list[Kind], count: int
+    problem: LayerProblem,
+    name: str,
+    fields: tuple[str, ...],
+    count: int,
+    wanted: Callable[[Config], bool] = lambda config: True,
 ) -> list[Candidate]:
-    """What a kernel thinks best: so many of each kind of config, one for each shape of a block, given by ``fields``."""
-    suggested = kernel(name).suggest(problem.spec, problem.weight, 1, 10000)
-    found: list[Candidate] = []
-    for wanted in kinds:
-        best: dict[tuple[Any, ...], Candidate] = {}
-        for config in filter(wanted, suggested):
-            best.setdefault(tuple(config[f] for f in fields), Candidate(name, config))
-        found += list(best.values())[:count]
-    return found
+    """What a kernel thinks best of what is wanted, one config for each shape of a block, which ``fields`` are."""
+    best: dict[tuple[Any, ...], Candidate] = {}
+    for config in filter(wanted, kernel(name).suggest(problem.spec, problem.weight, 1, 10000)):
+        best.setdefault(tuple(config[f] for f in fields), Candidate(name, config))
+    return list(best.values())[:count]
 
 
 def gathering_configs(problem: LayerProblem, count: int) -> list[Candidate]:
     """Those of cuda_mma."""
     fields = ("batch", "tile", "warps", "parts", "split")
-    return of_each_shape(problem, GATHERING, fields, [lambda config: config["entries"] == "wide"], count)
+    return of_each_shape(problem, GATHERING, fields, count, lambda config: config["entries"] == "wide")
 
 
 def configs(problem: LayerProblem, count: int, clusters: int) -> list[Candidate]:
     """Those of cuda_wgmma."""
     fields = ("batch", "tile", "split", "cluster", "groups", "turns")
-    return of_each_shape(problem, NAME, fields, [lambda config: int(config["cluster"]) <= clusters], count)
+    return of_each_shape(problem, NAME, fields, count, lambda config: int(config["cluster"]) <= clusters)
 
 
 def pixel_configs(problem: LayerProblem, count: int) -> list[Candidate]:
-    """Those of cuda_wgmma_nhwc; of each shape, blocks by themselves and in clusters."""
+    """Those of cuda_wgmma_nhwc."""
     fields = ("batch", "tile", "split", "groups", "turns", "channels")
-    kinds: list[Kind] = [lambda config: config["cluster"] == 1, lambda config: config["cluster"] == 2]
-    return of_each_shape(problem, PIXELS, fields, kinds, count)
+    return of_each_shape(problem, PIXELS, fields, count)
 
 
 # ---- right --------------------------------------------------------------------------------------------------
@@ -138,25 +136,24 @@ SMALL += [
             "channels": channels,
             "stages": 2,
             "split": split,
-            "cluster": cluster,
             "groups": groups,
             "turns": turns,
             "entries": entries,
             "steps": steps,
         },
     )
-    for (n, c, h, k, r), (batch, tile, channels, split, cluster, groups, turns, entries, steps) in (
-        ((3, 72, 14, 76, 3), (1, "14x8", 32, 1, 1, 1, 1, "wide", "listed")),
-        ((4, 72, 7, 72, 3), (2, "7x8", 64, 1, 1, 2, 1, "wide", "listed")),
-        ((2, 128, 9, 64, 3), (1, "4x16", 32, 2, 1, 2, 1, "wide", "listed")),
-        ((4, 160, 4, 64, 1), (1, "8x8", 64, 1, 1, 1, 1, "wide", "listed")),
-        ((2, 3, 12, 64, 3), (1, "12x8", 32, 1, 1, 1, 1, "wide", "listed")),
-        ((3, 72, 14, 76, 3), (1, "14x8", 32, 1, 1, 1, 1, "coded", "listed")),
-        ((3, 160, 14, 76, 3), (1, "7x16", 32, 1, 1, 1, 2, "wide", "listed")),
-        ((3, 160, 14, 76, 3), (1, "7x16", 32, 1, 1, 1, 2, "coded", "listed")),
-        ((3, 72, 14, 76, 3), (1, "14x8", 32, 1, 2, 1, 1, "wide", "every")),
-        ((3, 160, 14, 76, 3), (1, "14x16", 32, 1, 1, 2, 1, "wide", "every")),
-        ((3, 160, 14, 76, 3), (1, "7x16", 32, 1, 1, 1, 2, "wide", "every")),
+    for (n, c, h, k, r), (batch, tile, channels, split, groups, turns, entries, steps) in (
+        ((3, 72, 14, 76, 3), (1, "14x8", 32, 1, 1, 1, "wide", "listed")),
+        ((4, 72, 7, 72, 3), (2, "7x8", 64, 1, 2, 1, "wide", "listed")),
+        ((2, 128, 9, 64, 3), (1, "4x16", 32, 2, 2, 1, "wide", "listed")),
+        ((4, 160, 4, 64, 1), (1, "8x8", 64, 1, 1, 1, "wide", "listed")),
+        ((2, 3, 12, 64, 3), (1, "12x8", 32, 1, 1, 1, "wide", "listed")),
+        ((3, 72, 14, 76, 3), (1, "14x8", 32, 1, 1, 1, "coded", "listed")),
+        ((3, 160, 14, 76, 3), (1, "7x16", 32, 1, 1, 2, "wide", "listed")),
+        ((3, 160, 14, 76, 3), (1, "7x16", 32, 1, 1, 2, "coded", "listed")),
+        ((3, 72, 14, 76, 3), (1, "14x8", 32, 1, 1, 1, "wide", "every")),
+        ((3, 160, 14, 76, 3), (1, "14x16", 32, 1, 2, 1, "wide", "every")),
+        ((3, 160, 14, 76, 3), (1, "7x16", 32, 1, 1, 2, "wide", "every")),
     )
 ]
 SMALL += [

@@ -28,7 +28,6 @@ BASE: Config = {
     "channels": 32,
     "stages": 2,
     "split": 1,
-    "cluster": 1,
     "groups": 1,
     "turns": 1,
     "entries": "wide",
@@ -162,7 +161,6 @@ def problems(draw: st.DrawFn) -> tuple[ConvSpec, Config]:
         "channels": draw(st.sampled_from([32, 64, 128])),
         "stages": draw(st.integers(2, 3)),
         "split": draw(st.sampled_from([1, 1, 2])),
-        "cluster": draw(st.sampled_from([1, 1, 2])),
         "groups": draw(st.sampled_from([1, 2])),
         "turns": draw(st.sampled_from([1, 2])),
         "entries": draw(st.sampled_from(["wide", "coded"])),
@@ -398,7 +396,6 @@ CODES: list[Config] = [
     config_of(tile="16x8", groups=2, split=2, stages=3),
     config_of(tile="14x16", turns=2),
     config_of(tile="7x8", turns=2, channels=64, split=2),
-    config_of(tile="14x16", cluster=2),
 ]
 EVERY: list[Config] = [
     config_of(steps="every"),
@@ -406,7 +403,6 @@ EVERY: list[Config] = [
     config_of(tile="14x16", channels=64, steps="every"),
     config_of(tile="28x8", batch=2, groups=2, steps="every"),
     config_of(tile="14x16", turns=2, split=2, steps="every"),
-    config_of(tile="28x8", batch=2, groups=2, cluster=2, steps="every"),
 ]
 
 
@@ -441,8 +437,6 @@ GPU_CASES: list[tuple[ConvSpec, Config, float]] = [
             ({"tile": "7x16", "turns": 2}, 0.1),
             ({"tile": "14x16", "turns": 2, "stages": 2}, 0.2),
             ({"tile": "7x8", "batch": 2, "turns": 2, "split": 2}, 0.1),
-            ({"tile": "14x8", "cluster": 2}, 0.1),
-            ({"tile": "7x8", "batch": 2, "groups": 2, "cluster": 2, "stages": 3}, 0.2),
         )
     ),
     *(
@@ -454,10 +448,9 @@ GPU_CASES: list[tuple[ConvSpec, Config, float]] = [
             (28, 3, 2, {"dilation": 2}, {"tile": "7x8", "channels": 64}),
             (17, 3, 3, {}, {"tile": "6x8"}),
             (28, 1, 2, {}, {"tile": "14x8", "channels": 128}),
-            (28, 3, 2, {}, {"tile": "14x8", "cluster": 2}),
         )
     ),
-    (spec_of(64, 128, 14, 256, 3, **SAME), config_of(tile="14x8", batch=2, groups=2, cluster=2, stages=3), 0.1),
+    (spec_of(64, 128, 14, 256, 3, **SAME), config_of(tile="14x8", batch=2, groups=2, stages=3), 0.1),
     (spec_of(5, 72, 14, 76, 3, **SAME), BASE, 0.0),
     (spec_of(1, 32, 56, 64, 3, **SAME), config_of(tile="28x8", groups=1), 0.1),
     (spec_of(1, 32, 56, 64, 3, **SAME), config_of(tile="56x8", groups=2), 0.1),

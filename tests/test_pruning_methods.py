@@ -243,34 +243,43 @@ def test_two_of_four(scope: Any, sparsity: float, vector: int) -> None:
 
 
 def test_two_of_four_takes_the_largest_that_it_may() -> None:
-    model = nn.Conv2d(6, 1, 1, bias=False)
+    model = nn.Sequential(nn.Conv2d(6, 1, 1, bias=False))
     with torch.no_grad():
-        model.weight[:] = torch.tensor([4.0, -6.0, 5.0, 3.0, 0.5, -1.0])[None, :, None, None]
-
-    def kept(sparsity: float) -> list[float]:
-        pruned = copy.deepcopy(nn.Sequential(model))
-        prune_(pruned, MagnitudePruning(sparsity, "layer", two_of_four=True), every_layer)
-        return [w for w in pruned[0].weight.flatten().tolist() if w]
-
-    assert kept(0.5) == [-6.0, 5.0, -1.0]
-    # Less than half: all pairs, then the rest by size.
-    assert kept(1 / 3) == [-6.0, 5.0, 0.5, -1.0]
-    assert kept(1 / 6) == [4.0, -6.0, 5.0, 0.5, -1.0]
+        model[0].weight[:] = torch.tensor([4.0, -6.0, 5.0, 3.0, 0.5, -1.0])[None, :, None, None]
+    prune_(model, MagnitudePruning(0.5, "layer", two_of_four=True), every_layer)
+    assert model[0].weight.flatten().tolist() == [0.0, -6.0, 5.0, 0.0, 0.0, -1.0]
 
 
-def test_two_of_four_on_a_schedule_and_by_gradients() -> None:
+@pytest.mark.parametrize("scope", ["erk", "uniform+"])
+def test_two_of_four_where_a_scope_keeps_more(scope: Any) -> None:
+    """Small layers would stay dense: they keep half, and the model becomes sparser."""
     model = small_model()
-    pruner = Pruner(model, MagnitudePruning(0.9, two_of_four=True), CubicSchedule(0, 6, every=1))
+    prune_(model, MagnitudePruning(0.6, scope, two_of_four=True))
+    assert sum(zeros(model)) >= round(0.6 * sum(SIZES))
+    assert max(most_of_four(weight(model, name)) for name in CHOSEN) <= 2
+
+
+@pytest.mark.parametrize("acdc", [False, True])
+def test_two_of_four_is_decided_at_the_end_of_a_schedule(acdc: bool) -> None:
+    model = small_model()
+    schedule = ACDCSchedule(0, 8, 2, 2) if acdc else CubicSchedule(0, 6, every=1)
+    pruner = Pruner(model, MagnitudePruning(0.8, two_of_four=True), schedule)
     pruner.begin()
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
-    for x, y in batches() * 2:
+    most = []
+    for x, y in batches() * 3:
         F.cross_entropy(model(x), y).backward()
         sgd.step()
         sgd.zero_grad()
         pruner.step()
+        most.append(max(most_of_four(weight(model, name)) for name in CHOSEN))
     pruner.finish()
-    assert sum(zeros(model)) == round(0.9 * sum(SIZES))
+    assert max(most) > 2
     assert max(most_of_four(weight(model, name)) for name in CHOSEN) <= 2
+    assert 0.8 * sum(SIZES) - 1 < sum(zeros(model)) < 0.83 * sum(SIZES)
+
+
+def test_two_of_four_by_gradients() -> None:
     model = small_model()
     prune_with_data_(model, batches(), FirstOrderPruning(0.8, two_of_four=True))
     assert max(most_of_four(weight(model, name)) for name in CHOSEN) <= 2
@@ -281,6 +290,8 @@ def test_two_of_four_is_no_option_of_obs() -> None:
         OBSPruning(0.5, two_of_four=True)
     with pytest.raises(ValueError, match="two_of_four must be True or False, got 2"):
         MagnitudePruning(0.5, two_of_four=2)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"keeps half of the weights at most: sparsity 0\.4 is"):
+        MagnitudePruning(0.4, two_of_four=True)
 
 
 # Data

@@ -26,8 +26,6 @@ Search space
     Input channels of a stage, and stages of the ring.
 ``split``
     Blocks that share the input channels of one tile; a second kernel adds up their sums.
-``cluster``
-    Blocks of output channels that share a copy of an input tile.
 ``groups``
     Warpgroups of a block, which share its images, or columns, or rows.
 ``turns``
@@ -227,7 +225,8 @@ class PixelTile(Geometry):
 
         from numbasparse.codegen import ptx
 
-        i32, u32, blocks = types.int32, types.uint32, (1 << cluster) - 1
+        assert cluster == 1
+        i32, u32 = types.int32, types.uint32
         planes, plane_bytes, channels = self._phase_planes, self.plane_bytes, self.row_bytes // 2
         (phases_down, phases_across), (dilation, stride) = self.phases, (self.spec.dilation, self.spec.stride)
         (dilation_y, dilation_x), (stride_y, stride_x) = dilation, stride
@@ -241,10 +240,7 @@ class PixelTile(Geometry):
                     for plane in range(planes):
                         number = (i * phases_across + j) * planes + plane
                         to, c = u32(stage + number * plane_bytes), i32(channel + plane * channels)
-                        if cluster > 1:
-                            ptx.copy_box_to_cluster(to, tensor_map, c, x, y, image, full, i32(blocks))
-                        else:
-                            ptx.copy_box(to, tensor_map, c, x, y, image, full)
+                        ptx.copy_box(to, tensor_map, c, x, y, image, full)
 
         return device_function(copy_tile)
 
@@ -469,7 +465,6 @@ class CudaWgmmaNhwc(WgmmaKernel):
             "channels": tuple(c for c in (32, 64, 128, 256) if c < 2 * max(spec.c_per_group, 32)),
             "stages": (2, 3, 4),
             "split": tuple(s for s in (1, 2, 4, 8, 16) if s == 1 or 32 * s <= spec.c_per_group),
-            "cluster": (1, 2),
             "groups": (1, 2),
             "turns": (1, 2),
             "entries": self.entries(weight),
@@ -499,9 +494,9 @@ class CudaWgmmaNhwc(WgmmaKernel):
         rest = facts.rest or not every
         room = steps, ceil(chunks + 2 * deviation) + 1 if rest else 0
         blocks = spec.groups * -(-spec.k_per_group // two_four.ROWS)
-        stages, split, cluster, turns = (int(config[f]) for f in ("stages", "split", "cluster", "turns"))
+        stages, split, turns = (int(config[f]) for f in ("stages", "split", "turns"))
         entries = facts.entries
-        return Shape(geometry, room, stages, split, cluster, blocks, turns, entries, activation, residual, every, rest)
+        return Shape(geometry, room, stages, split, 1, blocks, turns, entries, activation, residual, every, rest)
 
     def runner(self, spec: ConvSpec, packed: Packed, scale: np.ndarray, make: Callable[..., Shape]) -> CudaRunner:
         whole = filled(spec)
@@ -512,7 +507,7 @@ class CudaWgmmaNhwc(WgmmaKernel):
         facts, g = facts_of(weight, config), geometry_of(spec, config)
         shape = self.shape(spec, config, facts)
         steps, chunks, _ = _work(g, facts, spec, shape.every)
-        copy = g.planes * g.batch * g.patch_h * g.patch_w * row_clocks(g.row_bytes) / shape.cluster
+        copy = g.planes * g.batch * g.patch_h * g.patch_w * row_clocks(g.row_bytes)
         stores = g.groups * g.sums / 4 * _STORE_CLOCKS
         return clocks(shape, steps, chunks, 64 * g.n * g.pieces * g.groups, copy, stores, device)
 
@@ -548,7 +543,6 @@ _FIELDS: dict[str, Any] = {
     "channels": (32, 256),
     "stages": (2, 8),
     "split": (1, 64),
-    "cluster": (1, 8),
     "groups": (1, 2),
     "turns": (1, 2),
     "entries": ("wide", "coded"),
@@ -560,7 +554,6 @@ _FALLBACK: Config = {
     "channels": 32,
     "stages": 2,
     "split": 1,
-    "cluster": 1,
     "groups": 1,
     "turns": 1,
     "entries": "wide",

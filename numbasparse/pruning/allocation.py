@@ -24,7 +24,7 @@ class LayerScores:
     Attributes
     ----------
     values : Tensor
-        Score of every vector, (runs, columns); -inf where an earlier mask has pruned.
+        Score of every vector, (runs, columns); -inf for what is never kept, as where an earlier mask has pruned.
     grid : VectorGrid
         How the weight is cut into vectors.
     first, last : bool
@@ -48,6 +48,10 @@ class LayerScores:
     def smallest(self) -> int:
         """Weights in the fullest vector: a layer that lives keeps at least so many."""
         return min(self.grid.vector, self.grid.group_rows)
+
+    def without(self, vectors: Tensor) -> LayerScores:
+        """Return the same with some vectors marked as never kept."""
+        return replace(self, values=self.values.masked_fill(vectors, -torch.inf))
 
     def sizes(self) -> Tensor:
         """Return the weights in every vector, flat in C order."""

@@ -69,9 +69,15 @@ def masks_from_scores(
     regrow: bool = False,
 ) -> dict[str, Tensor]:
     """Compute the mask of every layer from scores of its weights; see `compute_masks`."""
-    vectors = {name: _vector_scores(layer, scores[name], config, regrow) for name, layer in layers.items()}
+    vectors = {name: _vector_scores(layer, scores[name], config.vector, regrow) for name, layer in layers.items()}
+    # Not before the end of a schedule: which two of four stay is decided when the others have been trained as long.
+    beyond = {}
+    if config.two_of_four and sparsity >= config.sparsity:
+        beyond = {name: found.grid.beyond_two(found.values) for name, found in vectors.items()}
+        vectors = {name: found.without(beyond[name]) for name, found in vectors.items()}
     keep = config.allocation(vectors, sparsity)
     masks = {name: top_mask(vectors[name], keep[name]) for name in layers}
+    masks |= {name: masks[name] & ~vectors[name].grid.expand(out) for name, out in beyond.items()}
     return masks if regrow else {name: mask & ~_pruned(layers[name].module) for name, mask in masks.items()}
 
 
@@ -88,18 +94,15 @@ def check_finite(layers: Mapping[str, Layer]) -> None:
             )
 
 
-def _vector_scores(layer: Layer, scores: Tensor, config: Placement, regrow: bool) -> LayerScores:
-    grid = layer.grid(config.vector)
+def _vector_scores(layer: Layer, scores: Tensor, vector: int, regrow: bool) -> LayerScores:
+    grid = layer.grid(vector)
     scores = scores.detach()
     # Means of half floats would be rounded, and equal where they are not.
     scores = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
     if regrow or mask_of(layer.module) is None:
-        values = grid.mean(scores)
-    else:
-        pruned = _pruned(layer.module)
-        values = grid.mean(scores.masked_fill(pruned, 0.0)).masked_fill(grid.all(pruned), -torch.inf)
-    if config.two_of_four:
-        values = grid.prefer_two_of_four(values)
+        return LayerScores(grid.mean(scores), grid, layer.first, layer.last)
+    pruned = _pruned(layer.module)
+    values = grid.mean(scores.masked_fill(pruned, 0.0)).masked_fill(grid.all(pruned), -torch.inf)
     return LayerScores(values, grid, layer.first, layer.last)
 
 

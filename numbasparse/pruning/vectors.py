@@ -21,9 +21,6 @@ from torch import Tensor
 VECTORS = (1, 2, 4, 8, 16)
 """The granularities that kernels know."""
 
-_BEHIND = 1e-20
-"""Factor of scores that come after all others; its square is a double, which `allocation` asks for."""
-
 
 @dataclass(frozen=True)
 class VectorGrid:
@@ -73,34 +70,31 @@ class VectorGrid:
             return flags.reshape(self.shape[0], -1)
         return self.padded(flags, True).all(2).flatten(0, 1)
 
-    def prefer_two_of_four(self, scores: Tensor) -> Tensor:
-        """Put all but the best two of every four neighbouring input channels behind everything else.
+    def beyond_two(self, scores: Tensor) -> Tensor:
+        """Mark all but the best two of every four neighbouring input channels at a place of the kernel.
 
         Parameters
         ----------
         scores : Tensor
-            (groups * runs, columns), of `mean`; not negative, or -inf for what is never kept.
+            (groups * runs, columns), of `mean`.
 
         Returns
         -------
         Tensor
-            The same, those behind made so small that none comes before another one that is not zero.
+            bool, of the same shape. Of equal scores the first are the best.
 
         Notes
         -----
         Sparse tensor cores hold two of four (NVIDIA's 2:4 form; Mishra et al., "Accelerating sparse deep neural
-        networks", 2021, arXiv 2104.08378); masks of 80 % zeros and more that have no more than that anywhere are still
-        as good as free.
+        networks", 2021, arXiv 2104.08378).
         """
-        channels = self.shape[1] if len(self.shape) > 1 else 1
+        channels = self.shape[1]
         places = scores.reshape(len(scores), channels, -1)
         quads = F.pad(places, (0, 0, 0, -channels % 4), value=-torch.inf).unflatten(1, (-1, 4))
         order = torch.sort(quads, stable=True, dim=2, descending=True).indices
-        rank = torch.empty_like(order).scatter_(
-            2, order, torch.arange(4, device=order.device)[:, None].expand_as(order)
-        )
-        behind = (rank >= 2).flatten(1, 2)[:, :channels].reshape(scores.shape)
-        return torch.where(behind, scores * _BEHIND, scores)
+        ranks = torch.arange(4, device=order.device)[:, None].expand_as(order)
+        beyond = torch.empty_like(order).scatter_(2, order, ranks) >= 2
+        return beyond.flatten(1, 2)[:, :channels].reshape(scores.shape)
 
     def sizes(self, device: torch.device) -> Tensor:
         """Return the weights in each vector of a run, int64 of shape (groups * runs, 1)."""
