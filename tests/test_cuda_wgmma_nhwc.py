@@ -373,6 +373,8 @@ def test_steps_are_listed_where_many_are_empty() -> None:
     spec = spec_of(2, 128, 7, 128, 3, padding=1)
     dense = random_weight(spec, 0.1, np.random.default_rng(0))
     assert KERNEL.space(spec, SparseWeight.from_dense(dense), 1)["steps"] == ("every",)
+    some = random_weight(spec, 0.4, np.random.default_rng(0))
+    assert KERNEL.space(spec, SparseWeight.from_dense(some), 1)["steps"] == ("listed", "every")
     dense[:64, 32:64] = 0.0
     assert KERNEL.space(spec, SparseWeight.from_dense(dense), 1)["steps"] == ("listed", "every")
 

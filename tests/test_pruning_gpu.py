@@ -36,10 +36,12 @@ def data() -> list[tuple[Any, Any]]:
 
 @pytest.mark.parametrize("scope", ["global", "layer", "uniform+", "erk", "lamp"])
 @pytest.mark.parametrize("vector", [1, 4])
-def test_masks_are_those_of_the_cpu(scope: Any, vector: int) -> None:
+@pytest.mark.parametrize("two_of_four", [False, True])
+def test_masks_are_those_of_the_cpu(scope: Any, vector: int, two_of_four: bool) -> None:
     model, plain = small_model().cuda(), small_model()
-    prune_(model, MagnitudePruning(0.8, scope, vector))
-    prune_(plain, MagnitudePruning(0.8, scope, vector))
+    config = MagnitudePruning(0.8, scope, vector, two_of_four)
+    prune_(model, config)
+    prune_(plain, config)
     for name in ("2", "6"):
         kept, expected = (m.get_submodule(name).weight.detach().cpu() != 0 for m in (model, plain))
         # Means of vectors may differ by a rounding, and so one vector at the edge.

@@ -338,8 +338,16 @@ class PixelTile(Geometry):
         return device_function(numbers_of), device_function(finish)
 
 
-def _has_gaps(spec: ConvSpec, weight: SparseWeight) -> bool:
-    """Whether one in twenty of the pieces that steps multiply is empty: 64 output and 32 input channels of a tap."""
+_DENSE = 0.2
+"""From here on steps may be less work that are taken twice."""
+
+
+def _lists_steps(spec: ConvSpec, weight: SparseWeight) -> bool:
+    """Whether a list of steps may be worth its words: of codes, of dense weights, and where one in twenty of the pieces
+    that steps multiply is empty (64 output and 32 input channels of a tap).
+    """
+    if weight.levels is not None or weight.density > _DENSE:
+        return True
     taps, rows = spec.r * spec.s, -(-spec.k_per_group // two_four.ROWS)
     columns = -(-spec.c_per_group // two_four.STEP)
     k = np.arange(spec.k)
@@ -468,8 +476,7 @@ class CudaWgmmaNhwc(WgmmaKernel):
             "groups": (1, 2),
             "turns": (1, 2),
             "entries": self.entries(weight),
-            # No step is worth its word where all are there; codes need it.
-            "steps": ("listed", "every") if weight.levels is not None or _has_gaps(spec, weight) else ("every",),
+            "steps": ("listed", "every") if _lists_steps(spec, weight) else ("every",),
         }
 
     def reason_config(self, spec: ConvSpec, config: Config) -> str | None:
@@ -492,7 +499,8 @@ class CudaWgmmaNhwc(WgmmaKernel):
         steps, chunks, deviation = _work(geometry, facts, spec, every)
         # Steps that are listed have a rest even if it is empty, so that one code serves many weights.
         rest = facts.rest or not every
-        room = steps, ceil(chunks + 2 * deviation) + 1 if rest else 0
+        # A blob counts chunks in bytes.
+        room = steps, min(ceil(chunks + 2 * deviation) + 1, 255) if rest else 0
         blocks = spec.groups * -(-spec.k_per_group // two_four.ROWS)
         stages, split, turns = (int(config[f]) for f in ("stages", "split", "turns"))
         entries = facts.entries
@@ -519,8 +527,8 @@ def _reason_steps(spec: ConvSpec, config: Config) -> str | None:
     if config["entries"] != "wide":
         return f"every step of a tile needs entries 'wide', got {config['entries']!r}"
     count = spec.r * spec.s * int(config["channels"]) // two_four.STEP
-    if not StepsKnown[0] <= count <= StepsKnown[1]:
-        return f"code for every step of a tile is made for {StepsKnown[0]} to {StepsKnown[1]} of them, got {count}"
+    if not _KNOWN_STEPS[0] <= count <= _KNOWN_STEPS[1]:
+        return f"code for every step of a tile is made for {_KNOWN_STEPS[0]} to {_KNOWN_STEPS[1]} of them, got {count}"
     return None
 
 
@@ -533,7 +541,7 @@ def _work(geometry: PixelTile, facts: Facts, spec: ConvSpec, every: bool) -> tup
     return (steps, chunks, deviation) if facts.rest else (steps, 0.0, 0.0)
 
 
-StepsKnown = 3, 64
+_KNOWN_STEPS = 3, 64
 """How many steps of a tile the code can know: the first two are a part of their own, and it grows with each."""
 _STORE_CLOCKS = 12.0
 """Of transposing, finishing and storing eight pixels by a warp."""

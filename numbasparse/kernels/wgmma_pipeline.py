@@ -325,7 +325,7 @@ def _compute_every(shape: Shape) -> tuple[Any, Any]:
     own_bytes, metadata_at, rest_at = geometry.group_bytes, values_at + run.metadata, values_at + run.nbytes
     first, others, settle = run.begin(), run.go_on(), ptx.wgmma_settle(geometry.sums)
     leftover, fetch = _leftover(shape)
-    load_four = ptx.load_words("shared", 4)
+    load_four, header_at = ptx.load_words("shared", 4), geometry.tile_bytes
 
     def places_of(stage, group, within, warp, lane):  # type: ignore[no-untyped-def]
         """A thread's values and its metadata, and the descriptor of the pixels of its warpgroup."""
@@ -344,13 +344,12 @@ def _compute_every(shape: Shape) -> tuple[Any, Any]:
             return others(sums, carried, own, metadata, low)
         if not rest:
             return settle(others(sums, carried, own, metadata, low))
-        header = load_four(u32(stage + geometry_tile))
+        header = load_four(u32(stage + header_at))
         fetched = fetch(stage + rest_at, within, warp, lane)
         sums = settle(others(sums, carried, own, metadata, low))
         chunks = i32(header[2] >> u32(8 * warp) & u32(255))
         return leftover(sums, chunks, i64(stage + group * own_bytes), fetched, i64(stage + rest_at), within, warp, lane)
 
-    geometry_tile = geometry.tile_bytes
     return device_function(begin), device_function(compute)
 
 
