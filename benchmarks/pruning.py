@@ -7,6 +7,7 @@
     python benchmarks/pruning.py committee --epochs 60  # the best of them, taught by the checkpoints of all seeds
     python benchmarks/pruning.py faculty --epochs 60  # the same, by those of both networks
     python benchmarks/pruning.py one-shot             # without retraining, also on a CPU
+    python benchmarks/pruning.py two-of-four          # what such masks cost, also on a CPU
     python benchmarks/pruning.py realesrgan search
     python benchmarks/pruning.py core methods search realesrgan --tiny   # every path in a few steps, also on a CPU
 
@@ -40,6 +41,7 @@ from pruning_fashion import (
     retrain_after,
     search,
     shipped_one_shot,
+    shipped_two_of_four,
     single,
 )
 from pruning_pool import Job, Pool, Results
@@ -248,6 +250,13 @@ def one_shot_jobs(args: argparse.Namespace) -> Iterator[Job]:
     yield Job("one-shot", shipped_one_shot, p | {"one_shot": (0.9,) if args.tiny else AT_ONCE})
 
 
+def two_of_four_jobs(args: argparse.Namespace) -> Iterator[Job]:
+    """What it costs to take the quickstart's pruned network to two of four; no GPU needed."""
+    for seed in range(args.seeds):
+        p = common_parameters(args) | {"group": "two of four", "network": "fashion", "seed": seed, "sparsity": 0.9}
+        yield Job(f"two of four seed {seed} {args.fine_epochs} epochs", shipped_two_of_four, p)
+
+
 GROUPS = {
     "calibrate": calibrate_jobs,
     "core": core_jobs,
@@ -257,6 +266,7 @@ GROUPS = {
     "faculty": faculty_jobs,
     "methods": methods_jobs,
     "one-shot": one_shot_jobs,
+    "two-of-four": two_of_four_jobs,
     "realesrgan": realesrgan_jobs,
     "search": search_jobs,
 }

@@ -288,6 +288,21 @@ def shipped_one_shot(job: Job, device: torch.device, emit: Emit) -> None:
     one_shot(e, model)
 
 
+def shipped_two_of_four(job: Job, device: torch.device, emit: Emit) -> None:
+    """Retrain the quickstart's pruned network a little: as it is, and with at most two of four neighbouring channels.
+
+    Both see the same images in the same order.
+    """
+    e = Experiment(job, device, emit)
+    p = e.p
+    for two_of_four in (False, True):
+        torch.manual_seed(p["seed"])
+        model = load_model("pruned").to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        pruner = Pruner(model, method_config(p | {"two_of_four": two_of_four}))
+        train_pruned(model, e, e.fine, p["fine_epochs"], pruner)
+        e.row(model, method="retrained", two_of_four=two_of_four, fine_epochs=p["fine_epochs"], fine_lr=p["fine_lr"])
+
+
 def search(job: Job, device: torch.device, emit: Emit) -> None:
     """Search the sparsest form of the quickstart's trained network that is not worse than it.
 

@@ -151,6 +151,18 @@ def methods(rows: list[Row]) -> list[str]:
     return lines
 
 
+def two_of_four(rows: list[Row]) -> list[str]:
+    """What it costs a pruned network to have at most two of four neighbouring channels."""
+    own = chosen(rows, group="two of four")
+    if not own:
+        return []
+    names = {False: "as it was", True: "two of four"}
+    body = [[name, spread(accuracies(own, two_of_four=flag))] for flag, name in names.items()]
+    epochs = own[0]["fine_epochs"]
+    title = f"The quickstart's pruned network, {epochs} epoch{'s' * (epochs > 1)} more, the same images for both:"
+    return ["", title, "", *table(["", "accuracy"], body)]
+
+
 def realesrgan(rows: list[Row]) -> list[str]:
     """PSNR to the dense network's output on held-out pictures."""
     mine = [row for row in rows if "psnr" in row]
@@ -223,7 +235,8 @@ def report(content: Row) -> list[str]:
     fashion = [row for row in rows if "group" in row and row.get("judged_by") == "test"]
     lines = ["Runs: " + "; ".join(dict.fromkeys(map(where, content["runs"])))]
     long = longest(fashion)
-    return [*lines, *networks(long), "", *aims(long), *methods(fashion), *realesrgan(rows), "", *search(rows)]
+    rest = [*two_of_four(fashion), *realesrgan(rows), "", *search(rows)]
+    return [*lines, *networks(long), "", *aims(long), *methods(fashion), *rest]
 
 
 def calibration(content: Row) -> list[str]:

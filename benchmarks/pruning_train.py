@@ -165,7 +165,7 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         x, kept = mixed(augment(data.x[chosen], None), recipe.mixup)
         x = x.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, dtype=torch.bfloat16):
             outputs = model(x)
             loss = label_loss(outputs, data.y[chosen], kept, recipe.label_smoothing)
             if distillation is not None:

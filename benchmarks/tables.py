@@ -156,6 +156,7 @@ SECTIONS: list[tuple[str, Callable[[str], list[str]], list[str]]] = [
             "models.json",
             "models_zen4.json",
             "models_zen4_run2.json",
+            "models_xeon.json",
             "models_avx512.json",
             "models_avx512_run2.json",
             "models_rrdb.json",

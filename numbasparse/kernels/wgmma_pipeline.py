@@ -17,6 +17,10 @@ all of them.
 A warp of its own for the copies would leave the others too few registers: a quarter of a multiprocessor has them for
 two warps of 255, or for three of 168, and nvJitLink ignores ``setmaxnreg`` in PTX (C7504).
 
+Steps are read from a list with their weights, or the code knows them all.  Then, where a weight leaves no rest, a job
+begins while the last steps of the one before are under way, and its stage is left as soon as they are done: the tensor
+cores wait for nothing but full stages.
+
 How a tile lies in shared memory, which is what activations in CHWN and in NHWC differ in, is a `Geometry`.
 
 Values of a quantized weight may be stored as codes, which the threads decode on their way to the tensor cores: copies
