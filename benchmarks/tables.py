@@ -146,7 +146,7 @@ SECTIONS: list[tuple[str, Callable[[str], list[str]], list[str]]] = [
     (
         "Single convolutions on a CPU: ratio to the better of stock torch's NCHW and channels-last",
         layers,
-        ["cpu_layers.json", "cpu_layers_avx512.json", "cpu_layers_zen4.json"],
+        ["cpu_layers.json", "cpu_layers_avx512.json", "cpu_layers_zen4.json", "cpu_layers_xeon.json"],
     ),
     ("Convolutions on a CPU whose sizes divide nothing", awkward, ["cpu_awkward.json"]),
     (
