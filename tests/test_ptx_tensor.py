@@ -147,6 +147,46 @@ def stepping(row_bytes: int, n: int, dtype: str) -> cuda.Ptx:
     return compiled(stepping, 5, (row_bytes, n, dtype))
 
 
+LONGEST = 5
+"""Steps of a run, at most."""
+
+
+def run_of(row_bytes: int, n: int, dtype: str, steps: int) -> Any:
+    """So many steps whose operands begin at different rows and halves."""
+    from numbasparse.codegen import ptx
+
+    words = tuple((2 * i * row_bytes + i % (row_bytes // 64) * 64) // 16 for i in range(steps))
+    return ptx.StepRun(words, (0,), n, dtype, ptx.k_major_descriptor(row_bytes, EIGHTS * row_bytes))
+
+
+@functools.cache
+def running(row_bytes: int, n: int, dtype: str, steps: int) -> cuda.Ptx:
+    """Kernel ``(out, packed, rows)``: steps of `run_of`, whose weights come to shared memory behind the tile."""
+    cuda.numba_cuda()
+    from numba import types
+
+    from numbasparse.codegen import ptx
+
+    arrive, size = arrival(row_bytes)
+    run = run_of(row_bytes, n, dtype, steps)
+    first, others, settle, zeros = run.begin(), run.go_on(), ptx.wgmma_settle(n // 2), ptx.zeros(n // 2)
+    write, metadata, nbytes = writing(n), run.metadata, run.nbytes
+    i32, u32, i64 = types.int32, types.uint32, types.int64
+
+    def running(out, packed, rows):  # type: ignore[no-untyped-def]
+        thread = ptx.thread_index()
+        tile = arrive(0, 0, 0, 0)
+        at = tile + size
+        for i in range(thread, nbytes // 4, 128):
+            ptx.store_shared_i32(u32(at + 4 * i), i32(ptx.load_global_i32(i64(packed + 4 * i))))
+        ptx.barrier()
+        own, word = u32(at + thread * 16), u32(at + metadata + thread * 4)
+        sums, carried = first(zeros(), own, word, u32(tile >> 4))
+        write(settle(others(sums, carried, own, word, u32(tile >> 4))), out, rows)
+
+    return compiled(running, 3, (row_bytes, n, dtype, steps))
+
+
 @functools.cache
 def pairs(row_bytes: int, n: int, dtype: str) -> cuda.Ptx:
     """Kernel ``(out, values, offsets, rows)``: four pairs of k of rows of a tile, a matrix."""
@@ -369,6 +409,7 @@ def test_assembled(row_bytes: int) -> None:
         (gathering(row_bytes, n, "bfloat16"), "ldmatrix.sync.aligned.m8n8.x4.trans"),
         (gathering_deep(row_bytes, n, "bfloat16"), "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"),
         (stepping(max(64, row_bytes), n, "float16"), "0, p, 1, 1, 0;"),
+        (running(max(64, row_bytes), n, "float16", LONGEST), "1, p, 1, 1, 0;"),
         (pairs(max(64, row_bytes), n, "float16"), "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32"),
         (decoding("nibbles", "float16"), "prmt.b32"),
         (decoding("integers", "float16"), "sub.f16x2"),
@@ -420,7 +461,7 @@ class Run:
 
         out = torch.full((size,), torch.nan, device="cuda")
         values = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in (out, *arguments)]
-        shared = 1024 + HEAD + PIXELS * 32 * self.row_bytes + 512
+        shared = 1024 + HEAD + PIXELS * 32 * self.row_bytes + 512 + LONGEST * (2048 + 512)
         cuda.load(ptx).launch((1, 1, 1), 128, shared, cuda.current_stream(), values, tensor_map=self.map)
         torch.cuda.synchronize()
         return out.cpu().numpy()
@@ -464,9 +505,9 @@ def test_boxes_are_swizzled(row_bytes: int, origin: tuple[int, int, int, int]) -
     np.testing.assert_array_equal(found, expected)
 
 
-def a_step(dtype: str) -> tuple[np.ndarray, np.ndarray]:
+def a_step(dtype: str, seed: int = 7) -> tuple[np.ndarray, np.ndarray]:
     """Registers and metadata of a sparse step."""
-    rng = np.random.default_rng(7)
+    rng = np.random.default_rng(seed)
     dense = rng.integers(-4, 5, (64, 32)).astype(np.float32) * (rng.random((64, 32)) < 0.2)
     row, column = np.nonzero(dense)
     steps, _ = two_four.cover_steps(0 * row, row, column // 8, column % 8, dense[row, column], 1, 4)
@@ -596,6 +637,28 @@ def test_sparse_wgmma_of_neighbouring_k(row_bytes: int, n: int, half: int, row: 
     found = run.launch(stepping(row_bytes, n, dtype), 64 * n, *arguments).reshape(64, n)
     b = k_major_operand(run.memory(), start, ptx.k_major_descriptor(row_bytes, EIGHTS * row_bytes), n)
     expected = opened(values, metadata, dtype) @ widened(b.view(np.uint32), dtype).reshape(b.shape)
+    np.testing.assert_array_equal(found, expected)
+
+
+@on_hopper
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("steps", [3, 4, LONGEST])
+@pytest.mark.parametrize(("row_bytes", "n"), [(128, 128), (128, 40), (64, 56)])
+def test_step_run(row_bytes: int, n: int, steps: int, dtype: str) -> None:
+    """Of every second step the metadata are those of lanes 2 and 3 of four."""
+    from numbasparse.codegen import ptx
+
+    run, made = Run(row_bytes, dtype), [a_step(dtype, seed) for seed in range(steps)]
+    metadata = np.zeros((-(-steps // 2), 4, 8, 2, 2), np.uint32)
+    for i, (_, words) in enumerate(made):
+        metadata[i // 2, :, :, i % 2] = words.reshape(4, 8, 2)
+    packed = np.concatenate([*(values.ravel() for values, _ in made), metadata.ravel()])
+    rows = np.arange(64, dtype=np.int32)
+    found = run.launch(running(row_bytes, n, dtype, steps), 64 * n, to_gpu(packed), to_gpu(rows)).reshape(64, n)
+    high, expected = ptx.k_major_descriptor(row_bytes, EIGHTS * row_bytes), np.zeros((64, n), np.float32)
+    for word, (values, words) in zip(run_of(row_bytes, n, dtype, steps).words, made, strict=True):
+        b = k_major_operand(run.memory(), word, high, n)
+        expected += opened(values, words, dtype) @ widened(b.view(np.uint32), dtype).reshape(b.shape)
     np.testing.assert_array_equal(found, expected)
 
 
