@@ -170,7 +170,7 @@ def problems(draw: st.DrawFn) -> tuple[ConvSpec, Config]:
 
 
 @given(problem=problems(), density=st.sampled_from([0.0, 0.05, 0.2, 0.5, 1.0]), seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_emulated(problem: tuple[ConvSpec, Config], density: float, seed: int) -> None:
     spec, config = problem
     rng = np.random.default_rng(seed)
@@ -394,16 +394,12 @@ CODES: list[Config] = [
     BASE,
     config_of(tile="28x8", groups=2, batch=2),
     config_of(tile="14x16", channels=64),
-    config_of(tile="7x8", batch=4, groups=2, channels=64),
     config_of(tile="16x8", groups=2, split=2, stages=3),
     config_of(tile="14x16", turns=2),
-    config_of(tile="7x8", turns=2, channels=64, split=2),
 ]
 EVERY: list[Config] = [
-    config_of(steps="every"),
-    config_of(tile="28x8", steps="every"),
-    config_of(tile="14x16", channels=64, steps="every"),
     config_of(tile="28x8", batch=2, groups=2, steps="every"),
+    config_of(tile="14x16", channels=64, steps="every"),
     config_of(tile="14x16", turns=2, split=2, steps="every"),
 ]
 

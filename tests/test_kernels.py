@@ -543,7 +543,7 @@ def test_random_configs(data: st.DataObject) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_many_random_configs(data: st.DataObject) -> None:
     _random_config(data)
