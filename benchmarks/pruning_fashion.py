@@ -41,8 +41,6 @@ from numbasparse.quantization import CodebookQuantization, LinearQuantization, Q
 from numbasparse.quantization.layers import QuantizationConfig
 
 VALIDATION = 5000
-HOW = ("method", "scope", "vector", "two_of_four")
-"""What a row says of how a network was pruned."""
 
 
 @cache
@@ -82,6 +80,15 @@ class Experiment:
         self.start = time.perf_counter()
 
 
+def how(p: dict[str, Any]) -> Row:
+    """Return what a row says of how a job's network was pruned."""
+    return (
+        {name: p[name] for name in ("method", "scope", "vector", "two_of_four")}
+        if p["sparsity"]
+        else {"method": "dense"}
+    )
+
+
 def method_config(p: dict[str, Any]) -> MagnitudePruning:
     """Return the pruning config of a job."""
     return MagnitudePruning(p["sparsity"], p["scope"], p["vector"], p["two_of_four"])
@@ -113,8 +120,7 @@ def train_once(e: Experiment) -> nn.Module:
     model = e.network()
     steps = len(e.data) // e.recipe.batch * p["epochs"]
     loss = train_pruned(model, e, e.recipe, p["epochs"], method_pruner(model, p, steps))
-    method = {name: p[name] for name in HOW} if p["sparsity"] else {"method": "dense"}
-    e.row(model, **method, loss=round(loss, 4), recipe=asdict(e.recipe), by_layer=by_layer(model))
+    e.row(model, **how(p), loss=round(loss, 4), recipe=asdict(e.recipe), by_layer=by_layer(model))
     return model
 
 
@@ -212,10 +218,9 @@ def from_checkpoint(job: Job, device: torch.device, emit: Emit) -> None:
     recipe = replace(e.recipe, **p["second"])
     pruner = method_pruner(model, p, len(e.data) // recipe.batch * epochs)
     loss = train_pruned(model, e, recipe, epochs, pruner, teacher)
-    method = {name: p[name] for name in HOW} if p["sparsity"] else {"method": "dense"}
     more = {"first_epochs": p["first_epochs"], "distilled": teacher is not None}
     more |= {"committee": p["committee"], "teachers": p["teachers"]}
-    e.row(model, **method, **more, loss=round(loss, 4), recipe=asdict(recipe), by_layer=by_layer(model))
+    e.row(model, **how(p), **more, loss=round(loss, 4), recipe=asdict(recipe), by_layer=by_layer(model))
     if p["quantizations"]:
         e.fine = replace(recipe, lr=p["fine_lr"], warm_up=0.0)
         fine_tune(e, model, teacher)
@@ -257,7 +262,7 @@ def retrain_after(job: Job, device: torch.device, emit: Emit) -> None:
     first = p["epochs"] // 2
     train(model, e.data, epochs=first, recipe=e.recipe)
     train_pruned(model, e, e.recipe, p["epochs"] - first, Pruner(model, method_config(p)))
-    e.row(model, **{name: p[name] for name in HOW}, by_layer=by_layer(model))
+    e.row(model, **how(p), by_layer=by_layer(model))
 
 
 def one_shot(e: Experiment, dense: nn.Module) -> None:

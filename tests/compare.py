@@ -5,12 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 
 from numbasparse import SparseWeight
 from numbasparse.kernels import Config
 from numbasparse.kernels.reference import conv2d_reference
 from numbasparse.kernels.two_four import narrow
+from numbasparse.runtime import cuda
 from numbasparse.spec import ConvSpec
+
+
+def on_hopper(test: Any) -> Any:
+    """Mark a test that runs on an H100 or H200."""
+    absent = cuda.reason_unavailable() is not None or cuda.current().capability != (9, 0)
+    return pytest.mark.gpu(pytest.mark.skipif(absent, reason="needs an H100 or H200")(test))
 
 
 def assert_close(

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from compare import assert_as_tensor_cores, assert_right_on_gpu
+from compare import assert_as_tensor_cores, assert_right_on_gpu, on_hopper
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import quantized, random_weight, tensor_core_specs
@@ -295,10 +295,7 @@ def test_cases_for_a_gpu_are_valid(number: int) -> None:
     assert KERNEL.check(spec, weight, config) is None
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(
-    cuda.reason_unavailable() is not None or cuda.current().capability != (9, 0), reason="needs an H100 or H200"
-)
+@on_hopper
 @pytest.mark.parametrize("with_residual", [False, True], ids=["", "residual"])
 @pytest.mark.parametrize("number", range(len(GPU_CASES)))
 def test_variants(number: int, with_residual: bool) -> None:
@@ -308,10 +305,7 @@ def test_variants(number: int, with_residual: bool) -> None:
     assert_right_on_gpu(KERNEL, spec, weight, config, rng, with_residual)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(
-    cuda.reason_unavailable() is not None or cuda.current().capability != (9, 0), reason="needs an H100 or H200"
-)
+@on_hopper
 @pytest.mark.parametrize(("bits", "kind"), [(8, "linear"), (4, "linear"), (4, "codebook"), (3, "codebook")])
 @pytest.mark.parametrize("number", [*range(6), 9, 18])
 def test_codes(number: int, bits: int, kind: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from compare import assert_as_tensor_cores, assert_right_on_gpu
+from compare import assert_as_tensor_cores, assert_right_on_gpu, on_hopper
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import quantized, random_weight, two_of_four
@@ -482,10 +482,7 @@ def test_cases_for_a_gpu_are_valid(spec: ConvSpec, config: Config, density: floa
     assert KERNEL.check(spec, weight, config) is None
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(
-    cuda.reason_unavailable() is not None or cuda.current().capability != (9, 0), reason="needs an H100 or H200"
-)
+@on_hopper
 @pytest.mark.parametrize("with_residual", [False, True], ids=["", "residual"])
 @pytest.mark.parametrize("number", range(len(GPU_CASES)))
 def test_variants(number: int, with_residual: bool) -> None:
@@ -495,10 +492,7 @@ def test_variants(number: int, with_residual: bool) -> None:
     assert_right_on_gpu(KERNEL, spec, weight, config, rng, with_residual)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(
-    cuda.reason_unavailable() is not None or cuda.current().capability != (9, 0), reason="needs an H100 or H200"
-)
+@on_hopper
 @pytest.mark.parametrize("rest", [False, True], ids=["two of four", "rest"])
 @pytest.mark.parametrize("number", range(len(EVERY_CASES)))
 def test_every_step(number: int, rest: bool) -> None:
@@ -509,10 +503,7 @@ def test_every_step(number: int, rest: bool) -> None:
     assert_right_on_gpu(KERNEL, spec, weight, config, rng, number % 2 == 1)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(
-    cuda.reason_unavailable() is not None or cuda.current().capability != (9, 0), reason="needs an H100 or H200"
-)
+@on_hopper
 @pytest.mark.parametrize(("bits", "kind"), [(8, "linear"), (4, "linear"), (4, "codebook"), (3, "codebook")])
 @pytest.mark.parametrize("number", [*range(6), 9, 11, 13, 21])
 def test_codes(number: int, bits: int, kind: str) -> None:

@@ -11,20 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from compare import on_hopper
 from tensor_emulation import box, k_major_operand, opened, opened_deep, opened_dense, operand, swizzled, widened
 
 from numbasparse.kernels import two_four
 from numbasparse.runtime import cuda
 
-NO_HOPPER = cuda.reason_unavailable() is not None or cuda.current().capability != (9, 0)
 N, H, W, C = 72, 5, 9, 40
 """Of the array that is copied from, in the order of memory C, H, W, N."""
 PIXELS = 8
-
-
-def on_hopper(test: Any) -> Any:
-    """Mark a test that runs on an H100 or H200."""
-    return pytest.mark.gpu(pytest.mark.skipif(NO_HOPPER, reason="needs an H100 or H200")(test))
 
 
 pytestmark = pytest.mark.usefixtures("a_hopper")

@@ -756,20 +756,23 @@ def load_words(space: str, count: int) -> Any:
     model orders (section 8.4, "Strong operations").
     """
     kind: Any = types.uint32 if count == 1 else types.UniTuple(types.uint32, count)
-    places = ", ".join(f"${i}" for i in range(count))
-    target = f".v{count}.u32 {{{places}}}" if count > 1 else f".u32 {places}"
-    address, letter = (_S, "r") if space == "shared" else (_G, "l")
-    letters = ",".join(["=r"] * count + [letter])
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-        text = f"ld.relaxed.cta.{space}{target}, [${count}];"
-        result = _I32 if count == 1 else ir.LiteralStructType([_I32] * count)
-        loaded = _asm(builder, result, text, letters, [(_LLVM[address], arguments[0])])
-        if count == 1:
-            return loaded
-        return context.make_tuple(builder, kind, [builder.extract_value(loaded, i) for i in range(count)])
+        loaded = _load_words(builder, space, count, arguments[0])
+        return loaded[0] if count == 1 else context.make_tuple(builder, kind, loaded)
 
-    return _intrinsic_of_arity(1, kind(address), generate)
+    return _intrinsic_of_arity(1, kind(_S if space == "shared" else _G), generate)
+
+
+def _load_words(builder: ir.IRBuilder, space: str, count: int, address: ir.Value, offset: int = 0) -> list[ir.Value]:
+    """What `load_words` emits, at an address plus a constant."""
+    places = ", ".join(f"${i}" for i in range(count))
+    target = f".v{count}.u32 {{{places}}}" if count > 1 else f".u32 {places}"
+    text = f"ld.relaxed.cta.{space}{target}, [${count}{f'+{offset}' if offset else ''}];"
+    kind, letter = (_S, "r") if space == "shared" else (_G, "l")
+    result = _I32 if count == 1 else ir.LiteralStructType([_I32] * count)
+    loaded = _asm(builder, result, text, ",".join(["=r"] * count + [letter]), [(_LLVM[kind], address)])
+    return [loaded] if count == 1 else [builder.extract_value(loaded, i) for i in range(count)]
 
 
 _SHORT = {"float16": "f16", "bfloat16": "bf16"}
@@ -972,15 +975,11 @@ class StepRun:
 
     @staticmethod
     def _load(builder: ir.IRBuilder, step: int, addresses: Sequence[ir.Value]) -> list[ir.Value]:
-        text = f"ld.relaxed.cta.shared.v4.u32 {{$0, $1, $2, $3}}, [$4+{2048 * step}];"
-        letters = "=r,=r,=r,=r,r,~{memory}"
-        made = _asm(builder, ir.LiteralStructType([_I32] * 4), text, letters, [(_I32, addresses[0])])
-        return [builder.extract_value(made, i) for i in range(4)]
+        return _load_words(builder, "shared", 4, addresses[0], 2048 * step)
 
     @staticmethod
     def _load_metadata(builder: ir.IRBuilder, pair: int, addresses: Sequence[ir.Value]) -> ir.Value:
-        text = f"ld.relaxed.cta.shared.u32 $0, [$1+{512 * pair}];"
-        return _asm(builder, _I32, text, "=r,r,~{memory}", [(_I32, addresses[1])])
+        return _load_words(builder, "shared", 1, addresses[1], 512 * pair)[0]
 
 
 def wgmma_wait(groups: int) -> Any:

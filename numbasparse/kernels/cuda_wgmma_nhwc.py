@@ -54,7 +54,7 @@ from numbasparse.kernels.base import Config, CudaRunner, Space, check_fields
 from numbasparse.kernels.cuda_tiles import cached_by, device_function, parse_tile, row_clocks
 from numbasparse.kernels.wgmma_packing import Packed
 from numbasparse.kernels.wgmma_pipeline import WgmmaKernel, clocks
-from numbasparse.kernels.wgmma_shape import Facts, Geometry, Shape, facts_of
+from numbasparse.kernels.wgmma_shape import Facts, Geometry, Shape, facts_of, places_of
 from numbasparse.runtime import cuda, layouts
 from numbasparse.spec import ConvSpec
 from numbasparse.weight import SparseWeight
@@ -350,9 +350,8 @@ def _lists_steps(spec: ConvSpec, weight: SparseWeight) -> bool:
         return True
     taps, rows = spec.r * spec.s, -(-spec.k_per_group // two_four.ROWS)
     columns = -(-spec.c_per_group // two_four.STEP)
-    k = np.arange(spec.k)
-    block = (k // spec.k_per_group * rows + k % spec.k_per_group // two_four.ROWS).repeat(np.diff(weight.indptr))
-    channel, tap = np.divmod(weight.indices.astype(np.int64), taps)
+    k, channel, tap = places_of(weight)
+    block = k // spec.k_per_group * rows + k % spec.k_per_group // two_four.ROWS
     pieces = np.zeros(spec.groups * rows * columns * taps, bool)
     pieces[(block * columns + channel // two_four.STEP) * taps + tap] = True
     return bool(pieces.mean() < 0.95)

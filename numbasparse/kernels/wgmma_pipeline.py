@@ -644,7 +644,7 @@ def clocks(
     if waves == 1:
         each = min(each, ceil(shape.works / device.multiprocessors))
     # Blocks share all but their warpgroups.  A stage is filled while the others are computed.
-    together = (shared, copy / (shape.stages - 1), (blob + g.copied_bytes / shape.cluster) / _L2_BYTES_PER_CLOCK)
+    together = (shared, copy / (shape.stages - 1), (blob + g.copied_bytes) / _L2_BYTES_PER_CLOCK)
     parts = (alone / shape.turns, *(each * part for part in together))
     job = sum(part**_TOGETHER for part in parts) ** (1 / _TOGETHER)
     exposed = stores if each == 1 else 0.0

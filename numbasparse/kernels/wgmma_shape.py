@@ -112,6 +112,13 @@ def facts_of(weight: SparseWeight, config: Config) -> Facts:
     return Facts(weight.density, entries_of(weight, config), leaves_rest(weight))
 
 
+def places_of(weight: SparseWeight) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Output channel, input channel (of its group) and tap of every non-zero: int64."""
+    _, r, s = weight.kernel_shape
+    channel, tap = np.divmod(weight.indices.astype(np.int64), r * s)
+    return np.repeat(np.arange(weight.k), np.diff(weight.indptr)), channel, tap
+
+
 _rests: weakref.WeakKeyDictionary[SparseWeight, bool] = weakref.WeakKeyDictionary()
 
 
@@ -120,8 +127,7 @@ def leaves_rest(weight: SparseWeight) -> bool:
     found = _rests.get(weight)
     if found is None:
         channels, r, s = weight.kernel_shape
-        channel, tap = np.divmod(weight.indices.astype(np.int64), r * s)
-        row = np.repeat(np.arange(weight.k), np.diff(weight.indptr))
+        row, channel, tap = places_of(weight)
         quad = (row * -(-channels // 4) + channel // 4) * (r * s) + tap
         found = _rests[weight] = bool((np.bincount(quad) > 2).any())
     return found

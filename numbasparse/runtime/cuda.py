@@ -635,12 +635,12 @@ class TensorMap:
         Values along each dimension, the innermost first: of the array, and of a box (at most 256).
     strides : sequence of int
         Bytes from one to the next along all dimensions but the innermost; multiples of 16.
-    every : sequence of int, optional
-        Along each dimension a box takes every so many-th value, from its first; at most 8, and then ``box`` times it
-        is at most 256.
     swizzle : int
         Bytes of a box's rows whose 16-byte pieces change places (see `codegen.ptx.Swizzle`): 128, 64 or 32; 0 or 16
         for none.
+    every : sequence of int, optional
+        Along each dimension a box takes every so many-th value, from its first; at most 8, and then ``box`` times it
+        is at most 256.
 
     Raises
     ------
