@@ -17,9 +17,9 @@ all of them.
 A warp of its own for the copies would leave the others too few registers: a quarter of a multiprocessor has them for
 two warps of 255, or for three of 168, and nvJitLink ignores ``setmaxnreg`` in PTX (C7504).
 
-Steps are read from a list with their weights, or the code knows them all.  Then, where a weight leaves no rest, a job
-begins while the last steps of the one before are under way, and its stage is left as soon as they are done: the tensor
-cores wait for nothing but full stages.
+Steps are read from a list with their weights, or the code knows them all.  Then a stage is left when the first steps of
+the next job are under way; and where a weight leaves no rest, a job begins while the last steps of the one before are:
+the tensor cores wait for nothing but full stages.
 
 How a tile lies in shared memory, which is what activations in CHWN and in NHWC differ in, is a `Geometry`.
 
@@ -145,25 +145,29 @@ def _code(shape: Shape) -> Callable[..., None]:
             block, part, first_image, oy, ox, _, _ = place_of(work)
             numbers = numbers_of(rows, block * i64(two_four.ROWS) + warp * 16, lane)
             for number in range(jobs_of(ranges, work)[1]):
-                following = load_job(job)
-                if turns == 1 or i32(number) % i32(turns) == turn:
-                    ptx.mbarrier_wait(u32(base + 8 * slot), phase)
-                    stage = base + HEAD_BYTES + slot * stage_bytes
-                    sums, carried = begin(sums, stage, group, within, warp, lane)
-                    if late:
-                        leave(base, blobs, left_slot, left_job, left_origin, left_wanted, lane)
-                        left_slot, left_job, left_origin, left_wanted = slot, following, origin, ahead < works
-                    sums = compute(sums, carried, stage, values, group, within, warp, lane)
-                    if not late:
-                        leave(base, blobs, slot, following, origin, ahead < works, lane)
-                if ahead < works:
-                    job, left, ahead, origin = advance(jobs, ranges, job, left, ahead, step, origin)
-                # The next instructions want all lanes together.
-                ptx.warp_barrier()
+                following, after, wanted = load_job(job), origin, ahead < works
+                own_slot, own_phase = slot, phase
                 slot += i32(1)
                 if slot == i32(stages):
                     slot = i32(0)
                     phase ^= i32(1)
+                if turns == 1 or i32(number) % i32(turns) == turn:
+                    ptx.mbarrier_wait(u32(base + 8 * own_slot), own_phase)
+                    stage = base + HEAD_BYTES + own_slot * stage_bytes
+                    sums, carried = begin(sums, stage, group, within, warp, lane)
+                    if late:
+                        leave(base, blobs, left_slot, left_job, left_origin, left_wanted, lane)
+                        left_slot, left_job, left_origin, left_wanted = own_slot, following, after, wanted
+                    # What this waits for is read while steps are under way.
+                    if wanted:
+                        job, left, ahead, origin = advance(jobs, ranges, job, left, ahead, step, origin)
+                    sums = compute(sums, carried, stage, values, group, within, warp, lane)
+                    if not late:
+                        leave(base, blobs, own_slot, following, after, wanted, lane)
+                elif wanted:
+                    job, left, ahead, origin = advance(jobs, ranges, job, left, ahead, step, origin)
+                # The next instructions want all lanes together.
+                ptx.warp_barrier()
             if late:
                 sums = settle(sums)
                 leave(base, blobs, left_slot, left_job, left_origin, left_wanted, lane)
@@ -317,7 +321,7 @@ def _decoder(shape: Shape) -> tuple[Any, Any]:
 
 def _compute_every(shape: Shape) -> tuple[Any, Any]:
     """What `_compute` gives, where a job has every step; the last two are under way when it ends, if stages are left
-    late.
+    late and there is no rest.
     """
     from numba import types
 
@@ -344,10 +348,9 @@ def _compute_every(shape: Shape) -> tuple[Any, Any]:
 
     def compute(sums, carried, stage, values, group, within, warp, lane):  # type: ignore[no-untyped-def]
         own, metadata, low = places_of(stage, group, within, warp, lane)
-        if late:
-            return others(sums, carried, own, metadata, low)
         if not rest:
-            return settle(others(sums, carried, own, metadata, low))
+            sums = others(sums, carried, own, metadata, low)
+            return sums if late else settle(sums)
         header = load_four(u32(stage + header_at))
         fetched = fetch(stage + rest_at, within, warp, lane)
         sums = settle(others(sums, carried, own, metadata, low))
@@ -636,7 +639,7 @@ def clocks(
     blob = steps * unit_bytes + chunks * CHUNK_BYTES
     shared = ((steps + chunks) * operand + g.tile_bytes + (1 + g.groups) * blob) / _SHARED_BYTES_PER_CLOCK
     step = max(_STEP_CLOCKS, (operand + (1 + g.groups) * unit_bytes) / _SHARED_BYTES_PER_CLOCK)
-    between = 0.0 if shape.late else _EVERY_CLOCKS if shape.every else _LISTED_CLOCKS
+    between = 0.0 if shape.late and not shape.rest else _EVERY_CLOCKS if shape.every else _LISTED_CLOCKS
     alone = steps * step + chunks * _COLUMN_CLOCKS * 2 * g.sums + between
     copy += blob / _BULK_BYTES_PER_CLOCK
     jobs = ceil(ceil(spec.c_per_group / g.channels) / shape.split)

@@ -292,10 +292,8 @@ class Shape(OutputTiles):
 
     @property
     def late(self) -> bool:
-        """Whether a stage is left when the first steps of the next job are under way: what waits for nothing must have
-        another stage to go on with.
-        """
-        return self.every and not self.rest and self.stages > self.turns
+        """Whether a stage is left when the first steps of the next job are under way, which needs another stage."""
+        return self.every and self.stages > self.turns
 
     def steps_bytes(self, steps: int) -> int:
         """Of so many steps in a blob; every job has as many if it has all."""
