@@ -47,6 +47,7 @@ from numbasparse.kernels.cuda_tiles import EstimatedKernel
 from numbasparse.pruning import MagnitudePruning, prune_
 from numbasparse.quantization import CodebookQuantization, LinearQuantization
 from numbasparse.runtime import cuda
+from numbasparse.runtime.layouts import to_layout
 from numbasparse.weight import Quantization
 
 NAME, PIXELS, GATHERING = "cuda_wgmma", "cuda_wgmma_nhwc", "cuda_mma"
@@ -464,8 +465,8 @@ def once(args: argparse.Namespace) -> None:
     problem = TARGET.problem(0.9)
     best = best_config(args) if args.config is None else parse_config(args.config)
     print("config", best)
-    ready: Any = kernel(NAME).prepare(problem.spec, problem.weight, dict(best))
-    x = torch.randn(problem.spec.x_shape, device="cuda", dtype=torch.float16)
+    ready: Any = kernel(args.kernel).prepare(problem.spec, problem.weight, dict(best))
+    x = to_layout(torch.randn(problem.spec.x_shape, device="cuda", dtype=torch.float16), ready.takes)
     for _ in range(3):
         ready.apply(x, None)
     torch.cuda.synchronize()
@@ -610,6 +611,7 @@ def main() -> None:
         "--seconds", type=float, default=100.0, help="layers: end before this time is over; checks: of a sanitizer"
     )
     parser.add_argument("--clusters", type=int, default=4, help="blocks of a cluster, at most")
+    parser.add_argument("--kernel", default=NAME, help="once: whose config it is")
     parser.add_argument("--config", help='once: as "batch=32,tile=4x4,channels=32,stages=3,split=1,cluster=1,groups=2"')
     parser.add_argument("--batch", type=int, nargs="+", help="other batch sizes")
     parser.add_argument("--sparsity", type=float, nargs="+", default=list(SPARSITIES))

@@ -353,9 +353,14 @@ def _compute_every(shape: Shape) -> tuple[Any, Any]:
             return sums if late else settle(sums)
         header = load_four(u32(stage + header_at))
         fetched = fetch(stage + rest_at, within, warp, lane)
-        sums = settle(others(sums, carried, own, metadata, low))
-        chunks = i32(header[2] >> u32(8 * warp) & u32(255))
-        return leftover(sums, chunks, i64(stage + group * own_bytes), fetched, i64(stage + rest_at), within, warp, lane)
+        sums = others(sums, carried, own, metadata, low)
+        if header[2] != 0:
+            sums = settle(sums)
+            chunks = i32(header[2] >> u32(8 * warp) & u32(255))
+            sums = leftover(
+                sums, chunks, i64(stage + group * own_bytes), fetched, i64(stage + rest_at), within, warp, lane
+            )
+        return sums if late else settle(sums)
 
     return device_function(begin), device_function(compute)
 
