@@ -382,7 +382,7 @@ def test_steps_are_listed_where_many_are_empty() -> None:
 def test_stages_are_left_late_where_another_is_there() -> None:
     spec = spec_of(2, 128, 14, 64, 3, padding=1)
     dense = random_weight(spec, 0.1, np.random.default_rng(0))
-    for own, rest in ((two_of_four(dense), False), (dense, True)):
+    for own in (two_of_four(dense), dense):
         facts = wgmma_shape.facts_of(SparseWeight.from_dense(own), BASE)
         for turns, stages, steps in ((1, 2, "every"), (2, 2, "every"), (2, 4, "every"), (1, 2, "listed")):
             shape = KERNEL.shape(spec, config_of(turns=turns, stages=stages, steps=steps), facts)
