@@ -6,6 +6,7 @@ python benchmarks/pruning_report.py [--results FILE] [--plot PNG]
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 from collections.abc import Callable, Iterable
@@ -33,12 +34,13 @@ def chosen(rows: Iterable[Row], **wanted: Any) -> list[Row]:
     return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
 
 
-def longest(rows: list[Row]) -> list[Row]:
-    """Return the rows of the longest trainings of each group: shorter ones are there for the table of methods."""
-    most = {row.get("group"): 0 for row in rows}
-    for row in rows:
-        most[row.get("group")] = max(most[row.get("group")], row.get("epochs") or 0)
-    return [row for row in rows if (row.get("epochs") or 0) == most[row.get("group")]]
+def trainings(rows: list[Row], group: str) -> list[int]:
+    """Epochs of a group's longest trainings of each sparsity; shorter ones are there for the table of methods."""
+    most: dict[float, int] = {}
+    for row in chosen(rows, group=group):
+        if row["sparsity"]:
+            most[row["sparsity"]] = max(most.get(row["sparsity"], 0), row["epochs"])
+    return sorted(set(most.values()))
 
 
 def accuracies(rows: Iterable[Row], **wanted: Any) -> list[float]:
@@ -58,14 +60,16 @@ GROUPS = {
 }
 
 
-def of_group(rows: list[Row], group: str, network: str) -> list[Row]:
+def of_group(rows: list[Row], group: str, network: str, epochs: int) -> list[Row]:
     """Return the rows of a group; dense networks without a teacher are the same in all but `core` for equal epochs."""
-    mine = chosen(rows, group=group, network=network)
+    mine = chosen(rows, group=group, network=network, epochs=epochs)
     if not mine or group == "core":
         return mine
+    own = {row["seed"] for row in chosen(mine, sparsity=0.0)}
     for other in GROUPS.keys() - {"core", group}:
-        dense = chosen(rows, group=other, network=network, sparsity=0.0, epochs=mine[0]["epochs"])
-        mine += [row for row in dense if row.get("distilled") is False or row.get("fine_epochs")]
+        dense = chosen(rows, group=other, network=network, sparsity=0.0, epochs=epochs)
+        same = [row for row in dense if row.get("distilled") is False or row.get("fine_epochs")]
+        mine += [row for row in same if row["seed"] not in own]
     return mine
 
 
@@ -74,21 +78,26 @@ def networks(rows: list[Row]) -> list[str]:
     head = ["sparsity", "as trained", "longer", *(f"{kind} {bits} bit" for kind, bits in FORMS)]
     lines: list[str] = []
     for group, what in GROUPS.items():
-        for network, title in NETWORKS.items():
-            mine = of_group(rows, group, network)
-            taught = [row for row in mine if row.get("distilled") and not row["sparsity"]]
-            rest = [row for row in mine if row not in taught and "one-shot" not in row["method"]]
-            body = []
-            for sparsity in sorted({row["sparsity"] for row in rest}):
-                here = chosen(rest, sparsity=sparsity)
-                cells = [accuracies(here, method="gradual" if sparsity else "dense"), accuracies(here, method="longer")]
-                cells += [accuracies(here, quantization=kind, bits=bits) for kind, bits in FORMS]
-                body.append([f"{sparsity:.0%}" if sparsity else "dense", *map(spread, cells)])
-            if taught:
-                body.append(["dense, taught too", spread(row["accuracy"] for row in taught), *[""] * (len(head) - 2)])
+        for epochs, network in itertools.product(trainings(rows, group), NETWORKS):
+            body = by_form(of_group(rows, group, network, epochs))
             if body:
-                lines += ["", f"{title}. {what}:", "", *table(head, body)]
+                lines += ["", f"{NETWORKS[network]}. {what}, {epochs} epochs in all:", "", *table(head, body)]
     return lines
+
+
+def by_form(mine: list[Row]) -> list[list[str]]:
+    """A line for each sparsity."""
+    taught = [row for row in mine if row.get("distilled") and not row["sparsity"]]
+    rest = [row for row in mine if row not in taught and "one-shot" not in row["method"]]
+    body = []
+    for sparsity in sorted({row["sparsity"] for row in rest}):
+        here = chosen(rest, sparsity=sparsity)
+        cells = [accuracies(here, method="gradual" if sparsity else "dense"), accuracies(here, method="longer")]
+        cells += [accuracies(here, quantization=kind, bits=bits) for kind, bits in FORMS]
+        body.append([f"{sparsity:.0%}" if sparsity else "dense", *map(spread, cells)])
+    if taught:
+        body.append(["dense, taught too", spread(row["accuracy"] for row in taught), *[""] * (len(FORMS) + 1)])
+    return body
 
 
 AIMS = ((0.9, 0.0), (0.95, 0.0), (0.98, 0.5))
@@ -99,8 +108,8 @@ def aims(rows: list[Row]) -> list[str]:
     """Say of each aim whether it was reached."""
     lines = []
     for group in GROUPS:
-        for network, title in NETWORKS.items():
-            mine = of_group(rows, group, network)
+        for epochs, network in itertools.product(trainings(rows, group), NETWORKS):
+            mine = of_group(rows, group, network, epochs)
             dense = accuracies(mine, sparsity=0.0, method="longer")
             for sparsity, allowed in AIMS:
                 values = accuracies(mine, sparsity=sparsity, quantization="codebook", bits=4)
@@ -109,8 +118,9 @@ def aims(rows: list[Row]) -> list[str]:
                 points = 100.0 * (statistics.mean(values) - statistics.mean(dense))
                 word = "reached" if points >= -allowed else "NOT reached"
                 lines.append(
-                    f"- {group}, {title}, {sparsity:.0%} with a 4-bit codebook: {points:+.2f} points to dense "
-                    f"({len(values)} and {len(dense)} seeds; aim: at most {allowed} below): {word}"
+                    f"- {group}, {epochs} epochs, {NETWORKS[network]}, {sparsity:.0%} with a 4-bit codebook: "
+                    f"{points:+.2f} points to dense ({len(values)} and {len(dense)} seeds; "
+                    f"aim: at most {allowed} below): {word}"
                 )
     return lines
 
@@ -234,9 +244,8 @@ def report(content: Row) -> list[str]:
     rows = [row for row in content["rows"] if row.get("group") != "calibrate" and row.get("method") != "search step"]
     fashion = [row for row in rows if "group" in row and row.get("judged_by") == "test"]
     lines = ["Runs: " + "; ".join(dict.fromkeys(map(where, content["runs"])))]
-    long = longest(fashion)
     rest = [*two_of_four(fashion), *realesrgan(rows), "", *search(rows)]
-    return [*lines, *networks(long), "", *aims(long), *methods(fashion), *rest]
+    return [*lines, *networks(fashion), "", *aims(fashion), *methods(fashion), *rest]
 
 
 def calibration(content: Row) -> list[str]:
@@ -265,7 +274,8 @@ def main() -> None:
     content = json.loads(args.results.read_text())
     print("\n".join([*calibration(content), *report(content)]))
     if args.plot:
-        plot(longest([row for row in content["rows"] if "group" in row]), args.plot, args.group)
+        epochs = max(trainings(content["rows"], args.group))
+        plot(chosen(content["rows"], group=args.group, epochs=epochs), args.plot, args.group)
 
 
 if __name__ == "__main__":

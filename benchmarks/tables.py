@@ -183,7 +183,13 @@ SECTIONS: list[tuple[str, Callable[[str], list[str]], list[str]]] = [
     (
         "The same in channels-last (`cuda_wgmma_nhwc`); but for the first table with steps that are listed",
         tensor_layers,
-        ["tensor_two_of_four.json", "tensor_nhwc_n32.json", "tensor_nhwc.json", "tensor_nhwc_n128.json"],
+        [
+            "tensor_nhwc_n32.json",
+            "tensor_nhwc_n1.json",
+            "tensor_nhwc_n8.json",
+            "tensor_nhwc_n128.json",
+            "tensor_nhwc.json",
+        ],
     ),
     (
         "Float16 on tensor cores from Ampere on (`cuda_mma`), masks of single weights and of 16 x 1 vectors",

@@ -292,7 +292,7 @@ def nhwc(args: argparse.Namespace) -> None:
         [(f"{s:.0%}", functools.partial(Case.problem, sparsity=s)) for s in ordered(args.sparsity)],
         [(f"two of four {s:.0%}", functools.partial(two_of_four, sparsity=s)) for s in ordered(args.two_of_four)],
     ]
-    of_masks(args, wanted, "tensor_nhwc", masks, pixel_configs)
+    of_masks(args, wanted, "tensor_nhwc", [kind for kind in masks if kind], pixel_configs)
 
 
 def ordered(sparsities: list[float]) -> list[float]:

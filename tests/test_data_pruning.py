@@ -135,11 +135,14 @@ def test_learning_rate_is_a_triangle() -> None:
 def test_report_says_what_was_reached(tmp_path: Path) -> None:
     def row(sparsity: float, value: float, **more: Any) -> dict[str, Any]:
         common = {"group": "core", "network": "vgg16", "judged_by": "test", "sparsity": sparsity, "accuracy": value}
-        return {**common, "method": "longer", **more}
+        return {**common, "method": "longer", "epochs": 30, **more}
 
     rows = [row(0.0, 0.95), row(0.0, 0.94), row(0.0, 0.5, method="dense")]
     rows += [row(0.9, 0.944, method="codebook, retrained", quantization="codebook", bits=4)]
     rows += [row(0.98, 0.942, method="codebook, retrained", quantization="codebook", bits=4)]
+    # A shorter training of a sparsity that has a longer one.
+    rows += [row(0.9, 0.3, method="codebook, retrained", quantization="codebook", bits=4, epochs=5)]
+    assert pruning_report.trainings(rows, "core") == [30]
     assert pruning_report.spread([0.95, 0.94]) == "94.50 ± 0.71 (2)"
     first, second = pruning_report.aims(rows)
     assert "-0.10 points" in first

@@ -628,7 +628,8 @@ def clocks(
 
     Warpgroups by themselves, shared memory (or the tensor cores), the copy engine and the second cache all have their
     part. The constants are a fit to 478 measured times of `cuda_wgmma_nhwc`, which they meet to 8 % (standard
-    deviation): those of tensor_nhwc*.json, tensor_every_step.json and tensor_two_of_four.json in benchmarks/results.
+    deviation): those of tensor_nhwc.json, tensor_nhwc_*_listed.json, tensor_nhwc_turns.json, tensor_every_step.json and
+    tensor_two_of_four.json in benchmarks/results.
 
     Parameters
     ----------
