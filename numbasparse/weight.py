@@ -244,7 +244,7 @@ class SparseWeight:
             raise TypeError(
                 f"quantization must be a config like LinearQuantization(bits=8), got {type(quantization).__name__}"
             )
-        channels, values = _rows(self._indptr), self.data
+        channels, values = self.rows, self.data
         levels = quantization.fit(values, channels, self.k)
         return self._coded(levels.encode(values, channels), levels)
 
@@ -269,12 +269,12 @@ class SparseWeight:
             scale = _as_float32(self._levels.scale * factors)
             return self._coded(self._unpacked(), self._levels.with_scale(scale))
         matrix = self.to_scipy()
-        matrix.data = _as_float32(matrix.data * factors[_rows(self._indptr)])
+        matrix.data = _as_float32(matrix.data * factors[self.rows])
         return self._from_csr(matrix, self._kernel_shape, self._groups)
 
     def _coded(self, codes: Codes, levels: Levels) -> SparseWeight:
         """A weight with these codes at this one's places, but for those that stand for zero."""
-        channels = _rows(self._indptr)
+        channels = self.rows
         kept = levels.decode(codes, channels) != 0
         counts = np.bincount(channels[kept], minlength=self.k)
         indptr = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
@@ -285,7 +285,7 @@ class SparseWeight:
         """Values, float32, shape (nnz,), read-only; decoded anew at each use if the weight is quantized."""
         if self._levels is None:
             return self._data  # type: ignore[return-value]
-        values = self._levels.decode(self._unpacked(), _rows(self._indptr))
+        values = self._levels.decode(self._unpacked(), self.rows)
         return _frozen(values)
 
     @property
@@ -357,6 +357,11 @@ class SparseWeight:
         return self._indptr
 
     @property
+    def rows(self) -> NDArray[np.int64]:
+        """Row of each value, its output channel, int64, shape (nnz,); made anew."""
+        return _rows(self._indptr)
+
+    @property
     def kernel_shape(self) -> KernelShape:
         """(C/groups, R, S)."""
         return self._kernel_shape
@@ -419,7 +424,7 @@ class SparseWeight:
     def to_dense(self) -> NDArray[np.float32]:
         """Return a new dense array, float32, shape (K, C/groups, R, S)."""
         flat = np.zeros((self.k, _width(self._kernel_shape)), np.float32)
-        flat[_rows(self._indptr), self._indices] = self.data
+        flat[self.rows, self._indices] = self.data
         return flat.reshape(self.shape)
 
     def save(self, path: str | os.PathLike[str]) -> None:

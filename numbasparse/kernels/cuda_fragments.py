@@ -39,9 +39,8 @@ def coding_of(weight: SparseWeight) -> tuple[NDArray[np.float32], NDArray[np.int
     if found is None:
         assert weight.levels is not None
         assert weight.codes is not None
-        channels = np.repeat(np.arange(weight.k), np.diff(weight.indptr))
         table = np.asarray(weight.levels.tables()[0], np.float32)
-        values, places = np.unique(table[weight.levels.places(weight.codes, channels)], return_inverse=True)
+        values, places = np.unique(table[weight.levels.places(weight.codes, weight.rows)], return_inverse=True)
         found = _codings[weight] = np.concatenate([np.zeros(1, np.float32), values]), places.reshape(-1) + 1
     return found
 

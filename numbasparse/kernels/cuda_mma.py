@@ -271,7 +271,7 @@ def kept_share(weight: SparseWeight) -> float:
 def _columns(weight: SparseWeight) -> tuple[NDArray[np.int32], NDArray[np.int32], int]:
     """CSR matrix of a weight over the columns of all conv groups."""
     width = int(np.prod(weight.kernel_shape))
-    group = np.repeat(np.arange(weight.k) // (weight.k // weight.groups), np.diff(weight.indptr))
+    group = weight.rows // (weight.k // weight.groups)
     return weight.indptr.astype(np.int32), (weight.indices + group * width).astype(np.int32), width * weight.groups
 
 

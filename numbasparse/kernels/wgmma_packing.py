@@ -108,7 +108,7 @@ def _steps(
     place = np.empty(spec.k, np.int64)
     place[rows[rows >= 0]] = np.flatnonzero(rows.ravel() >= 0)
     block, row = np.divmod(place, two_four.ROWS)
-    k, column = np.repeat(np.arange(spec.k), np.diff(weight.indptr)), weight.indices
+    k, column = weight.rows, weight.indices
     # Of every column of a weight's matrix, and then of every non-zero.
     tile = np.arange(spec.c_per_group * spec.r * spec.s) // (spec.r * spec.s) // geometry.channels
     part = (block * per_block)[k] + tile[column]

@@ -116,7 +116,7 @@ def places_of(weight: SparseWeight) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     """Output channel, input channel (of its group) and tap of every non-zero: int64."""
     _, r, s = weight.kernel_shape
     channel, tap = np.divmod(weight.indices.astype(np.int64), r * s)
-    return np.repeat(np.arange(weight.k), np.diff(weight.indptr)), channel, tap
+    return weight.rows, channel, tap
 
 
 _rests: weakref.WeakKeyDictionary[SparseWeight, bool] = weakref.WeakKeyDictionary()

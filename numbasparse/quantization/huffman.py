@@ -46,8 +46,7 @@ def gap_symbols(weight: SparseWeight) -> NDArray[np.int64]:
     symbol 255 stands for 255 zeros with no non-zero after them yet.
     """
     c_per_group, r, s = weight.kernel_shape
-    rows = np.repeat(np.arange(weight.k, dtype=np.int64), np.diff(weight.indptr))
-    zeros = np.diff(rows * (c_per_group * r * s) + weight.indices, prepend=-1) - 1
+    zeros = np.diff(weight.rows * (c_per_group * r * s) + weight.indices, prepend=-1) - 1
     most = (1 << GAP_BITS) - 1
     skips = zeros // most
     symbols = np.full(len(zeros) + int(skips.sum()), most, np.int64)

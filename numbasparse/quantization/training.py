@@ -188,8 +188,7 @@ class Quantizer:
             sparse = SparseWeight.from_dense(dense, int(getattr(module, "groups", 1)))
         except ValueError as error:
             raise ValueError(f"{error} (layer {name!r}); lower the learning rate if training diverged") from None
-        channels = np.repeat(np.arange(sparse.k), np.diff(sparse.indptr))
-        levels = self.config.fit(sparse.data, channels, sparse.k)
+        levels = self.config.fit(sparse.data, sparse.rows, sparse.k)
         fitted = _linear_buffers(levels) if isinstance(levels, LinearLevels) else _codebook_buffers(levels, sparse)
         return {buffer: torch.from_numpy(array).to(weight.device) for buffer, array in fitted.items()}
 
@@ -279,7 +278,7 @@ def _codebook_buffers(levels: Levels, weight: SparseWeight) -> dict[str, NDArray
     """Entries, (T, 2**bits), and for each weight the place of its entry in the flattened entries, int32."""
     if not isinstance(levels, CodebookLevels):
         raise TypeError(f"cannot train {type(levels).__name__}: expected LinearLevels or CodebookLevels")
-    channels = np.repeat(np.arange(weight.k), np.diff(weight.indptr))
+    channels = weight.rows
     codes = np.zeros((weight.k, int(np.prod(weight.kernel_shape))), np.int32)
     codes[channels, weight.indices] = levels.places(levels.encode(weight.data, channels), channels)
     return {ENTRIES: levels.entries.copy(), CODES: codes}
