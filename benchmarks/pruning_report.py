@@ -43,6 +43,12 @@ def trainings(rows: list[Row], group: str) -> list[int]:
     return sorted(set(most.values()))
 
 
+def widest(rows: list[Row], group: str) -> list[Row]:
+    """Return the rows of a group's trainings of most sparsities, of as many the longest ones."""
+    of_epochs = [chosen(rows, group=group, epochs=epochs) for epochs in trainings(rows, group)]
+    return max(of_epochs, key=lambda own: (len({row["sparsity"] for row in own}), own[0]["epochs"]))
+
+
 def accuracies(rows: Iterable[Row], **wanted: Any) -> list[float]:
     return [row["accuracy"] for row in chosen(rows, **wanted)]
 
@@ -274,8 +280,7 @@ def main() -> None:
     content = json.loads(args.results.read_text())
     print("\n".join([*calibration(content), *report(content)]))
     if args.plot:
-        epochs = max(trainings(content["rows"], args.group))
-        plot(chosen(content["rows"], group=args.group, epochs=epochs), args.plot, args.group)
+        plot(widest(content["rows"], args.group), args.plot, args.group)
 
 
 if __name__ == "__main__":

@@ -181,15 +181,9 @@ SECTIONS: list[tuple[str, Callable[[str], list[str]], list[str]]] = [
         ["tensor_layers.json"],
     ),
     (
-        "The same in channels-last (`cuda_wgmma_nhwc`); but for the first table with steps that are listed",
+        "The same in channels-last (`cuda_wgmma_nhwc`); the last table with steps that are listed",
         tensor_layers,
-        [
-            "tensor_nhwc_n32.json",
-            "tensor_nhwc_n1.json",
-            "tensor_nhwc_n8.json",
-            "tensor_nhwc_n128.json",
-            "tensor_nhwc.json",
-        ],
+        [f"tensor_nhwc{batch}.json" for batch in ("_n32", "_n1", "_n8", "_n128", "")],
     ),
     (
         "Float16 on tensor cores from Ampere on (`cuda_mma`), masks of single weights and of 16 x 1 vectors",

@@ -462,6 +462,8 @@ def means(rows: list[dict[str, Any]], labels: tuple[str, ...]) -> dict[str, floa
 
 def once(args: argparse.Namespace) -> None:
     """Three launches, and nothing else on the GPU that matters."""
+    if args.kernel != NAME and args.config is None:
+        raise SystemExit(f"what is best is known of {NAME} only: give --config for --kernel {args.kernel}")
     problem = TARGET.problem(0.9)
     best = best_config(args) if args.config is None else parse_config(args.config)
     print("config", best)

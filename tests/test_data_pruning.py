@@ -143,6 +143,10 @@ def test_report_says_what_was_reached(tmp_path: Path) -> None:
     # A shorter training of a sparsity that has a longer one.
     rows += [row(0.9, 0.3, method="codebook, retrained", quantization="codebook", bits=4, epochs=5)]
     assert pruning_report.trainings(rows, "core") == [30]
+    # A longer one, of one sparsity only.
+    more = [row(0.98, 0.95, epochs=50), row(0.0, 0.95, epochs=50)]
+    assert pruning_report.trainings(rows + more, "core") == [30, 50]
+    assert {r["epochs"] for r in pruning_report.widest(rows + more, "core")} == {30}
     assert pruning_report.spread([0.95, 0.94]) == "94.50 ± 0.71 (2)"
     first, second = pruning_report.aims(rows)
     assert "-0.10 points" in first

@@ -354,6 +354,7 @@ def _compute_every(shape: Shape) -> tuple[Any, Any]:
         header = load_four(u32(stage + header_at))
         fetched = fetch(stage + rest_at, within, warp, lane)
         sums = others(sums, carried, own, metadata, low)
+        # Where no warp has a chunk, the steps under way go on.
         if header[2] != 0:
             sums = settle(sums)
             chunks = i32(header[2] >> u32(8 * warp) & u32(255))
