@@ -42,6 +42,7 @@ from autotune.gpu import GpuBench
 from autotune.measure import measure
 from autotune.space import Candidate, LayerProblem
 from numbasparse import ConvSpec, SparseWeight
+from numbasparse.channel_order import order_channels
 from numbasparse.kernels import Config, kernel, wgmma_shape
 from numbasparse.kernels.cuda_tiles import EstimatedKernel
 from numbasparse.pruning import MagnitudePruning, prune_
@@ -280,22 +281,52 @@ def layers(args: argparse.Namespace) -> None:
     wanted = [Case(layer, n, "float16") for rows in (SQUARE, POINTWISE) for n in batches for layer in rows]
     if not args.batch:
         wanted += [Case(layer, 8, "float16") for layer in SQUARE]
-    by_sparsity = [[(f"{s:.0%}", functools.partial(Case.problem, sparsity=s)) for s in ordered(args.sparsity)]]
-    of_masks(args, wanted, "tensor_layers", by_sparsity, lambda problem, count: configs(problem, count, args.clusters))
+    masks = [unordered(args), in_order(args)]
+    of_masks(args, wanted, "tensor_layers", masks, lambda problem, count: configs(problem, count, args.clusters))
 
 
 def nhwc(args: argparse.Namespace) -> None:
-    """The same of cuda_wgmma_nhwc, and with masks that leave no rest."""
+    """The same of cuda_wgmma_nhwc, and with masks that leave no rest, or are of vectors."""
     batches = args.batch or (1, 8, 32, 128)
     wanted = [Case(layer, n, "float16") for rows in (SQUARE, POINTWISE) for n in batches for layer in rows]
+    vectors = [(f"16x1 {s:.0%}", functools.partial(vector_problem, sparsity=s, vector=16)) for s in args.vectors]
     masks = [
-        [(f"{s:.0%}", functools.partial(Case.problem, sparsity=s)) for s in ordered(args.sparsity)],
-        [(f"two of four {s:.0%}", functools.partial(two_of_four, sparsity=s)) for s in ordered(args.two_of_four)],
+        unordered(args),
+        in_order(args),
+        [(f"two of four {s:.0%}", functools.partial(two_of_four, sparsity=s)) for s in tuned_first(args.two_of_four)],
+        vectors,
+        [(f"{label} ordered", functools.partial(channels_ordered, make=make)) for label, make in vectors],
     ]
-    of_masks(args, wanted, "tensor_nhwc", [kind for kind in masks if kind], pixel_configs)
+    of_masks(args, wanted, "tensor_nhwc", masks, pixel_configs)
 
 
-def ordered(sparsities: list[float]) -> list[float]:
+Masks = list[tuple[str, Callable[[Case], LayerProblem]]]
+"""Of one kind: what they are called, and what makes them."""
+
+
+def unordered(args: argparse.Namespace) -> Masks:
+    """Random masks."""
+    return [(f"{s:.0%}", functools.partial(Case.problem, sparsity=s)) for s in tuned_first(args.sparsity)]
+
+
+def in_order(args: argparse.Namespace) -> Masks:
+    """The same, with input channels in the order that breaks few quads."""
+    sparsities = tuned_first(args.ordered)
+    return [
+        (f"{s:.0%} ordered", functools.partial(channels_ordered, make=functools.partial(Case.problem, sparsity=s)))
+        for s in sparsities
+    ]
+
+
+def channels_ordered(case: Case, make: Callable[[Case], LayerProblem]) -> LayerProblem:
+    """A problem with its input channels in another order: what the layer before can write at no cost."""
+    problem = make(case)
+    order = order_channels(problem.weight)
+    weight = SparseWeight.from_dense(np.ascontiguousarray(problem.weight.to_dense()[:, order]))
+    return dataclasses.replace(problem, name=f"{problem.name} ordered", weight=weight)
+
+
+def tuned_first(sparsities: list[float]) -> list[float]:
     """The one that configs are chosen at first."""
     return sorted(sparsities, key=lambda s: s != TUNED_AT)
 
@@ -314,12 +345,13 @@ def of_masks(
     args: argparse.Namespace,
     wanted: list[Case],
     name: str,
-    masks: list[list[tuple[str, Callable[[Case], LayerProblem]]]],
+    masks: list[Masks],
     choose: Callable[[LayerProblem, int], list[Candidate]],
 ) -> None:
     """Rows of cases with masks of some kinds, each at some sparsities; the configs that are best at the first of a kind
     are measured at its others too.
     """
+    masks = [kind for kind in masks if kind]
     labels = [label for kind in masks for label, _ in kind]
     problems = {(case, label): make(case) for case in wanted for kind in masks for label, make in kind}
     firsts = [kind[0][0] for kind in masks]
@@ -509,6 +541,8 @@ def pack(args: argparse.Namespace) -> None:
             "split": 1,
             "cluster": 1,
             "groups": 2,
+            "turns": 1,
+            "entries": "wide",
         }
         width = spec.c * spec.r * spec.s
 
@@ -520,8 +554,12 @@ def pack(args: argparse.Namespace) -> None:
         def whole(weight: SparseWeight = weight, config: Config = config) -> Any:
             return kernel(NAME).pack(spec, weight, config)
 
+        order_ms = fastest_ms(functools.partial(order_channels, weight))
         gathered_ms, whole_ms = fastest_ms(gathered), fastest_ms(whole)
-        print(f"{sparsity:.0%}: columns ordered {gathered_ms:.1f} ms, octets covered and written {whole_ms:.1f} ms")
+        print(
+            f"{sparsity:.0%}: columns ordered {gathered_ms:.1f} ms, octets covered and written {whole_ms:.1f} ms, "
+            f"an order of input channels sought {order_ms:.0f} ms"
+        )
 
 
 def fastest_ms(call: Any) -> float:
@@ -616,8 +654,10 @@ def main() -> None:
     parser.add_argument("--kernel", default=NAME, help="once: whose config it is")
     parser.add_argument("--config", help='once: as "batch=32,tile=4x4,channels=32,stages=3,split=1,cluster=1,groups=2"')
     parser.add_argument("--batch", type=int, nargs="+", help="other batch sizes")
-    parser.add_argument("--sparsity", type=float, nargs="+", default=list(SPARSITIES))
+    parser.add_argument("--sparsity", type=float, nargs="*", default=list(SPARSITIES))
     parser.add_argument("--two-of-four", type=float, nargs="*", default=[0.9, 0.8], help="nhwc: of such masks")
+    parser.add_argument("--ordered", type=float, nargs="*", default=list(SPARSITIES), help="with channels in order")
+    parser.add_argument("--vectors", type=float, nargs="*", default=[0.75], help="nhwc: masks of 16 x 1 vectors")
     parser.add_argument("--raced", type=int, default=RACED, help="configs measured at the first sparsity")
     parser.add_argument("--out", default="benchmarks/results/tensor", help="checks: folder of the logs")
     parser.add_argument("--workers", type=int, help="compiling processes; all cores but one if not given")

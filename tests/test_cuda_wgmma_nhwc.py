@@ -216,20 +216,20 @@ def test_every_step_is_known(c: int, channels: int, r: int, density: float) -> N
         weight = SparseWeight.from_dense(own)
         emulator = PixelEmulator(spec, weight, config)
         assert emulator.shape.every
-        assert (emulator.shape.rest, wgmma_shape.leaves_rest(weight)) == (rest, rest)
+        assert (emulator.shape.rest, wgmma_shape.facts_of(weight, config).rest) == (rest, rest)
         assert len(emulator.g.run().words) == r * r * channels // 32
         assert_as_tensor_cores(emulator.run(x), spec, weight, x)
 
 
 def test_chunks_without_room_come_with_every_step_again() -> None:
     """One part has far more of a rest than its share: a second job of it has steps of zeros."""
-    spec = spec_of(2, 64, 7, 64, 3, padding=1)
+    spec = spec_of(2, 256, 7, 128, 3, padding=1)
     rng = np.random.default_rng(3)
     dense = random_weight(spec, 0.02, rng)
-    dense[:16, :4] = 1.0
+    dense[:16, :16] = 1.0
     weight = SparseWeight.from_dense(dense)
     emulator = PixelEmulator(spec, weight, config_of(steps="every"))
-    assert emulator.packed.ranges[0, 0, 1] > 2
+    assert emulator.packed.ranges[0, 0, 1] > 8
     x = rng.standard_normal(spec.x_shape).astype(np.float32)
     assert_as_tensor_cores(emulator.run(x), spec, weight, x)
 

@@ -236,18 +236,17 @@ def geometry_of(spec: ConvSpec, config: Config) -> ImageTile:
 
 
 @functools.lru_cache(maxsize=4096)
-def expected_work(geometry: ImageTile, density: float) -> tuple[int, float]:
-    """Steps and chunks of a tile, if its zeros are random.
+def expected_work(geometry: ImageTile, over: float) -> tuple[int, float]:
+    """Steps and chunks of a tile, if what is over two in quads (``over`` in each) lies at random.
 
-    Every octet has a non-zero. Of the four places of a quad those over two make the rest; sixteen rows share a column
-    of it, and four times sixteen the chunks.
+    Every octet has a non-zero. Sixteen rows share a column of the rest, and four times sixteen the chunks.
     """
     spec = geometry.spec
     channels = range(0, min(geometry.channels, spec.c_per_group), 8)
     needed = tuple(geometry.octet(c, r, s) for r in range(spec.r) for s in range(spec.s) for c in channels)
     once, columns = two_four.steps_to_cover(needed, geometry.octets), 8 * len(needed)
-    over = 16 * columns / 4 * (4 * density**3 * (1 - density) + 2 * density**4)
-    chunks = max(1.0 - exp(-4 * over), 1.1 * over / two_four.REST)
+    own = 16 * columns / 4 * over
+    chunks = max(1.0 - exp(-4 * own), 1.1 * own / two_four.REST)
     return (once, chunks) if chunks < once else (2 * once, 0.0)
 
 
@@ -290,16 +289,16 @@ class CudaWgmma(WgmmaKernel):
         self, spec: ConvSpec, config: Config, facts: Facts, activation: str = "none", residual: bool = False
     ) -> Shape:
         geometry = geometry_of(spec, config)
-        steps, chunks = expected_work(geometry, facts.density)
+        steps, chunks = expected_work(geometry, facts.over)
         blocks = spec.groups * -(-spec.k_per_group // two_four.ROWS)
         stages, split, cluster, turns = (int(config[f]) for f in ("stages", "split", "cluster", "turns"))
         room = steps, ceil(chunks) + 1
         return Shape(geometry, room, stages, split, cluster, blocks, turns, facts.entries, activation, residual)
 
     def estimate(self, spec: ConvSpec, weight: SparseWeight, config: Config, device: cuda.Device) -> float:
-        shape = self.shape(spec, config, facts_of(weight, config))
-        g = geometry_of(spec, config)
-        steps, chunks = expected_work(g, weight.density)
+        facts, g = facts_of(weight, config), geometry_of(spec, config)
+        shape = self.shape(spec, config, facts)
+        steps, chunks = expected_work(g, facts.over)
         row = row_clocks(g.row_bytes) * (1.0 if shape.cluster == 1 else 1.3)
         copy, stores = g.patch_h * g.patch_w * g.channels * row, g.groups * 4 * g.sums / 8 * _STORE_CLOCKS
         return clocks(shape, steps, chunks, 64 * g.n * g.tile_h, copy, stores, device)

@@ -404,15 +404,14 @@ def geometry_of(spec: ConvSpec, config: Config) -> PixelTile:
 
 
 @functools.lru_cache(maxsize=4096)
-def expected_work(channels: int, taps: int, density: float, once: bool = False) -> tuple[int, float, float]:
-    """Steps of a tile whose zeros are random, its chunks, and their standard deviation; ``once`` as of `cover_steps`.
+def expected_work(steps: int, pairs: int, broken: float, once: bool = False) -> tuple[int, float, float]:
+    """Steps of a tile, its chunks, and their standard deviation, if the quads that break (a share ``broken``) lie at
+    random; ``once`` as of `cover_steps`.
 
-    Every step has a non-zero.  A quad has more than two non-zeros with probability ``over``, and leaves one of its two
-    pairs to the rest; the chunks of a tile are those of the one among four groups of 16 rows that has most.
+    Each of the ``steps`` has a non-zero.  A quad that breaks leaves one of its two ``pairs`` to the rest; the chunks of
+    a tile are those of the one among four groups of 16 rows that has most.
     """
-    steps = ceil(channels / 32) * taps
-    over = 4 * density**3 * (1 - density) + density**4
-    pairs, each = 4 * ceil(channels / 8) * taps, 1.0 - (1.0 - over / 2) ** 16
+    each = 1.0 - (1.0 - broken / 2) ** 16
     deviation = sqrt(pairs * each * (1.0 - each))
     # A chunk is begun for the last pairs.
     chunks = min(pairs * each + 1.03 * deviation, float(pairs)) / 4 + 0.4 * min(1.0, pairs * each)
@@ -532,12 +531,10 @@ def _reason_steps(spec: ConvSpec, config: Config) -> str | None:
 
 
 def _work(geometry: PixelTile, facts: Facts, spec: ConvSpec, every: bool) -> tuple[int, float, float]:
-    """`expected_work` of a stage; without a rest if there is none."""
-    whole = geometry.spec
-    channels = geometry.channels if every else min(geometry.channels, whole.c_per_group)
-    density = facts.density * spec.c / whole.c
-    steps, chunks, deviation = expected_work(channels, whole.r * whole.s, density, every or not facts.rest)
-    return (steps, chunks, deviation) if facts.rest else (steps, 0.0, 0.0)
+    """`expected_work` of a stage."""
+    taps, there = geometry.spec.r * geometry.spec.s, min(geometry.channels, spec.c_per_group)
+    steps = ceil((geometry.channels if every else there) / two_four.STEP) * taps
+    return expected_work(steps, 2 * ceil(there / 4) * taps, facts.broken, every or not facts.rest)
 
 
 _KNOWN_STEPS = 3, 64

@@ -99,17 +99,27 @@ NIBBLES = 16
 class Facts:
     """What the code depends on of a weight and how it is stored.
 
-    ``rest`` says whether any four neighbouring input channels hold more than two non-zeros.
+    Attributes
+    ----------
+    broken
+        Share of the quads (four neighbouring input channels of an output channel and tap) with more than two non-zeros.
+    over
+        Non-zeros over two in a quad, on average.
     """
 
-    density: float
     entries: Entries
-    rest: bool
+    broken: float
+    over: float
+
+    @property
+    def rest(self) -> bool:
+        """Whether any quad holds more than two."""
+        return self.over > 0
 
 
 def facts_of(weight: SparseWeight, config: Config) -> Facts:
     """Those of a weight that a config has no objection to."""
-    return Facts(weight.density, entries_of(weight, config), leaves_rest(weight))
+    return Facts(entries_of(weight, config), *_overfull(weight))
 
 
 def places_of(weight: SparseWeight) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -119,17 +129,20 @@ def places_of(weight: SparseWeight) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     return weight.rows, channel, tap
 
 
-_rests: weakref.WeakKeyDictionary[SparseWeight, bool] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[SparseWeight, tuple[float, float]] = weakref.WeakKeyDictionary()
 
 
-def leaves_rest(weight: SparseWeight) -> bool:
-    """Whether any four input channels, from a multiple of four on, hold more than two non-zeros of a tap."""
-    found = _rests.get(weight)
+def _overfull(weight: SparseWeight) -> tuple[float, float]:
+    """`Facts.broken` and `Facts.over`."""
+    found = _known.get(weight)
     if found is None:
         channels, r, s = weight.kernel_shape
         row, channel, tap = places_of(weight)
-        quad = (row * -(-channels // 4) + channel // 4) * (r * s) + tap
-        found = _rests[weight] = bool((np.bincount(quad) > 2).any())
+        quads = -(-channels // 4)
+        held = np.bincount((row * quads + channel // 4) * (r * s) + tap)
+        count = weight.k * quads * r * s
+        found = float((held > 2).sum() / count), float(np.maximum(held - 2, 0).sum() / count)
+        _known[weight] = found
     return found
 
 
