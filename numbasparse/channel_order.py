@@ -60,7 +60,8 @@ def order_quads(patterns: NDArray[np.bool_]) -> NDArray[np.int64]:
     Returns
     -------
     int64, (channels,)
-        Quads that hold too many come last, so that kernels meet them in few tiles.  Equal input gives equal output.
+        Quads that hold too many come last, so that kernels meet them in few tiles.  Equal input gives equal output;
+        where no order is found in which less is over two, it is the given one.
 
     Raises
     ------
@@ -75,7 +76,9 @@ def order_quads(patterns: NDArray[np.bool_]) -> NDArray[np.int64]:
     bits[:channels, : patterns.shape[1]] = patterns
     words = np.packbits(bits, axis=1, bitorder="little").view(np.uint64)
     order = np.arange(whole)
-    left = _compiled(_search)(words, order, channels, min(_MOST_SWAPS, 64 * channels**2), _BROKEN)
+    left, before = _compiled(_search)(words, order, channels, min(_MOST_SWAPS, 64 * channels**2), _BROKEN)
+    if left.sum() >= before:
+        return np.arange(channels)
     # The quad that is not full stays the last one.
     left[channels // QUAD :] = np.iinfo(np.int64).max
     return order.reshape(-1, QUAD)[np.argsort(left, kind="stable")].ravel()[:channels]
@@ -86,11 +89,12 @@ def over_two(patterns: NDArray[np.bool_]) -> int:
     channels, rows = patterns.shape
     whole = np.zeros((-(-channels // QUAD) * QUAD, rows), np.int64)
     whole[:channels] = patterns
-    return int(np.maximum(whole.reshape(-1, QUAD, rows).sum(axis=1) - 2, 0).sum())
+    return int(np.maximum(whole.reshape(len(whole) // QUAD, QUAD, rows).sum(axis=1) - 2, 0).sum())
 
 
 def _search(words: Any, order: Any, channels: int, swaps: int, broken: int) -> Any:
-    """Swap the first ``channels`` places of an order until it is good; what is over two in each of its quads.
+    """Swap the first ``channels`` places of an order until it is good; what is over two in each of its quads, and how
+    much was at first.
 
     ``words`` are 64 rows each: uint64 (places, words).
     """
@@ -115,7 +119,7 @@ def _search(words: Any, order: Any, channels: int, swaps: int, broken: int) -> A
     left = np.empty(quads, np.int64)
     for quad in range(quads):
         left[quad] = over(quad)
-    total = left.sum()
+    before = total = left.sum()
     # A swap changes two quads by about the square root of what they hold.
     highest = 0.7 * np.sqrt(total / max(1, quads))
     state = np.uint64(0x9E3779B97F4A7C15)
@@ -148,7 +152,7 @@ def _search(words: Any, order: Any, channels: int, swaps: int, broken: int) -> A
         else:
             total -= new_first + new_second - left[first] - left[second]
             order[i], order[j] = order[j], order[i]
-    return left
+    return left, before
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
@@ -48,6 +49,7 @@ from numbasparse.pruning import (
     measure_sensitivity,
     prune_,
     reorder_channels,
+    reorder_inputs,
     search_sparsity,
 )
 from numbasparse.pruning.layers import Layer
@@ -408,7 +410,7 @@ class Net(nn.Module):
         x = self.second(self.activation(self.depthwise(x)))
         x = torch.relu(x + self.res(x))
         x = self.third(self.grouped(x).relu())
-        x = torch.flatten(F.adaptive_avg_pool2d(F.silu(x), 2) * 1.0, 1)
+        x = torch.flatten(F.adaptive_avg_pool2d(torch.cumsum(F.silu(x), 1), 2) * 1.0, 1)
         return self.out(F.relu(self.head(x)))
 
 
@@ -477,12 +479,94 @@ def test_residuals_and_unknown_functions_are_left() -> None:
     expected = model(x)
     result = reorder_channels(model, convolutions)
     assert set(result.applied) == {"stem", "grouped"}
-    assert "a residual sum" in result.reasons["second"]
-    assert "a residual sum" in result.reasons["res"]
-    assert "'mul'" in result.reasons["third"]
+    assert "'grouped' (Conv2d), which cannot follow" in result.reasons["second"]
+    assert "'grouped' (Conv2d), which cannot follow" in result.reasons["res"]
+    assert "'cumsum'" in result.reasons["third"]
     assert torch.equal(model(x), expected)
     for name, order in result.left.items():
         assert sorted(order.tolist()) == list(range(model.get_submodule(name).out_channels))
+
+
+class Dynamic(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x)) if x.sum() > 0 else x
+
+
+class Residual(nn.Module):
+    """A stream that three layers write and three read, one of them with a gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.first, self.second = nn.Conv2d(16, 24, 3, padding=1), nn.Conv2d(24, 16, 1)
+        self.norm = nn.BatchNorm2d(16)
+        self.gate = nn.Conv2d(16, 16, 1)
+        self.last = nn.Conv2d(16, 9, 3)
+        self.head = nn.Linear(9, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = F.relu(x + self.norm(self.second(F.relu(self.first(x)))))
+        x = x * self.gate(F.adaptive_max_pool2d(x, 1))
+        return self.head(torch.flatten(F.adaptive_max_pool2d(self.last(x), 1), 1))
+
+
+def left_over(module: nn.Conv2d) -> int:
+    """What is over two of four neighbouring input channels, counted one by one."""
+    weight = module.weight.detach().numpy()
+    fours = [weight[k, c : c + 4, r, s] for k, r, s in np.ndindex(len(weight), *weight.shape[2:])
+             for c in range(0, weight.shape[1], 4)]  # fmt: skip
+    return sum(max(0, np.count_nonzero(four) - 2) for four in fours)
+
+
+def test_inputs_are_reordered_along_a_residual_stream() -> None:
+    model = whole_numbers(Residual(), zeros_share=0.7)
+    x = torch.randint(-3, 4, (2, 3, 7, 7)).float()
+    before, expected = snapshot(model), model(x)
+    assert expected.abs().max() < 2**22, "sums must be exact"
+    assert expected.unique().numel() > 3
+    kept = reorder_channels(copy.deepcopy(model), convolutions)
+    assert "a residual sum" in kept.reasons["stem"]
+    assert "a residual sum" in kept.reasons["second"]
+    names = ("first", "second", "gate", "last")
+    overs = {name: left_over(model.get_submodule(name)) for name in names}
+    pruner = Pruner(model, MagnitudePruning(0.3), filter=convolutions)  # of weights, 70 % are zero anyway
+    pruner.begin()
+    result = reorder_inputs(model, convolutions)
+    assert set(result.applied) == set(names)
+    assert set(result.left) <= {"stem"}
+    assert torch.equal(model(x), expected)
+    assert sum(left_over(model.get_submodule(name)) for name in names) < 0.6 * sum(overs.values())
+    # Whoever reads the stream has one order, and so has whoever writes it.
+    order = result.applied["first"]
+    assert torch.equal(order, result.applied["last"])
+    assert not torch.equal(order, torch.arange(16))
+    assert torch.equal(model.stem.weight.detach(), before["stem.weight"][order])
+    assert torch.equal(model.norm.running_mean, before["norm.running_mean"][order])
+    assert torch.equal(model.last.weight.detach(), before["last.weight"][:, order])
+    pruner.finish()
+    assert torch.equal(model(x), expected)
+
+
+def test_inputs_that_cannot_be_reordered_are_left() -> None:
+    model = whole_numbers(Net(), zeros_share=0.4)
+    x = torch.randint(-3, 4, (3, 4, 9, 9)).float()
+    expected = model(x)
+    result = reorder_inputs(model, convolutions)
+    assert set(result.applied) == {"second"}
+    assert result.reasons["stem"] == "it is the model's input"
+    assert "'grouped' writes them in groups" in result.reasons["third"]
+    assert "'grouped' (Conv2d), which cannot follow" in result.reasons["res"]
+    assert torch.equal(model(x), expected)
+    assert "torch.fx cannot trace" in reorder_inputs(Dynamic()).reasons["b"]
+    thin = whole_numbers(nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 4, 3)), zeros_share=0.99)
+    nothing = reorder_inputs(thin)
+    assert not nothing.applied
+    assert not nothing.left
 
 
 def test_a_left_order_serves_an_epilogue() -> None:
@@ -498,14 +582,6 @@ def test_a_left_order_serves_an_epilogue() -> None:
 
 
 def test_models_that_cannot_be_traced_or_share_are_left() -> None:
-    class Dynamic(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.b(self.a(x)) if x.sum() > 0 else x
-
     result = reorder_channels(Dynamic())
     assert not result.applied
     assert "torch.fx cannot trace" in result.reasons["a"]

@@ -404,17 +404,16 @@ def geometry_of(spec: ConvSpec, config: Config) -> PixelTile:
 
 
 @functools.lru_cache(maxsize=4096)
-def expected_work(steps: int, pairs: int, broken: float, once: bool = False) -> tuple[int, float, float]:
-    """Steps of a tile, its chunks, and their standard deviation, if the quads that break (a share ``broken``) lie at
-    random; ``once`` as of `cover_steps`.
+def expected_work(steps: int, pairs: int, share: float, once: bool = False) -> tuple[int, float, float]:
+    """Steps of a tile, its chunks, and their standard deviation, if what goes into the rest lies at random: of its
+    ``pairs`` of channels such a share for each 16 rows; ``once`` as of `cover_steps`.
 
-    Each of the ``steps`` has a non-zero.  A quad that breaks leaves one of its two ``pairs`` to the rest; the chunks of
-    a tile are those of the one among four groups of 16 rows that has most.
+    Each of the ``steps`` has a non-zero.  The chunks of a tile are those of the one among four groups of 16 rows that
+    has most.
     """
-    each = 1.0 - (1.0 - broken / 2) ** 16
-    deviation = sqrt(pairs * each * (1.0 - each))
+    deviation = sqrt(pairs * share * (1.0 - share))
     # A chunk is begun for the last pairs.
-    chunks = min(pairs * each + 1.03 * deviation, float(pairs)) / 4 + 0.4 * min(1.0, pairs * each)
+    chunks = min(pairs * share + 1.03 * deviation, float(pairs)) / 4 + 0.4 * min(1.0, pairs * share)
     # See `two_four.cover_steps`.
     return (steps, chunks, deviation / 4) if once or chunks < steps else (2 * steps, 0.0, 0.0)
 
@@ -534,7 +533,7 @@ def _work(geometry: PixelTile, facts: Facts, spec: ConvSpec, every: bool) -> tup
     """`expected_work` of a stage."""
     taps, there = geometry.spec.r * geometry.spec.s, min(geometry.channels, spec.c_per_group)
     steps = ceil((geometry.channels if every else there) / two_four.STEP) * taps
-    return expected_work(steps, 2 * ceil(there / 4) * taps, facts.broken, every or not facts.rest)
+    return expected_work(steps, 2 * ceil(there / 4) * taps, facts.pairs, every or not facts.rest)
 
 
 _KNOWN_STEPS = 3, 64

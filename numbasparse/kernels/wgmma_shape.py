@@ -101,15 +101,15 @@ class Facts:
 
     Attributes
     ----------
-    broken
-        Share of the quads (four neighbouring input channels of an output channel and tap) with more than two non-zeros.
     over
-        Non-zeros over two in a quad, on average.
+        Non-zeros over two in a quad (four neighbouring input channels of an output channel and tap), on average.
+    pairs
+        Share of the pairs of neighbouring input channels that 16 neighbouring output channels need for those, of a tap.
     """
 
     entries: Entries
-    broken: float
     over: float
+    pairs: float
 
     @property
     def rest(self) -> bool:
@@ -133,15 +133,23 @@ _known: weakref.WeakKeyDictionary[SparseWeight, tuple[float, float]] = weakref.W
 
 
 def _overfull(weight: SparseWeight) -> tuple[float, float]:
-    """`Facts.broken` and `Facts.over`."""
+    """`Facts.over` and `Facts.pairs`."""
     found = _known.get(weight)
     if found is None:
         channels, r, s = weight.kernel_shape
         row, channel, tap = places_of(weight)
         quads = -(-channels // 4)
-        held = np.bincount((row * quads + channel // 4) * (r * s) + tap)
-        count = weight.k * quads * r * s
-        found = float((held > 2).sum() / count), float(np.maximum(held - 2, 0).sum() / count)
+        quad = (row * quads + channel // 4) * (r * s) + tap
+        held = np.bincount(quad, minlength=weight.k * quads * r * s)
+        lower = np.bincount(quad[channel % 4 < 2], minlength=len(held))
+        (broken,) = np.nonzero(held > 2)
+        # Of three the one that is alone in its pair; see `two_four.cover_steps`.
+        upper = lower[broken] == 2
+        needed = len(
+            np.unique((broken // (quads * r * s) // 16 * (quads * r * s) + broken % (quads * r * s)) * 2 + upper)
+        )
+        over = int((held[broken] - 2).sum())
+        found = over / len(held), needed / (2 * -(-weight.k // 16) * quads * r * s)
         _known[weight] = found
     return found
 

@@ -20,7 +20,7 @@ from numbasparse.pruning.masks import fold_masks
 from numbasparse.pruning.obs import OBSPruning, recalibrate_batch_norm_
 from numbasparse.pruning.one_shot import prune_, prune_with_data_
 from numbasparse.pruning.pruner import Pruner
-from numbasparse.pruning.reorder import Reordering, reorder_channels
+from numbasparse.pruning.reorder import Reordering, reorder_channels, reorder_inputs
 from numbasparse.pruning.schedules import ACDCSchedule, CubicSchedule
 from numbasparse.pruning.search import SearchConfig, SearchResult, fine_tune, search_sparsity
 from numbasparse.pruning.sensitivity import measure_sensitivity
@@ -64,6 +64,7 @@ __all__ = [
     "prune_with_data_",
     "recalibrate_batch_norm_",
     "reorder_channels",
+    "reorder_inputs",
     "report",
     "search_sparsity",
 ]

@@ -1,74 +1,25 @@
-"""Re-ordering of output channels: rows with similar patterns become neighbours, and the result stays the same.
+"""Re-ordering of channels, so that kernels meet patterns that they like; what the model computes stays the same.
 
-Kernels that take several output channels at once load fewer inputs where their rows share columns. A layer's output
-channels can take any order if whoever reads them undoes it: here the next convolution or linear layer does, by its
-input channels, and what lies between (normalization, activations, pooling, depthwise convolutions) moves along. Where
-the graph does not allow that (residual additions, concatenations, the model's output), the layer is left and the order
-returned, for an epilogue that writes row ``i`` to channel ``order[i]``.
+`reorder_channels` makes output channels with similar patterns neighbours: kernels that take several at once load fewer
+inputs where their rows share columns. `reorder_inputs` orders the channels that layers read, so that tensor cores find
+at most two non-zeros among almost any four neighbours.
+
+A layer's output channels can take any order if whoever reads them undoes it: here the next convolutions or linear
+layers do, by their input channels, and what lies between (normalization, activations, pooling, depthwise convolutions)
+moves along. Where the graph does not allow that (concatenations, the model's output), the layer is left.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, fx, nn
-from torch.nn import functional as F
+from torch import Tensor, nn
 
-from numbasparse.pruning.layers import MASK, Layer, LayerFilter, select_layers
-
-_SAME = (
-    nn.ReLU,
-    nn.ReLU6,
-    nn.LeakyReLU,
-    nn.ELU,
-    nn.SELU,
-    nn.GELU,
-    nn.SiLU,
-    nn.Mish,
-    nn.Sigmoid,
-    nn.Tanh,
-    nn.Hardtanh,
-    nn.Hardswish,
-    nn.Hardsigmoid,
-    nn.Softplus,
-    nn.Identity,
-    nn.Dropout,
-    nn.Dropout2d,
-    nn.MaxPool2d,
-    nn.AvgPool2d,
-    nn.AdaptiveAvgPool2d,
-    nn.AdaptiveMaxPool2d,
-    nn.Upsample,
-    nn.ZeroPad2d,
-    nn.ReflectionPad2d,
-    nn.ReplicationPad2d,
-)
-"""Modules that treat every channel alike."""
-
-_SAME_FUNCTIONS = {
-    torch.relu,
-    torch.relu_,
-    torch.sigmoid,
-    torch.tanh,
-    F.relu,
-    F.relu6,
-    F.leaky_relu,
-    F.elu,
-    F.gelu,
-    F.silu,
-    F.hardtanh,
-    F.hardswish,
-    F.dropout,
-    F.max_pool2d,
-    F.avg_pool2d,
-    F.adaptive_avg_pool2d,
-    F.adaptive_max_pool2d,
-    F.interpolate,
-}
-_SAME_METHODS = {"relu", "relu_", "sigmoid", "tanh", "contiguous", "clone"}
+from numbasparse.channel_order import order_quads, over_two
+from numbasparse.pruning.channel_spaces import ChannelSpaces, Space
+from numbasparse.pruning.layers import Layer, LayerFilter, Layers, select_layers
 
 
 @dataclass(frozen=True)
@@ -78,9 +29,11 @@ class Reordering:
     Attributes
     ----------
     applied : dict of str to Tensor
-        Layers whose output channels were moved: row ``i`` now is what was row ``order[i]``; int64, shape (K,).
+        Layers whose channels (output channels of `reorder_channels`, input channels of `reorder_inputs`) were moved:
+        channel ``i`` now is what was channel ``order[i]``; int64, shape (K,) or (C,).
     left : dict of str to Tensor
-        Layers that were not changed: the order that would make similar rows neighbours, for an epilogue.
+        Layers that were not changed: the order that would be good, for an epilogue that writes row ``i`` to channel
+        ``order[i]``, or for whoever makes the input.
     reasons : dict of str to str
         Why each of ``left`` was left.
     """
@@ -94,16 +47,12 @@ class Reordering:
         return "\n".join(lines + [f"{name or '(model)'}: left, {reason}" for name, reason in self.reasons.items()])
 
 
-class _Refused(Exception):
-    """Why a layer's output channels must stay."""
-
-
 def reorder_channels(model: nn.Module, filter: LayerFilter | None = None, *, vector: int = 8) -> Reordering:
     """Re-order output channels in place, so that rows with similar patterns are neighbours; outputs stay the same.
 
     Sums of the next layer are then taken in another order: outputs are equal up to float rounding, and to the bit where
     the sums are exact. Masks of a pruning in progress move along; an optimizer's running averages do not, so do it
-    before or after training.
+    before or after training. Layers whose outputs are joined (residual sums) are left.
 
     Parameters
     ----------
@@ -125,22 +74,73 @@ def reorder_channels(model: nn.Module, filter: LayerFilter | None = None, *, vec
     """
     if isinstance(vector, bool) or not isinstance(vector, int) or vector < 1:
         raise ValueError(f"vector must be an int of 1 or more, got {vector!r}")
-    layers = select_layers(model, filter)
-    result = Reordering()
-    graph = _Graph(model)
-    for name, layer in layers.items():
-        order = similar_order(layer, vector)
-        try:
-            moves = graph.readers(name)
-        except _Refused as reason:
-            result.left[name], result.reasons[name] = order, str(reason)
-            continue
-        with torch.no_grad():
-            _move(layer.module, order, 0)
-            for module, kind in moves:
-                _follow(module, kind, order)
-        result.applied[name] = order
+    result, spaces = Reordering(), ChannelSpaces(model)
+    for name, layer in select_layers(model, filter).items():
+        order, space = similar_order(layer, vector), spaces.written_by(name)
+        others = [other for other in space.writers if other != name]
+        if space.reason or others:
+            result.left[name] = order
+            result.reasons[name] = space.reason or (
+                f"its output is joined with that of {others[0]!r} (a residual sum, product or the like)"
+            )
+        else:
+            space.permute(order)
+            result.applied[name] = order
     return result
+
+
+def reorder_inputs(model: nn.Module, filter: LayerFilter | None = None) -> Reordering:
+    """Re-order input channels in place, so that few neighbouring four hold more than two non-zeros; outputs stay the
+    same, as of `reorder_channels`.
+
+    Sparse tensor cores (float16 and bfloat16 on Hopper, ``cuda_wgmma_nhwc`` and ``cuda_wgmma``) multiply at most two of
+    four as they are, and the rest costs extra. Do it behind pruning and before ``autotune.tune``; it takes up to a
+    second for each layer. Layers that read the same channels (a residual stream) get one order for all of them.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Changed in place. `torch.fx` must be able to trace it, or all layers are left.
+    filter : callable, optional
+        Chooses the layers whose input channels are ordered; ``default_filter`` if not given. Linear layers and
+        convolutions of groups are left.
+
+    Returns
+    -------
+    Reordering
+        Layers in whose order nothing could be gained are in neither.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As ``select_layers``.
+    """
+    layers, result, spaces = select_layers(model, filter), Reordering(), ChannelSpaces(model)
+    groups: dict[Space, Layers] = {}
+    for name, layer in layers.items():
+        if isinstance(layer.module, nn.Conv2d) and layer.module.groups == 1:
+            groups.setdefault(spaces.read_by(name), {})[name] = layer
+    for space, readers in groups.items():
+        patterns = np.concatenate([_patterns(layer) for layer in readers.values()], axis=1)
+        if not over_two(patterns):
+            continue
+        order = torch.from_numpy(order_quads(patterns))
+        reason = space.reason or next(
+            (f"{name!r} writes them in groups" for name, writer in space.writers.items() if writer.groups != 1), ""
+        )
+        if not reason:
+            space.permute(order)
+        for name in readers:
+            if reason:
+                result.left[name], result.reasons[name] = order, reason
+            else:
+                result.applied[name] = order
+    return result
+
+
+def _patterns(layer: Layer) -> np.ndarray:
+    """Where a layer's weight is not zero: bool, (input channels, output channels and taps)."""
+    return (layer.weight.detach() != 0).transpose(0, 1).flatten(1).cpu().numpy()
 
 
 def similar_order(layer: Layer, vector: int) -> Tensor:
@@ -185,147 +185,3 @@ def block_columns(layer: Layer, vector: int) -> int:
     grid = layer.grid(vector)
     dead = grid.all((layer.weight.detach() == 0).reshape(layer.weight.shape))
     return int((~dead).sum())
-
-
-class _Graph:
-    """Who reads a layer's output, by torch.fx."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.modules: dict[str, nn.Module] = dict(model.named_modules())
-        self.calls: dict[str, list[fx.Node]] = {}
-        self.failure = ""
-        self.shared = _shared_parameters(model)
-        try:
-            traced = fx.symbolic_trace(model)
-        except Exception as error:  # whatever a model's own code raises on symbolic values
-            self.failure = f"torch.fx cannot trace the model ({' '.join(str(error).split())[:120]})"
-            return
-        for node in traced.graph.nodes:
-            if node.op == "call_module":
-                self.calls.setdefault(str(node.target), []).append(node)
-
-    def readers(self, name: str) -> list[tuple[nn.Module, str]]:
-        """Return the modules that must follow a new order of a layer's output, and how.
-
-        Raises
-        ------
-        _Refused
-            If one that reads it cannot.
-        """
-        if self.failure:
-            raise _Refused(self.failure)
-        node = self._only_call(name)
-        if not isinstance(self.modules[name], nn.Conv2d):
-            raise _Refused(f"it is a {type(self.modules[name]).__name__}, not an nn.Conv2d")
-        moves: list[tuple[nn.Module, str]] = []
-        self._walk(node, flat=False, channels=self.modules[name].out_channels, moves=moves)  # type: ignore[arg-type]
-        return moves
-
-    def _only_call(self, name: str) -> fx.Node:
-        calls = self.calls.get(name, [])
-        if len(calls) != 1:
-            raise _Refused(f"{name!r} is called {len(calls)} times")
-        for parameter in self.modules[name].parameters(recurse=False):
-            if id(parameter) in self.shared:
-                raise _Refused(f"{name!r} shares a parameter with another module")
-        return calls[0]
-
-    def _walk(self, node: fx.Node, *, flat: bool, channels: int, moves: list[tuple[nn.Module, str]]) -> None:
-        if not node.users:
-            raise _Refused("nothing reads its output")
-        for user in node.users:
-            if any(source is not node for source in user.all_input_nodes):
-                raise _Refused(
-                    f"its output is joined with another in {user.name!r} (a residual sum, product or the like)"
-                )
-            if user.op == "output":
-                raise _Refused("its output is the model's output")
-            if self._passes(user, flat):
-                self._walk(user, flat=flat, channels=channels, moves=moves)
-            elif _flattens(user, self.modules) and not flat:
-                self._walk(user, flat=True, channels=channels, moves=moves)
-            elif user.op == "call_module":
-                self._module(user, flat, channels, moves)
-            else:
-                raise _Refused(f"its output goes through {user.name!r}, which is not known to treat channels alike")
-
-    def _passes(self, user: fx.Node, flat: bool) -> bool:
-        """Return whether a node treats every channel alike."""
-        if user.op == "call_module":
-            module = self.modules[str(user.target)]
-            return isinstance(module, _SAME) or (isinstance(module, nn.PReLU) and module.num_parameters == 1)
-        if user.op == "call_function":
-            return user.target in _SAME_FUNCTIONS
-        return user.op == "call_method" and user.target in _SAME_METHODS
-
-    def _module(self, user: fx.Node, flat: bool, channels: int, moves: list[tuple[nn.Module, str]]) -> None:
-        """Note a module that must follow, and walk on behind it if its own output moves too."""
-        name = str(user.target)
-        module = self.modules[name]
-        self._only_call(name)
-        if isinstance(module, (nn.BatchNorm2d, nn.PReLU)) and not flat:
-            moves.append((module, "channels"))
-            self._walk(user, flat=flat, channels=channels, moves=moves)
-        elif isinstance(module, nn.Conv2d) and module.groups == 1 and not flat:
-            moves.append((module, "inputs"))
-        elif isinstance(module, nn.Conv2d) and module.groups == channels == module.out_channels and not flat:
-            moves.append((module, "channels"))
-            self._walk(user, flat=flat, channels=channels, moves=moves)
-        elif isinstance(module, nn.Linear) and flat and module.in_features % channels == 0:
-            moves.append((module, "inputs"))
-        else:
-            raise _Refused(f"its output goes into {name!r} ({type(module).__name__}), which cannot follow")
-
-
-def _shared_parameters(model: nn.Module) -> set[int]:
-    seen: set[int] = set()
-    shared: set[int] = set()
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            (shared if id(parameter) in seen else seen).add(id(parameter))
-    return shared
-
-
-def _flattens(user: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
-    """Return whether a node turns (N, C, H, W) into (N, C * H * W), or (N, C) by a mean."""
-    if user.op == "call_module":
-        module = modules[str(user.target)]
-        return isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1)
-    is_flatten = user.target is torch.flatten if user.op == "call_function" else user.target == "flatten"
-    arguments: tuple[Any, ...] = (*user.args[1:], *(v for k, v in user.kwargs.items() if k == "start_dim"))
-    if is_flatten:
-        return arguments == (1,)
-    is_mean = user.target is torch.mean if user.op == "call_function" else user.target == "mean"
-    dims = user.args[1] if len(user.args) > 1 else user.kwargs.get("dim")
-    kept = user.kwargs.get("keepdim", user.args[2] if len(user.args) > 2 else False)
-    return is_mean and isinstance(dims, (tuple, list)) and set(dims) in ({2, 3}, {-1, -2}) and not kept
-
-
-def _follow(module: nn.Module, kind: str, order: Tensor) -> None:
-    """Move a reader's channels, or the input channels of its weight."""
-    if kind == "channels":
-        _move(module, order, 0)
-    else:
-        weight = module.get_parameter("weight")
-        if isinstance(module, nn.Linear):
-            # (features, C, H * W): flattening keeps a channel's positions together.
-            order = torch.arange(weight.shape[1]).view(len(order), -1)[order].flatten()
-        _take(weight, order, 1)
-        mask = _mask(module)
-        if mask is not None:
-            _take(mask, order, 1)
-
-
-def _move(module: nn.Module, order: Tensor, dim: int) -> None:
-    """Move every parameter and buffer that has one entry per channel."""
-    for value in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-        if value.ndim and value.shape[0] == len(order):
-            _take(value, order, dim)
-
-
-def _mask(module: nn.Module) -> Tensor | None:
-    return dict(module.named_buffers(recurse=False)).get(MASK)
-
-
-def _take(value: Tensor, order: Tensor, dim: int) -> None:
-    value.copy_(value.index_select(dim, order.to(value.device)))
