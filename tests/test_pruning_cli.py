@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("torch")
 
+import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 from test_pruning import one_thread  # noqa: F401
@@ -74,6 +75,34 @@ def test_two_of_four(folder: Path) -> None:
     code, output = prune("--two-of-four", "--calibrate", "nets.py:batches")
     assert code != 0
     assert "OBSPruning has no two_of_four" in output
+
+
+def test_reordered_channels_give_the_same(folder: Path) -> None:
+    code, output = prune("--out", "as_is.safetensors")
+    assert code == 0, output
+    code, output = prune("--reorder")
+    assert code == 0, output
+    assert "input channels of 2 layers re-ordered" in output
+    given, moved = load_file("as_is.safetensors"), load_file("pruned.safetensors")
+    assert not torch.equal(given["3.weight"], moved["3.weight"])
+    assert over_two(moved) < over_two(given)
+    nets = sys.modules["nets"]
+    x = torch.randn(2, 3, 10, 10, generator=torch.Generator().manual_seed(1))
+    results = []
+    for state in (given, moved):
+        model = nets.make().eval()
+        model.load_state_dict(state)
+        results.append(model(x))
+    torch.testing.assert_close(results[1], results[0])
+    code, output = prune("--reorder", "--vector", "4")
+    assert code != 0
+    assert "neighbours no more" in output
+
+
+def over_two(state: dict[str, torch.Tensor]) -> int:
+    """What four neighbouring input channels hold over two, of both layers."""
+    held = [(state[f"{name}.weight"] != 0).unflatten(1, (-1, 4)).sum(2) for name in ("3", "5")]
+    return sum(int((counts - 2).clamp(min=0).sum()) for counts in held)
 
 
 def test_calibration(folder: Path) -> None:

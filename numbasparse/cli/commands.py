@@ -256,6 +256,11 @@ def report(
     is_flag=True,
     help="At most two of every four neighbouring input channels: fastest on sparse tensor cores.",
 )
+@click.option(
+    "--reorder",
+    is_flag=True,
+    help="Then order channels so that few neighbouring four hold more than two: the same outputs, faster on those.",
+)
 @click.option("--weights", type=click.Path(path_type=Path), help="safetensors file with the model's state_dict.")
 @click.option(
     "--train",
@@ -285,6 +290,7 @@ def prune(
     scope: str | None,
     vector: str,
     two_of_four: bool,
+    reorder: bool,
     weights: Path | None,
     train: str | None,
     schedule: str,
@@ -296,13 +302,21 @@ def prune(
     out: Path,
 ) -> None:
     from numbasparse.cli.models import check_device, check_out, load_model, load_object, save_state
-    from numbasparse.cli.prune import Retraining, prune_at_once, prune_with_calibration, prune_with_retraining
+    from numbasparse.cli.prune import (
+        Retraining,
+        prune_at_once,
+        prune_with_calibration,
+        prune_with_retraining,
+        reorder_and_report,
+    )
     from numbasparse.pruning import MagnitudePruning, OBSPruning
 
     if train is not None and calibrate is not None:
         raise ValueError("--train and --calibrate exclude each other: prune with retraining, or at once with data")
     if checkpoint is not None and train is None:
         raise ValueError("--checkpoint needs --train: pruning at once has nothing to resume")
+    if reorder and vector != "1":
+        raise ValueError("--reorder and --vector exclude each other: channels of a vector would be neighbours no more")
     check_out(out)
     check_device(device)
     data: Any = {"sparsity": sparsity, "vector": int(vector), "two_of_four": two_of_four}
@@ -315,6 +329,8 @@ def prune(
         prune_with_retraining(module, load_object(train), MagnitudePruning(**data), options)
     else:
         prune_at_once(module, MagnitudePruning(**data))
+    if reorder:
+        reorder_and_report(module)
     save_state(module, out)
     click.echo(f"wrote {out}")
 

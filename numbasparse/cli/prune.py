@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import click
 from torch import nn
 
 from numbasparse.pruning import (
@@ -20,6 +21,7 @@ from numbasparse.pruning import (
     prune_,
     prune_with_data_,
     recalibrate_batch_norm_,
+    reorder_inputs,
 )
 
 
@@ -37,6 +39,14 @@ class Retraining:
 def prune_at_once(model: nn.Module, config: MagnitudePruning) -> None:
     """Prune in place and print the report."""
     print_report(prune_(model, config))
+
+
+def reorder_and_report(model: nn.Module) -> None:
+    """Order input channels in place, and print what became of every layer."""
+    result = reorder_inputs(model)
+    click.echo(f"input channels of {len(result.applied)} layers re-ordered")
+    for name, reason in result.reasons.items():
+        click.echo(f"{name or '(model)'} left: {reason}")
 
 
 def prune_with_calibration(model: nn.Module, batches: Any, config: OBSPruning, device: str) -> None:
