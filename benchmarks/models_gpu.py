@@ -3,7 +3,8 @@
     python benchmarks/models_gpu.py                                       # all cases
     python benchmarks/models_gpu.py --cases vgg16,float32,32,0.9 resnet50,float16,128,0.95
 
-Weights are random.  Masks keep the largest of each convolution but the first, and of each linear layer but the last.
+Weights are random.  Masks keep the largest of each convolution but the first, and of each linear layer but the last;
+then input channels are put into the order that breaks few quads (`reorder_inputs`, ``--as-is`` without).
 Ours is tuned (one layer of each shape), converted and captured (`numbasparse.nn.convert`, `numbasparse.nn.capture`).
 Dense: torch in NCHW and channels-last, captured too, and ``torch.compile(mode="max-autotune")`` in the layout that was
 faster.  cuDNN's benchmark is on; float32 is strict (no TF32).  All are timed in turns by events; the results file is
@@ -29,7 +30,9 @@ from torch import Tensor, nn
 import autotune
 from autotune.model import problems_of
 from autotune.space import LayerProblem
+from numbasparse.channel_order import over_two
 from numbasparse.nn import SparseConv2d, capture, conversion_report, convert
+from numbasparse.pruning import reorder_inputs
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
 
@@ -55,6 +58,12 @@ def distinct(model: nn.Module, x: Tensor) -> list[LayerProblem]:
         if isinstance(modules[problem.name], nn.Conv2d):
             found.setdefault(problem.spec, problem)
     return list(found.values())
+
+
+def over_two_of_four(model: nn.Module) -> int:
+    """What four neighbouring input channels hold over two non-zeros, in all sparse convolutions."""
+    weights = [m.weight.detach() != 0 for m in model.modules() if isinstance(m, nn.Conv2d)]
+    return sum(over_two(w.transpose(0, 1).flatten(1).numpy()) for w in weights if not w.all())
 
 
 def us(call: Callable[[], Any], calls: int) -> float:
@@ -105,7 +114,14 @@ def run(case: str, args: argparse.Namespace) -> dict[str, Any]:
     x = torch.randn(int(batch), 3, zoo.IMAGE, zoo.IMAGE, generator=torch.Generator().manual_seed(0))
     dense = zoo.random_model(zoo.MODELS[name])
     zoo.settle_batch_norms(dense, x[:4])
-    sparse = zoo.pruned(dense, float(sparsity), x[:4]).cuda()
+    sparse = zoo.pruned(dense, float(sparsity), x[:4])
+    over = [over_two_of_four(sparse)]
+    began = time.perf_counter()
+    if not args.as_is:
+        reorder_inputs(sparse)
+    reordering = time.perf_counter() - began
+    over.append(over_two_of_four(sparse))
+    sparse = sparse.cuda()
     x = x.cuda()
     expected = sparse(x)
     dense, sparse, x = dense.to("cuda", dtype), sparse.to(dtype), x.to(dtype)
@@ -164,6 +180,8 @@ def run(case: str, args: argparse.Namespace) -> dict[str, Any]:
         "times": times,
         "ratio": ratio,
         "tuning_seconds": round(tuning, 1),
+        "reordering_seconds": round(reordering, 1),
+        "over_two_of_four": over,
         "gemm_backends": args.gemm_backends,
         "shapes": len(problems),
         "layers": {
@@ -184,6 +202,7 @@ def main() -> None:
     parser.add_argument(
         "--tuned", metavar="FOLDER", help="take tuned files of an earlier run from there, if it has any"
     )
+    parser.add_argument("--as-is", action="store_true", help="do not re-order input channels")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--gemm-backends", default="ATEN,TRITON", help="of torch.compile for float16")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no case after that")
