@@ -96,7 +96,7 @@ def configs(problem: LayerProblem, count: int, clusters: int) -> list[Candidate]
 
 def pixel_configs(problem: LayerProblem, count: int) -> list[Candidate]:
     """Those of cuda_wgmma_nhwc."""
-    fields = ("batch", "tile", "split", "groups", "turns", "channels")
+    fields = ("batch", "tile", "split", "groups", "stack", "turns", "channels")
     return of_each_shape(problem, PIXELS, fields, count)
 
 
@@ -138,7 +138,8 @@ SMALL += [
             "channels": channels,
             "stages": 2,
             "split": split,
-            "groups": groups,
+            "groups": 1 if groups == "stack" else groups,
+            "stack": 2 if groups == "stack" else 1,
             "turns": turns,
             "entries": entries,
             "steps": steps,
@@ -156,6 +157,8 @@ SMALL += [
         ((3, 72, 14, 76, 3), (1, "14x8", 32, 1, 1, 1, "wide", "every")),
         ((3, 160, 14, 76, 3), (1, "14x16", 32, 1, 2, 1, "wide", "every")),
         ((3, 160, 14, 76, 3), (1, "7x16", 32, 1, 1, 2, "wide", "every")),
+        ((3, 72, 14, 76, 3), (1, "14x8", 32, 1, "stack", 1, "wide", "listed")),
+        ((3, 160, 14, 132, 3), (1, "14x16", 32, 1, "stack", 1, "wide", "every")),
     )
 ]
 SMALL += [
@@ -288,7 +291,8 @@ def layers(args: argparse.Namespace) -> None:
 def nhwc(args: argparse.Namespace) -> None:
     """The same of cuda_wgmma_nhwc, and with masks that leave no rest, or are of vectors."""
     batches = args.batch or (1, 8, 32, 128)
-    wanted = [Case(layer, n, "float16") for rows in (SQUARE, POINTWISE) for n in batches for layer in rows]
+    kinds = [rows for rows in (SQUARE, POINTWISE) if args.window in (None, rows[0][0])]
+    wanted = [Case(layer, n, "float16") for rows in kinds for n in batches for layer in rows]
     vectors = [(f"16x1 {s:.0%}", functools.partial(vector_problem, sparsity=s, vector=16)) for s in args.vectors]
     masks = [
         unordered(args),
@@ -654,6 +658,7 @@ def main() -> None:
     parser.add_argument("--kernel", default=NAME, help="once: whose config it is")
     parser.add_argument("--config", help='once: as "batch=32,tile=4x4,channels=32,stages=3,split=1,cluster=1,groups=2"')
     parser.add_argument("--batch", type=int, nargs="+", help="other batch sizes")
+    parser.add_argument("--window", type=int, choices=(1, 3), help="nhwc: layers of this size only")
     parser.add_argument("--sparsity", type=float, nargs="*", default=list(SPARSITIES))
     parser.add_argument("--two-of-four", type=float, nargs="*", default=[0.9, 0.8], help="nhwc: of such masks")
     parser.add_argument("--ordered", type=float, nargs="*", default=list(SPARSITIES), help="with channels in order")

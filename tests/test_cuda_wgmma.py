@@ -192,7 +192,7 @@ def spec_of(n: int, c: int, h: int, k: int, r: int, dtype: str = "float16", grou
         ({"cluster": 2}, "a cluster of 2 does not divide the 1 blocks"),
         ({"split": 9}, "9 splits exceed the 1 tiles"),
         ({"stages": 1}, "stages must be from 2 to 8"),
-        ({"turns": 2}, "at most 2 warpgroups have registers enough, got 2 times 2"),
+        ({"turns": 2}, "at most 2 warpgroups have registers enough, got 4"),
         ({"entries": "coded"}, "coded entries need a quantized weight"),
     ],
 )

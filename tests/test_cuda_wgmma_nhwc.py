@@ -29,6 +29,7 @@ BASE: Config = {
     "stages": 2,
     "split": 1,
     "groups": 1,
+    "stack": 1,
     "turns": 1,
     "entries": "wide",
     "steps": "listed",
@@ -139,7 +140,7 @@ def problems(draw: st.DrawFn) -> tuple[ConvSpec, Config]:
     dilation = draw(st.sampled_from([1, 1, 2]))
     c, k = (
         draw(st.sampled_from([3, 8, 24, 40, 72, 136] if groups == 1 else [8, 24, 40])),
-        draw(st.sampled_from([4, 12, 64, 72])),
+        draw(st.sampled_from([4, 12, 64, 72, 132])),
     )
     h, w = draw(st.integers(5, 17)), draw(st.integers(5, 17))
     padding = draw(st.sampled_from([0, 1, 2]))
@@ -162,6 +163,7 @@ def problems(draw: st.DrawFn) -> tuple[ConvSpec, Config]:
         "stages": draw(st.integers(2, 3)),
         "split": draw(st.sampled_from([1, 1, 2])),
         "groups": draw(st.sampled_from([1, 2])),
+        "stack": draw(st.sampled_from([1, 1, 2])),
         "turns": draw(st.sampled_from([1, 2])),
         "entries": draw(st.sampled_from(["wide", "coded"])),
         "steps": draw(st.sampled_from(["listed", "every"])),
@@ -185,6 +187,37 @@ def test_emulated(problem: tuple[ConvSpec, Config], density: float, seed: int) -
         return
     x = rng.standard_normal(spec.x_shape).astype(np.float32)
     assert_as_tensor_cores(PixelEmulator(spec, weight, config).run(x), spec, weight, x, exact_weight=linear)
+
+
+@pytest.mark.parametrize("steps", ["listed", "every"])
+@pytest.mark.parametrize("k", [72, 132])
+def test_a_stack_shares_tiles(k: int, steps: str) -> None:
+    """Two blocks of output channels take every tile together, also where one of them has no weights for it."""
+    spec = spec_of(2, 96, 9, k, 3, padding=1)
+    rng = np.random.default_rng(4)
+    dense = random_weight(spec, 0.12, rng)
+    dense[:64, 32:64] = 0
+    weight = SparseWeight.from_dense(dense)
+    x = rng.standard_normal(spec.x_shape).astype(np.float32)
+    emulator = PixelEmulator(spec, weight, config_of(tile="9x8", stack=2, steps=steps))
+    blocks = -(-k // 128)
+    assert emulator.packed.rows.shape == (2 * blocks, 64)
+    assert emulator.packed.ranges.shape == (blocks, 1, 2)
+    assert emulator.packed.ranges[0, 0].tolist() == [0, 3]
+    assert emulator.packed.jobs[:3, 0].tolist() == [0, 32, 64]
+    assert (emulator.packed.jobs[:, 3] < emulator.packed.jobs[:, 2]).all()
+    assert_as_tensor_cores(emulator.run(x), spec, weight, x)
+
+
+@pytest.mark.parametrize(("c", "r", "listed"), [(64, 1, True), (128, 1, False), (64, 3, False)])
+def test_lists_are_offered_where_the_code_knows_too_few_steps(c: int, r: int, listed: bool) -> None:
+    spec = spec_of(8, c, 14, 128, r, padding=r // 2)
+    weight = SparseWeight.from_dense(random_weight(spec, 0.1, np.random.default_rng(0)))
+    space = KERNEL.space(spec, weight, 1)
+    assert ("listed" in space["steps"]) == listed
+    suggested = KERNEL.suggest(spec, weight, 1, 10)
+    assert len(suggested) == 10
+    assert {config["steps"] for config in suggested} == {"listed" if listed else "every"}
 
 
 def test_a_rest_and_doubled_steps_are_emulated() -> None:
@@ -318,7 +351,7 @@ def spec_of(n: int, c: int, h: int, k: int, r: int, dtype: str = "float16", grou
         ({"channels": 256, "stages": 8}, "bytes of shared memory exceed"),
         ({"split": 9}, "9 splits exceed the 1 tiles"),
         ({"stages": 1}, "stages must be from 2 to 8"),
-        ({"tile": "8x16", "groups": 2, "turns": 2}, "at most 2 warpgroups have registers enough, got 2 times 2"),
+        ({"tile": "8x16", "groups": 2, "turns": 2}, "at most 2 warpgroups have registers enough, got 4"),
         (
             {"tile": "8x8", "turns": 2, "stages": 3},
             "2 warpgroups that take turns need as many stages, or twice as many",
@@ -326,6 +359,8 @@ def spec_of(n: int, c: int, h: int, k: int, r: int, dtype: str = "float16", grou
         ({"entries": "coded"}, "coded entries need a quantized weight"),
         ({"entries": "coded", "steps": "every"}, "every step of a tile needs entries 'wide', got 'coded'"),
         ({"steps": "some"}, "steps must be one of"),
+        ({"stack": 2}, "16 output channels are no stack of blocks of 64"),
+        ({"stack": 3}, "stack must be from 1 to 2"),
         ({"channels": 256, "steps": "every"}, "made for 3 to 64 of them, got 72"),
     ],
 )
@@ -396,11 +431,13 @@ CODES: list[Config] = [
     config_of(tile="14x16", channels=64),
     config_of(tile="16x8", groups=2, split=2, stages=3),
     config_of(tile="14x16", turns=2),
+    config_of(tile="14x16", stack=2),
 ]
 EVERY: list[Config] = [
     config_of(tile="28x8", batch=2, groups=2, steps="every"),
     config_of(tile="14x16", channels=64, steps="every"),
     config_of(tile="14x16", turns=2, split=2, steps="every"),
+    config_of(tile="14x16", stack=2, steps="every"),
 ]
 
 
@@ -464,6 +501,12 @@ GPU_CASES: list[tuple[ConvSpec, Config, float]] = [
     (spec_of(3, 16, 7, 24, 3, **SAME), config_of(batch=2, tile="7x8"), 0.2),
     (spec_of(3, 3, 17, 64, 3, **SAME), config_of(tile="17x8"), 1.0),
     (spec_of(8, 12, 8, 64, 1), config_of(tile="16x8"), 0.3),
+    # Two blocks of output channels with one tile; an odd number of them; many works; chunks, and jobs that come again.
+    (spec_of(5, 72, 14, 76, 3, **SAME), config_of(tile="14x8", stack=2), 0.1),
+    (spec_of(5, 72, 14, 132, 3, **SAME), config_of(tile="14x8", stack=2, stages=3), 0.1),
+    (spec_of(5, 72, 14, 132, 3, **SAME), config_of(tile="7x8", batch=2, stack=2, split=2), 0.6),
+    (spec_of(24, 288, 16, 1024, 1), config_of(tile="32x8", channels=128, stack=2), 0.1),
+    (spec_of(8, 512, 8, 132, 1), config_of(channels=256, tile="16x8", stack=2, split=2), 0.1),
 ]
 
 

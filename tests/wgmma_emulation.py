@@ -34,9 +34,11 @@ class Emulator(ABC):
         """Sums of all blocks and splits, (N, K, OH, OW) float32, scaled, without bias; NaN where none was written."""
         halves = narrow(x, self.spec.dtype).reshape(x.shape)
         y = np.full((self.shape.split, *self.out_shape), np.nan, np.float32)
+        stack = self.shape.stack
         for tile in output_tiles(self.shape):
-            sums = self._sums(halves, tile.image, tile.corner, tile.block, tile.part)
-            self.store(y, sums, self.packed.rows[tile.block], tile)
+            for own in range(stack):
+                sums = self._sums(halves, tile, own)
+                self.store(y, sums, self.packed.rows[tile.block * stack + own], tile)
         return self.result(y.sum(axis=0)) * self.scale[:, None, None]
 
     @property
@@ -68,9 +70,9 @@ class Emulator(ABC):
     def swizzle(self, linear: np.ndarray) -> np.ndarray:
         """Where shared memory holds what has linear addresses."""
 
-    def _sums(self, x: np.ndarray, image: int, corner: tuple[int, int], block: int, part: int) -> np.ndarray:
-        """Of one block, (operands, 64, n)."""
-        g = self.g
+    def _sums(self, x: np.ndarray, tile: OutputTile, own: int) -> np.ndarray:
+        """Of one block, and of a stack the one of this number, (operands, 64, n)."""
+        g, block, part = self.g, tile.block, tile.part
         first, count = (int(v) for v in self.packed.ranges[block, part])
         leader = block // self.shape.cluster * self.shape.cluster
         same = self.packed.ranges[leader : leader + self.shape.cluster, part]
@@ -81,8 +83,8 @@ class Emulator(ABC):
             assert (same[:, 1] == count).all()
             assert (channels == channels[0]).all(), "blocks of a cluster get other tiles"
             stage = self.BASE + wgmma_shape.HEAD_BYTES + job % self.shape.stages * self.shape.stage_bytes
-            memory = self._copied(x, image, corner, first + job, stage)
-            blob = memory[stage + g.tile_bytes :]
+            memory = self._copied(x, tile.image, tile.corner, first + job, stage)
+            blob = memory[stage + g.tile_bytes + own * self.shape.blob_bytes :]
             steps, chunks = (int(v) for v in blob[:8].view(np.int32))
             assert steps <= self.shape.room[0]
             assert chunks <= self.shape.room[1]
@@ -139,14 +141,19 @@ class Emulator(ABC):
     def _copied(self, x: np.ndarray, image: int, corner: tuple[int, int], job: int, stage: int) -> np.ndarray:
         """Shared memory when the copies of a job have come: NaN where nothing was copied."""
         g, packed = self.g, self.packed
-        channel, start, size, _ = (int(v) for v in packed.jobs[job])
+        channel, start, size, first = (int(v) for v in packed.jobs[job])
         memory = np.full(self.BASE + self.shape.shared_bytes, 0xFF, np.uint8)
         words, where = self.placed(x, image, corner, channel)
         assert 2 * words.size == g.copied_bytes
         memory.view(np.uint16)[self.swizzle(stage + where) // 2] = words
-        assert g.tile_bytes + size <= self.shape.stage_bytes
+        assert g.tile_bytes + self.shape.stack * self.shape.blob_bytes <= self.shape.stage_bytes
         assert (16 * start + size) <= packed.blobs.size
-        memory[stage + g.tile_bytes :][:size] = packed.blobs[16 * start :][:size]
+        blobs, at = packed.blobs[16 * start :][:size], stage + g.tile_bytes
+        for blob in (blobs[:first], blobs[first:]) if self.shape.stack == 2 else (blobs,):
+            assert 0 < blob.size <= self.shape.blob_bytes
+            assert blob.size % 16 == 0
+            memory[at:][: blob.size] = blob
+            at += self.shape.blob_bytes
         return memory
 
     def _values(self, words: np.ndarray) -> np.ndarray:

@@ -28,6 +28,8 @@ Search space
     Blocks that share the input channels of one tile; a second kernel adds up their sums.
 ``groups``
     Warpgroups of a block, which share its images, or columns, or rows.
+``stack``
+    Warpgroups that have 64 output channels each, of the same pixels: half as many copies of tiles.
 ``turns``
     Warpgroups that take turns with the input channels of a tile, and whose sums are added up in shared memory.
 ``entries``
@@ -343,13 +345,13 @@ _DENSE = 0.2
 
 
 def _lists_steps(spec: ConvSpec, weight: SparseWeight) -> bool:
-    """Whether a list of steps may be worth its words: of codes, of dense weights, and where one in twenty of the pieces
-    that steps multiply is empty (64 output and 32 input channels of a tap).
+    """Whether a list of steps may be worth its words: of codes, of dense weights, where one in twenty of the pieces
+    that steps multiply is empty (64 output and 32 input channels of a tap), and where there are too few for code.
     """
-    if weight.levels is not None or weight.density > _DENSE:
-        return True
     taps, rows = spec.r * spec.s, -(-spec.k_per_group // two_four.ROWS)
     columns = -(-spec.c_per_group // two_four.STEP)
+    if weight.levels is not None or weight.density > _DENSE or taps * columns < _KNOWN_STEPS[0]:
+        return True
     k, channel, tap = places_of(weight)
     block = k // spec.k_per_group * rows + k % spec.k_per_group // two_four.ROWS
     pieces = np.zeros(spec.groups * rows * columns * taps, bool)
@@ -444,7 +446,7 @@ class CudaWgmmaNhwc(WgmmaKernel):
     """Sparse tensor cores of Hopper, channels innermost; see the module's text."""
 
     name = "cuda_wgmma_nhwc"
-    version = 3
+    version = 4
 
     def reason_spec(self, spec: ConvSpec) -> str | None:
         if max(spec.stride) > 8:
@@ -471,13 +473,19 @@ class CudaWgmmaNhwc(WgmmaKernel):
             "stages": (2, 3, 4),
             "split": tuple(s for s in (1, 2, 4, 8, 16) if s == 1 or 32 * s <= spec.c_per_group),
             "groups": (1, 2),
+            "stack": (1, 2) if spec.groups == 1 and spec.k > two_four.ROWS else (1,),
             "turns": (1, 2),
             "entries": self.entries(weight),
             "steps": ("listed", "every") if _lists_steps(spec, weight) else ("every",),
         }
 
     def reason_config(self, spec: ConvSpec, config: Config) -> str | None:
-        return check_fields(config, _FIELDS) or _reason_shape(spec, config) or _reason_steps(spec, config)
+        return (
+            check_fields(config, _FIELDS)
+            or _reason_shape(spec, config)
+            or _reason_steps(spec, config)
+            or _reason_stack(spec, config)
+        )
 
     def geometry(self, spec: ConvSpec, config: Config) -> PixelTile:
         return geometry_of(spec, config)
@@ -498,10 +506,10 @@ class CudaWgmmaNhwc(WgmmaKernel):
         rest = facts.rest or not every
         # A blob counts chunks in bytes.
         room = steps, min(ceil(chunks + 2 * deviation) + 1, 255) if rest else 0
-        blocks = spec.groups * -(-spec.k_per_group // two_four.ROWS)
-        stages, split, turns = (int(config[f]) for f in ("stages", "split", "turns"))
-        entries = facts.entries
-        return Shape(geometry, room, stages, split, 1, blocks, turns, entries, activation, residual, every, rest)
+        stages, split, turns, stack = (int(config[f]) for f in ("stages", "split", "turns", "stack"))
+        blocks = spec.groups * -(-spec.k_per_group // (two_four.ROWS * stack))
+        code = (facts.entries, activation, residual, every, rest, stack)
+        return Shape(geometry, room, stages, split, 1, blocks, turns, *code)
 
     def runner(self, spec: ConvSpec, packed: Packed, scale: np.ndarray, make: Callable[..., Shape]) -> CudaRunner:
         whole = filled(spec)
@@ -513,8 +521,8 @@ class CudaWgmmaNhwc(WgmmaKernel):
         shape = self.shape(spec, config, facts)
         steps, chunks, _ = _work(g, facts, spec, shape.every)
         copy = g.planes * g.batch * g.patch_h * g.patch_w * row_clocks(g.row_bytes)
-        stores = g.groups * g.sums / 4 * _STORE_CLOCKS
-        return clocks(shape, steps, chunks, 64 * g.n * g.pieces * g.groups, copy, stores, device)
+        stores = shape.stack * g.groups * g.sums / 4 * _STORE_CLOCKS
+        return clocks(shape, steps, chunks, 64 * g.n * g.pieces * g.groups * shape.stack, copy, stores, device)
 
 
 def _reason_steps(spec: ConvSpec, config: Config) -> str | None:
@@ -526,6 +534,17 @@ def _reason_steps(spec: ConvSpec, config: Config) -> str | None:
     count = spec.r * spec.s * int(config["channels"]) // two_four.STEP
     if not _KNOWN_STEPS[0] <= count <= _KNOWN_STEPS[1]:
         return f"code for every step of a tile is made for {_KNOWN_STEPS[0]} to {_KNOWN_STEPS[1]} of them, got {count}"
+    return None
+
+
+def _reason_stack(spec: ConvSpec, config: Config) -> str | None:
+    """Reason why the warpgroups of a block cannot have output channels of their own."""
+    if int(config["stack"]) == 1:
+        return None
+    if spec.groups > 1:
+        return f"a stack of blocks has the same input channels, which those of {spec.groups} groups do not"
+    if spec.k <= two_four.ROWS:
+        return f"{spec.k} output channels are no stack of blocks of {two_four.ROWS}"
     return None
 
 
@@ -547,6 +566,7 @@ _FIELDS: dict[str, Any] = {
     "stages": (2, 8),
     "split": (1, 64),
     "groups": (1, 2),
+    "stack": (1, 2),
     "turns": (1, 2),
     "entries": ("wide", "coded"),
     "steps": ("listed", "every"),
@@ -558,6 +578,7 @@ _FALLBACK: Config = {
     "stages": 2,
     "split": 1,
     "groups": 1,
+    "stack": 1,
     "turns": 1,
     "entries": "wide",
     "steps": "listed",

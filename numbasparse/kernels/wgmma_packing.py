@@ -34,10 +34,11 @@ class Packed:
         `Geometry.offsets`.  Where each job has every step, the values of all come first and then their metadata, as
         `codegen.ptx.StepRun` says.
     jobs : int32, (jobs, 4)
-        First input channel of the tile, start of the blob in units of 16 bytes, bytes of the blob, 0.
+        First input channel of the tile, start of the blob in units of 16 bytes, bytes of the blob, 0; of a stack the
+        blobs of its blocks lie one behind another, and the last two numbers are bytes of both and of the first.
     ranges : int32, (blocks, splits, 2)
         What a block does: its first job and its number of jobs, which is the same in all blocks of a cluster.
-    rows : int32, (blocks, 64)
+    rows : int32, (blocks of 64 output channels, 64)
         Output channel of every row, -1 where there is none.
     table : uint8, (32,)
         Of 16 values the lower bytes, then the upper ones.
@@ -66,8 +67,8 @@ def pack(weight: SparseWeight, shape: Shape) -> Packed:
     A tile with more steps or chunks than there is room for is copied again for the others; where each job has every
     step, with zeros the second time.
     """
-    geometry, form, split, cluster = shape.geometry, shape.entries.form, shape.split, shape.cluster
-    spec, rows = geometry.spec, geometry.row_blocks(weight)
+    geometry, form, split, together = shape.geometry, shape.entries.form, shape.split, shape.cluster * shape.stack
+    spec, rows = geometry.spec, _filled_up(geometry.row_blocks(weight), shape.stack)
     per_block = -(-spec.c_per_group // geometry.channels)
     if form == "wide":
         values, data = np.zeros(1, np.float32), weight.data
@@ -77,8 +78,8 @@ def pack(weight: SparseWeight, shape: Shape) -> Packed:
     steps, rest = _steps(data, weight, geometry, rows, per_block, shape.every)
     if form != "wide":
         rest = replace(rest, values=values[rest.values.astype(np.int64)])
-    live = _live(np.diff(steps.first), per_block, cluster)
-    pieces, ranges = _pieces(np.diff(steps.first), np.diff(rest.first), shape.room, live, split, cluster)
+    live = _live(np.diff(steps.first), per_block, together)
+    pieces, ranges = _pieces(np.diff(steps.first), np.diff(rest.first), shape.room, live, split, together)
     block, tile = np.divmod(pieces[:, 0], per_block)
     group = block // (len(rows) // spec.groups)
     if shape.every:
@@ -89,7 +90,33 @@ def pack(weight: SparseWeight, shape: Shape) -> Packed:
     jobs = np.zeros((len(pieces), 4), np.int32)
     jobs[:, 0] = group * spec.c_per_group + tile * geometry.channels
     jobs[:, 1], jobs[:, 2] = starts // 16, sizes
+    if shape.stack == 2:
+        blobs, jobs, ranges = _paired(blobs, jobs, ranges)
     return Packed(blobs, jobs, ranges, rows, _table(values, form, spec.dtype))
+
+
+def _filled_up(rows: np.ndarray, stack: int) -> np.ndarray:
+    """Blocks of rows, and as many without any as stacks need to be whole."""
+    return np.pad(rows, ((0, -len(rows) % stack), (0, 0)), constant_values=-1)
+
+
+def _paired(blobs: np.ndarray, jobs: np.ndarray, ranges: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Blobs, jobs and ranges of two blocks as those of one, which take the same tiles together."""
+    first, second = (_numbers(own) for own in (ranges[::2], ranges[1::2]))
+    both, pieces = np.stack([first, second], axis=1).ravel(), [blobs[:0]]
+    for begin, size in zip(16 * jobs[both, 1].astype(np.int64), jobs[both, 2], strict=True):
+        pieces.append(blobs[begin : begin + size])
+    made = jobs[first]
+    made[:, 2], made[:, 3] = jobs[first, 2] + jobs[second, 2], jobs[first, 2]
+    made[:, 1] = (np.cumsum(made[:, 2], dtype=np.int64) - made[:, 2]) // 16
+    counts = ranges[::2, :, 1]
+    starts = np.cumsum(counts).reshape(counts.shape) - counts
+    return np.concatenate(pieces), made, np.stack([starts, counts], axis=2).astype(np.int32)
+
+
+def _numbers(ranges: np.ndarray) -> np.ndarray:
+    """Jobs of blocks, in their order."""
+    return np.concatenate([np.arange(first, first + count) for first, count in ranges.reshape(-1, 2)])
 
 
 def _table(values: np.ndarray, form: str, dtype: str) -> np.ndarray:

@@ -7,12 +7,12 @@ a sparse ``wgmma`` of 64 output channels, 32 columns of the weight and all pixel
 in the tile, so that nothing is copied or gathered; and the *rest*, where four neighbouring channels hold more than two
 non-zeros, which is added to the same sums by ``mma.sync``.
 
-One or two warpgroups compute the tile's pixels, each its share; or two take turns with the input channels, and add up
-their sums in shared memory, so that one can wait while the other computes where there is no second block for a
-multiprocessor.  Blocks stay, and take one output tile after another:
-the warp that is the last to leave a stage orders the next copy into it, which may be of the next output tile, so that
-copies go on while sums are stored.  In a cluster that is the last warp of all its blocks, whose copy of a tile goes to
-all of them.
+One or two warpgroups compute the tile's pixels, each its share; or each has all pixels and 64 output channels of its
+own (a *stack*), which halves the copies of tiles; or two take turns with the input channels, and add up their sums in
+shared memory, so that one can wait while the other computes where there is no second block for a multiprocessor.
+Blocks stay, and take one output tile after another: the warp that is the last to leave a stage orders the next copy
+into it, which may be of the next output tile, so that copies go on while sums are stored.  In a cluster that is the
+last warp of all its blocks, whose copy of a tile goes to all of them.
 
 A warp of its own for the copies would leave the others too few registers: a quarter of a multiprocessor has them for
 two warps of 255, or for three of 168, and nvJitLink ignores ``setmaxnreg`` in PTX (C7504).
@@ -92,7 +92,8 @@ def _code(shape: Shape) -> Callable[..., None]:
         ptx.wgmma_settle(shape.geometry.sums),
         ptx.load_words("global", 4),
     )
-    late = shape.late
+    late, stack = shape.late, shape.stack
+    blob_bytes, tile_bytes = shape.blob_bytes, shape.geometry.tile_bytes
     store_sums, add_sums = ptx.store_sums(shape.geometry.sums), ptx.add_sums(shape.geometry.sums)
     stage_bytes = shape.stage_bytes
 
@@ -111,9 +112,11 @@ def _code(shape: Shape) -> Callable[..., None]:
         values = load_table(table)
         thread = ptx.thread_index()
         group, within, warp, lane = thread >> 7, thread & 127, (thread >> 5) & 3, thread & 31
-        turn = i32(0)
+        turn, own = i32(0), i32(0)
         if turns > 1:
             turn, group = group, i32(0)
+        if stack > 1:
+            own, group = group, i32(0)
         # For each stage 8 bytes of barrier; behind them 4 that count the warps that have left it; behind these 4 that
         # count the blocks, those in the first block of a cluster.
         if thread == 0:
@@ -143,7 +146,7 @@ def _code(shape: Shape) -> Callable[..., None]:
         while work < works:
             sums = zeros()
             block, part, first_image, oy, ox, _, _ = place_of(work)
-            numbers = numbers_of(rows, block * i64(two_four.ROWS) + warp * 16, lane)
+            numbers = numbers_of(rows, (block * stack + own) * i64(two_four.ROWS) + warp * 16, lane)
             for number in range(jobs_of(ranges, work)[1]):
                 following, after, wanted = load_job(job), origin, ahead < works
                 own_slot, own_phase = slot, phase
@@ -154,14 +157,15 @@ def _code(shape: Shape) -> Callable[..., None]:
                 if turns == 1 or i32(number) % i32(turns) == turn:
                     ptx.mbarrier_wait(u32(base + 8 * own_slot), own_phase)
                     stage = base + HEAD_BYTES + own_slot * stage_bytes
-                    sums, carried = begin(sums, stage, group, within, warp, lane)
+                    blob = stage + tile_bytes + own * blob_bytes
+                    sums, carried = begin(sums, stage, blob, group, within, warp, lane)
                     if late:
                         leave(base, blobs, left_slot, left_job, left_origin, left_wanted, lane)
                         left_slot, left_job, left_origin, left_wanted = own_slot, following, after, wanted
                     # What this waits for is read while steps are under way.
                     if wanted:
                         job, left, ahead, origin = advance(jobs, ranges, job, left, ahead, step, origin)
-                    sums = compute(sums, carried, stage, values, group, within, warp, lane)
+                    sums = compute(sums, carried, stage, blob, values, group, within, warp, lane)
                     if not late:
                         leave(base, blobs, own_slot, following, after, wanted, lane)
                 elif wanted:
@@ -173,12 +177,12 @@ def _code(shape: Shape) -> Callable[..., None]:
                 leave(base, blobs, left_slot, left_job, left_origin, left_wanted, lane)
                 left_wanted = False
             if turns > 1:
-                own = u32(base + sums_at + within * 16)
+                place = u32(base + sums_at + within * 16)
                 if turn == 1:
-                    store_sums(sums, own)
+                    store_sums(sums, place)
                 ptx.barrier()
                 if turn == 0:
-                    sums = add_sums(sums, own)
+                    sums = add_sums(sums, place)
                 # They have been read when the next ones are stored.
                 ptx.barrier()
             if turn == 0:
@@ -242,7 +246,8 @@ def _copies(shape: Shape) -> tuple[Any, Any]:
     from numbasparse.codegen import ptx
 
     i32, u32, i64 = types.int32, types.uint32, types.int64
-    stages, cluster, warps = shape.stages, shape.cluster, 4 * shape.geometry.groups
+    stages, cluster, stack = shape.stages, shape.cluster, shape.stack
+    warps, blob_bytes = 4 * shape.geometry.groups * stack, shape.blob_bytes
     stage_bytes, tile_bytes, copied = shape.stage_bytes, shape.geometry.tile_bytes, shape.geometry.copied_bytes
     boxes = shape.geometry.copy_tile(cluster)
 
@@ -250,7 +255,12 @@ def _copies(shape: Shape) -> tuple[Any, Any]:
         """Each block for itself: expect both copies and order the one of its own weight."""
         full, stage = u32(base + 8 * slot), u32(base + HEAD_BYTES + slot * stage_bytes)
         ptx.mbarrier_expect(full, i32(copied + job[2]))
-        ptx.copy_bulk(u32(stage + tile_bytes), i64(blobs + job[1] * i64(16)), i32(job[2]), full)
+        source, size = blobs + job[1] * i64(16), i32(job[2])
+        if stack > 1:
+            # The second blob has a place of its own.
+            size = i32(job[3])
+            ptx.copy_bulk(u32(stage + tile_bytes + blob_bytes), i64(source + size), i32(job[2] - job[3]), full)
+        ptx.copy_bulk(u32(stage + tile_bytes), i64(source), size, full)
 
     def copy_tile(base, slot, channel, origin):  # type: ignore[no-untyped-def]
         """One for all blocks of a cluster; it may come before a block expects it: bytes are counted below zero too."""
@@ -329,54 +339,53 @@ def _compute_every(shape: Shape) -> tuple[Any, Any]:
 
     i32, u32, i64 = types.int32, types.uint32, types.int64
     geometry, run, rest, late = shape.geometry, shape.geometry.run(), shape.rest, shape.late
-    values_at = geometry.tile_bytes + HEADER_BYTES
-    own_bytes, metadata_at, rest_at = geometry.group_bytes, values_at + run.metadata, values_at + run.nbytes
+    own_bytes, metadata_at, rest_at = geometry.group_bytes, HEADER_BYTES + run.metadata, HEADER_BYTES + run.nbytes
     first, others, settle = run.begin(), run.go_on(), ptx.wgmma_settle(geometry.sums)
     leftover, fetch = _leftover(shape)
-    load_four, header_at = ptx.load_words("shared", 4), geometry.tile_bytes
+    load_four = ptx.load_words("shared", 4)
 
-    def places_of(stage, group, within, warp, lane):  # type: ignore[no-untyped-def]
+    def places_of(stage, blob, group, within, warp, lane):  # type: ignore[no-untyped-def]
         """A thread's values and its metadata, and the descriptor of the pixels of its warpgroup."""
         operand = (stage + group * own_bytes) & WINDOW
-        return u32(stage + values_at + within * 16), u32(stage + metadata_at + warp * 128 + lane * 4), u32(operand >> 4)
+        metadata = u32(blob + metadata_at + warp * 128 + lane * 4)
+        return u32(blob + HEADER_BYTES + within * 16), metadata, u32(operand >> 4)
 
     places_of = device_function(places_of)
 
-    def begin(sums, stage, group, within, warp, lane):  # type: ignore[no-untyped-def]
-        values, metadata, low = places_of(stage, group, within, warp, lane)
+    def begin(sums, stage, blob, group, within, warp, lane):  # type: ignore[no-untyped-def]
+        values, metadata, low = places_of(stage, blob, group, within, warp, lane)
         return first(sums, values, metadata, low)
 
-    def compute(sums, carried, stage, values, group, within, warp, lane):  # type: ignore[no-untyped-def]
-        own, metadata, low = places_of(stage, group, within, warp, lane)
+    def compute(sums, carried, stage, blob, values, group, within, warp, lane):  # type: ignore[no-untyped-def]
+        own, metadata, low = places_of(stage, blob, group, within, warp, lane)
         if not rest:
             sums = others(sums, carried, own, metadata, low)
             return sums if late else settle(sums)
-        header = load_four(u32(stage + header_at))
-        fetched = fetch(stage + rest_at, within, warp, lane)
+        header = load_four(u32(blob))
+        fetched = fetch(blob + rest_at, within, warp, lane)
         sums = others(sums, carried, own, metadata, low)
         # Where no warp has a chunk, the steps under way go on.
         if header[2] != 0:
             sums = settle(sums)
             chunks = i32(header[2] >> u32(8 * warp) & u32(255))
-            sums = leftover(
-                sums, chunks, i64(stage + group * own_bytes), fetched, i64(stage + rest_at), within, warp, lane
-            )
+            start = i64(stage + group * own_bytes)
+            sums = leftover(sums, chunks, start, fetched, i64(blob + rest_at), within, warp, lane)
         return sums if late else settle(sums)
 
     return device_function(begin), device_function(compute)
 
 
 def _compute(shape: Shape, decode: Any) -> tuple[Any, Any]:
-    """Device functions: ``(sums, stage, group, within, warp, lane) -> (sums, carried)`` begins a job, and ``(sums,
-    carried, stage, values, group, within, warp, lane) -> sums`` adds what the tile and the weight of its stage give to
-    the sums of a warpgroup; see `_decoder`.
+    """Device functions: ``(sums, stage, blob, group, within, warp, lane) -> (sums, carried)`` begins a job, and
+    ``(sums, carried, stage, blob, values, group, within, warp, lane) -> sums`` adds what the tile and the weight of its
+    stage give to the sums of a warpgroup; see `_decoder`.
     """
     from numba import types
 
     from numbasparse.codegen import ptx
 
     i32, u32, i64 = types.int32, types.uint32, types.int64
-    geometry, tile_bytes, entries = shape.geometry, shape.geometry.tile_bytes, shape.entries
+    geometry, entries = shape.geometry, shape.entries
     own_bytes, unit_bytes, lane_bytes = geometry.group_bytes, entries.unit_bytes, 4 * entries.lane_words
     metadata_at, word_at = entries.metadata, entries.word
     multiply, (leftover, fetch) = geometry.multiply(), _leftover(shape)
@@ -399,14 +408,14 @@ def _compute(shape: Shape, decode: Any) -> tuple[Any, Any]:
 
     step = device_function(step)
 
-    def begin(sums, stage, group, within, warp, lane):  # type: ignore[no-untyped-def]
+    def begin(sums, stage, blob, group, within, warp, lane):  # type: ignore[no-untyped-def]
         return sums, i32(0)
 
-    def compute(sums, carried, stage, values, group, within, warp, lane):  # type: ignore[no-untyped-def]
+    def compute(sums, carried, stage, blob, values, group, within, warp, lane):  # type: ignore[no-untyped-def]
         lane_at, metadata = within * lane_bytes, metadata_at + ((warp * 8 + (lane >> 2)) * 2 + (lane & 1)) * 4
-        own, unit = stage + group * own_bytes, stage + tile_bytes + HEADER_BYTES
+        own, unit = stage + group * own_bytes, blob + HEADER_BYTES
         operand = own & WINDOW
-        header = load_four(u32(stage + tile_bytes))
+        header = load_four(u32(blob))
         steps, chunks = header[0], header[2] >> u32(8 * warp) & u32(255)
         remaining = i32(steps)
         rest = unit + i32(steps) * unit_bytes
@@ -596,7 +605,7 @@ def _reason_resources(geometry: Geometry, make: Callable[[], Shape], stages: int
         # A warpgroup tells a stage's copies apart by their parity, so it must see all of them within an output tile.
         return f"{shape.turns} warpgroups that take turns need as many stages, or twice as many, got {shape.stages}"
     if shape.groups > 2:
-        return f"at most 2 warpgroups have registers enough, got {geometry.groups} times {shape.turns}"
+        return f"at most 2 warpgroups have registers enough, got {shape.groups}"
     if shape.shared_bytes > device.shared_per_block:
         return f"{shape.shared_bytes} bytes of shared memory exceed a block's {device.shared_per_block}"
     tiles = -(-spec.c_per_group // geometry.channels)
@@ -642,8 +651,8 @@ def clocks(
         Clocks that the copy engine takes for a job, and that an output tile takes to be stored.
     """
     spec, g = shape.spec, shape.geometry
-    unit_bytes = shape.steps_bytes(1024) / 1024
-    blob = steps * unit_bytes + chunks * CHUNK_BYTES
+    unit_bytes = shape.stack * shape.steps_bytes(1024) / 1024
+    blob = steps * unit_bytes + shape.stack * chunks * CHUNK_BYTES
     shared = ((steps + chunks) * operand + g.tile_bytes + (1 + g.groups) * blob) / _SHARED_BYTES_PER_CLOCK
     step = max(_STEP_CLOCKS, (operand + (1 + g.groups) * unit_bytes) / _SHARED_BYTES_PER_CLOCK)
     between = 0.0 if shape.late and not shape.rest else _EVERY_CLOCKS if shape.every else _LISTED_CLOCKS

@@ -285,7 +285,8 @@ class Shape(OutputTiles):
 
     ``room`` is that of a stage, steps and chunks; ``blocks`` those of output channels; ``turns`` the warpgroups that
     take turns with input channels; ``entries`` say how values are stored.  With ``every`` each job has all steps of its
-    tile, in one order, so that the code knows them; ``rest`` says whether there are chunks.
+    tile, in one order, so that the code knows them; ``rest`` says whether there are chunks.  A block has ``stack``
+    times 64 output channels, a warpgroup for each 64.
     """
 
     geometry: Geometry
@@ -300,16 +301,21 @@ class Shape(OutputTiles):
     residual: bool
     every: bool = False
     rest: bool = True
+    stack: int = 1
 
     @property
     def spec(self) -> ConvSpec:  # type: ignore[override]
         return self.geometry.spec
 
     @property
+    def blob_bytes(self) -> int:
+        """Room for the blob of 64 output channels."""
+        return HEADER_BYTES + self.steps_bytes(self.room[0]) + self.room[1] * CHUNK_BYTES
+
+    @property
     def stage_bytes(self) -> int:
-        """An input tile and behind it a blob, up to the next multiple of 1024."""
-        blob = HEADER_BYTES + self.steps_bytes(self.room[0]) + self.room[1] * CHUNK_BYTES
-        return -(-(self.geometry.tile_bytes + blob) // 1024) * 1024
+        """An input tile and behind it the blobs, up to the next multiple of 1024."""
+        return -(-(self.geometry.tile_bytes + self.stack * self.blob_bytes) // 1024) * 1024
 
     @property
     def late(self) -> bool:
@@ -335,7 +341,7 @@ class Shape(OutputTiles):
     @property
     def groups(self) -> int:
         """Warpgroups of a block."""
-        return self.geometry.groups * self.turns
+        return self.geometry.groups * self.turns * self.stack
 
     @property
     def threads(self) -> int:
