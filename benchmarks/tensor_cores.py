@@ -501,6 +501,8 @@ def once(args: argparse.Namespace) -> None:
     if args.kernel != NAME and args.config is None:
         raise SystemExit(f"what is best is known of {NAME} only: give --config for --kernel {args.kernel}")
     problem = TARGET.problem(0.9)
+    if args.in_order:
+        problem = channels_ordered(TARGET, functools.partial(Case.problem, sparsity=0.9))
     best = best_config(args) if args.config is None else parse_config(args.config)
     print("config", best)
     ready: Any = kernel(args.kernel).prepare(problem.spec, problem.weight, dict(best))
@@ -656,6 +658,9 @@ def main() -> None:
     )
     parser.add_argument("--clusters", type=int, default=4, help="blocks of a cluster, at most")
     parser.add_argument("--kernel", default=NAME, help="once: whose config it is")
+    parser.add_argument(
+        "--in-order", action="store_true", help="once: input channels in the order that breaks few quads"
+    )
     parser.add_argument("--config", help='once: as "batch=32,tile=4x4,channels=32,stages=3,split=1,cluster=1,groups=2"')
     parser.add_argument("--batch", type=int, nargs="+", help="other batch sizes")
     parser.add_argument("--window", type=int, choices=(1, 3), help="nhwc: layers of this size only")
