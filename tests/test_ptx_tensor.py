@@ -165,6 +165,7 @@ def running(row_bytes: int, n: int, dtype: str, steps: int) -> cuda.Ptx:
     arrive, size = arrival(row_bytes)
     run = run_of(row_bytes, n, dtype, steps)
     first, others, settle, zeros = run.begin(), run.go_on(), ptx.wgmma_settle(n // 2), ptx.zeros(n // 2)
+    nothing, keep = run.nothing(), run.keep()
     write, metadata, nbytes = writing(n), run.metadata, run.nbytes
     i32, u32, i64 = types.int32, types.uint32, types.int64
 
@@ -176,8 +177,11 @@ def running(row_bytes: int, n: int, dtype: str, steps: int) -> cuda.Ptx:
             ptx.store_shared_i32(u32(at + 4 * i), i32(ptx.load_global_i32(i64(packed + 4 * i))))
         ptx.barrier()
         own, word = u32(at + thread * 16), u32(at + metadata + thread * 4)
-        sums, carried = first(zeros(), own, word, u32(tile >> 4))
-        write(settle(others(sums, carried, own, word, u32(tile >> 4))), out, rows)
+        sums, carried = first(zeros(), nothing(), own, word, u32(tile >> 4))
+        sums, held = others(sums, carried, own, word, u32(tile >> 4))
+        sums = settle(sums)
+        keep(held, u32(tile))
+        write(sums, out, rows)
 
     return compiled(running, 3, (row_bytes, n, dtype, steps))
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from machine_code import conflicts, disassembled, disassembler
 from strategies import quantized, random_weight, two_of_four
 from tensor_emulation import OutputTile, opened, opened_dense, output_tiles, widened
 
@@ -178,7 +179,9 @@ def case_name(value: Any) -> str:
 
 
 def assert_code(kernel: Any, spec: ConvSpec, config: Config, form: tuple[int, str] | None, rest: bool = True) -> None:
-    """Sums stay in registers, and the tensor cores are given a step before the last one is done."""
+    """Sums stay in registers, the tensor cores are given a step before the last one is done, and nobody writes what
+    they are about to read.
+    """
     dense = random_weight(spec, 0.1, np.random.default_rng(0))
     weight = SparseWeight.from_dense(dense if rest else two_of_four(dense))
     if form is not None:
@@ -191,3 +194,5 @@ def assert_code(kernel: Any, spec: ConvSpec, config: Config, form: tuple[int, st
         assert cubin.local_bytes == 0
         assert cubin.registers <= 255
         assert cubin.losses == ()
+        if disassembler() is not None:
+            assert conflicts(disassembled(cubin.image)) == []

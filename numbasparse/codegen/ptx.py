@@ -876,6 +876,10 @@ class StepRun:
     A step's weight is read while the step two before it is ordered, since reads queue behind the tensor cores' own of
     shared memory.  Two steps are under way when the next is ordered: five sets of registers.
 
+    The tensor cores read a step's registers when its turn comes.  ptxas keeps others from being put there within one
+    piece of code without branches only (seen in machine code, and in wrong sums); what is under way at the end of
+    `begin` and `go_on` goes on being used by the code until it is done: `HELD`, and a part of `CARRIED`.
+
     Parameters
     ----------
     words
@@ -894,8 +898,10 @@ class StepRun:
 
     FIRST = 2
     """Steps of `begin`."""
-    CARRIED = 9
-    """Words: what a thread has of the weights of the two steps behind them, and their metadata."""
+    CARRIED = 18
+    """Words: what a thread has of the weights of the first four steps, two by two, and their metadata."""
+    HELD = 10
+    """Words: of the last two steps what they read, weights and then metadata."""
 
     @property
     def metadata(self) -> int:
@@ -912,66 +918,104 @@ class StepRun:
         return types.UniTuple(types.float32, len(self.units) * self.n // 2)
 
     def begin(self) -> Any:
-        """Intrinsic ``(sums, own, metadata, low) -> (sums, carried)``: the first steps.
+        """Intrinsic ``(sums, held, own, metadata, low) -> (sums, carried)``: the first steps.
 
-        ``own`` is where a thread's values of the first step are, ``metadata`` its first word; ``low`` of the
-        descriptor.  When it ends, no group is under way that was before.
+        ``held`` is of the steps under way, if there are any; ``own`` is where a thread's values of the first step are,
+        ``metadata`` its first word; ``low`` of the descriptor.  When it ends, no group is under way that was before.
         """
-        kept = types.UniTuple(types.uint32, self.CARRIED)
+        kept, held_kind = types.UniTuple(types.uint32, self.CARRIED), types.UniTuple(types.uint32, self.HELD)
         both = types.Tuple((self._sums, kept))
-        signature = both(self._sums, kept.dtype, kept.dtype, kept.dtype)
+        signature = both(self._sums, held_kind, kept.dtype, kept.dtype, kept.dtype)
 
         def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-            packed, *addresses = arguments
+            packed, held, *addresses = arguments
             total = self._sums.count
             sums = [builder.extract_value(packed, i) for i in range(total)]
+            before = [builder.extract_value(held, i) for i in range(self.HELD)]
             weights = {i: self._load(builder, i, addresses) for i in range(2)}
             words = {0: self._load_metadata(builder, 0, addresses)}
-            sums = self._steps(builder, range(self.FIRST), sums, weights, words, addresses)
+            # What follows may get the registers of the steps before, so it is read when they are done.
+            for i, done in ((0, before[:4]), (1, before[4:])):
+                sums = self._step(builder, i, sums, weights[i], words[0], addresses)
+                self._wait(builder)
+                _use(builder, done, addresses[2])
+                if i + 2 < len(self.words):
+                    weights[i + 2] = self._load(builder, i + 2, addresses)
+            words[1] = self._load_metadata(builder, 1, addresses)
             zero = ir.Constant(_I32, 0)
-            carried = [*weights[2], *weights.get(3, [zero] * 4), words[1]]
+            fours = [*weights[0], *weights[1], *weights[2], *weights.get(3, [zero] * 4)]
+            carried = [*fours, words[0], words[1]]
             made = context.make_tuple(builder, self._sums, sums), context.make_tuple(builder, kept, carried)
             return context.make_tuple(builder, both, made)
 
-        return _intrinsic_of_arity(4, signature, generate)
+        return _intrinsic_of_arity(5, signature, generate)
 
     def go_on(self) -> Any:
-        """Intrinsic ``(sums, carried, own, metadata, low) -> sums``: the others; the last two are still under way."""
-        kept = types.UniTuple(types.uint32, self.CARRIED)
-        signature = self._sums(self._sums, kept, kept.dtype, kept.dtype, kept.dtype)
+        """Intrinsic ``(sums, carried, own, metadata, low) -> (sums, held)``: the others; the last two are still under
+        way.
+        """
+        kept, held_kind = types.UniTuple(types.uint32, self.CARRIED), types.UniTuple(types.uint32, self.HELD)
+        both = types.Tuple((self._sums, held_kind))
+        signature = both(self._sums, kept, kept.dtype, kept.dtype, kept.dtype)
 
         def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
             packed, carried, *addresses = arguments
             sums = [builder.extract_value(packed, i) for i in range(self._sums.count)]
-            words = [builder.extract_value(carried, i) for i in range(self.CARRIED)]
-            weights, metadata = {2: words[:4], 3: words[4:8]}, {1: words[8]}
-            rest = range(self.FIRST, len(self.words))
-            sums = self._steps(builder, rest, sums, weights, metadata, addresses)
-            return context.make_tuple(builder, self._sums, sums)
+            given = [builder.extract_value(carried, i) for i in range(self.CARRIED)]
+            weights, metadata = {i: given[4 * i : 4 * i + 4] for i in range(4)}, dict(enumerate(given[16:]))
+            done = {2: weights[0], 3: [*weights[1], metadata[0]]}
+            for i in range(self.FIRST, len(self.words)):
+                sums = self._step(builder, i, sums, weights[i], metadata[i // 2], addresses)
+                if i + 2 < len(self.words):
+                    weights[i + 2] = self._load(builder, i + 2, addresses)
+                    if i % 2 == 0:
+                        metadata[i // 2 + 1] = self._load_metadata(builder, i // 2 + 1, addresses)
+                self._wait(builder)
+                _use(builder, done.get(i, []), addresses[2])
+            last = len(self.words) - 1
+            held = [*weights[last - 1], *weights[last], metadata[(last - 1) // 2], metadata[last // 2]]
+            made = context.make_tuple(builder, self._sums, sums), context.make_tuple(builder, held_kind, held)
+            return context.make_tuple(builder, both, made)
 
         return _intrinsic_of_arity(5, signature, generate)
 
-    def _steps(
+    def nothing(self) -> Any:
+        """Intrinsic ``() -> held``: where no steps are under way."""
+        kind = types.UniTuple(types.uint32, self.HELD)
+
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+            return context.make_tuple(builder, kind, [ir.Constant(_I32, 0)] * self.HELD)
+
+        return _intrinsic_of_arity(0, kind(), generate)
+
+    def keep(self) -> Any:
+        """Intrinsic ``(held, low) -> void``: behind the wait for the steps that ``held`` is of."""
+        kind = types.UniTuple(types.uint32, self.HELD)
+
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+            _use(builder, [builder.extract_value(arguments[0], i) for i in range(self.HELD)], arguments[1])
+            return context.get_dummy_value()
+
+        return _intrinsic_of_arity(2, types.void(kind, types.uint32), generate)
+
+    def _step(
         self,
         builder: ir.IRBuilder,
-        steps: range,
+        number: int,
         sums: list[ir.Value],
-        weights: dict[int, list[ir.Value]],
-        words: dict[int, ir.Value],
+        weights: Sequence[ir.Value],
+        metadata: ir.Value,
         addresses: Sequence[ir.Value],
     ) -> list[ir.Value]:
-        """Order them; ``weights`` and ``words`` of steps and of pairs get what is read ahead."""
-        high = ir.Constant(_I32, self.high)
-        for i in steps:
-            low = builder.add(addresses[2], ir.Constant(_I32, self.words[i]))
-            step = _SparseStep(self.units, self.n, self.dtype, k_major=True, selector=i % 2)
-            sums = step.emit(builder, sums, weights[i], words[i // 2], low, high)
-            if i + 2 < len(self.words):
-                weights[i + 2] = self._load(builder, i + 2, addresses)
-                if i % 2 == 0:
-                    words[i // 2 + 1] = self._load_metadata(builder, i // 2 + 1, addresses)
-            _asm(builder, _VOID, "wgmma.wait_group.sync.aligned 2;", "~{memory}", [])
-        return sums
+        """Order one; the sums after it."""
+        low = builder.add(addresses[2], ir.Constant(_I32, self.words[number]))
+        step = _SparseStep(self.units, self.n, self.dtype, k_major=True, selector=number % 2)
+        return step.emit(builder, sums, weights, metadata, low, ir.Constant(_I32, self.high))
+
+    @staticmethod
+    def _wait(builder: ir.IRBuilder) -> None:
+        """Until two steps are under way."""
+        _asm(builder, _VOID, "wgmma.wait_group.sync.aligned 2;", "~{memory}", [])
 
     @staticmethod
     def _load(builder: ir.IRBuilder, step: int, addresses: Sequence[ir.Value]) -> list[ir.Value]:
@@ -980,6 +1024,22 @@ class StepRun:
     @staticmethod
     def _load_metadata(builder: ir.IRBuilder, pair: int, addresses: Sequence[ir.Value]) -> ir.Value:
         return _load_words(builder, "shared", 1, addresses[1], 512 * pair)[0]
+
+
+def _use(builder: ir.IRBuilder, words: Sequence[ir.Value], low: ir.Value) -> None:
+    """Instructions that read words, and do nothing, which ptxas does not know: ``low`` of a descriptor is not 2^32 - 1.
+
+    So their registers are not given to others before.
+    """
+    for first in range(0, len(words), 4):
+        whole = len(words) >= first + 4
+        # Fours of values have registers side by side anyway, other words each its own.
+        for some in [words[first : first + 4]] if whole else [[word] for word in words[first:]]:
+            names, place = ", ".join(f"${i}" for i in range(len(some))), f"${len(some)}"
+            store = f"st.shared{'.v4' if whole else ''}.b32 [{place}], {'{' + names + '}' if whole else names};"
+            text = f"{{ .reg .pred p; setp.eq.u32 p, {place}, -1; @p {store} }}"
+            constraint = ",".join(["r"] * (len(some) + 1) + ["~{memory}"])
+            _asm(builder, _VOID, text, constraint, [(_I32, value) for value in (*some, low)])
 
 
 def wgmma_wait(groups: int) -> Any:

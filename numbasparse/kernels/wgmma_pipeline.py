@@ -80,7 +80,7 @@ def _code(shape: Shape) -> Callable[..., None]:
     i32, u32, i64 = types.int32, types.uint32, types.int64
     stages, cluster, works, turns, sums_at = shape.stages, shape.cluster, shape.works, shape.turns, shape.sums_at
     load_table, decode = _decoder(shape)
-    shared_base, place_of, (begin, compute), (numbers_of, finish) = (
+    shared_base, place_of, (nothing_held, begin, compute, keep), (numbers_of, finish) = (
         ptx.shared_base(1024),
         locate(shape),
         _compute_every(shape) if shape.every else _compute(shape, decode),
@@ -141,8 +141,9 @@ def _code(shape: Shape) -> Callable[..., None]:
                 job, left, ahead, origin = advance(jobs, ranges, job, left, ahead, step, origin)
         slot, phase = i32(0), i32(0)
         # The stage that is left late, and what follows there.
-        nothing = u32(0)
-        left_slot, left_job, left_origin, left_wanted = slot, (nothing, nothing, nothing, nothing), origin, False
+        no_job = (u32(0), u32(0), u32(0), u32(0))
+        left_slot, left_job, left_origin, left_wanted = slot, no_job, origin, False
+        held = nothing_held()
         while work < works:
             sums = zeros()
             block, part, first_image, oy, ox, _, _ = place_of(work)
@@ -158,14 +159,14 @@ def _code(shape: Shape) -> Callable[..., None]:
                     ptx.mbarrier_wait(u32(base + 8 * own_slot), own_phase)
                     stage = base + HEAD_BYTES + own_slot * stage_bytes
                     blob = stage + tile_bytes + own * blob_bytes
-                    sums, carried = begin(sums, stage, blob, group, within, warp, lane)
+                    sums, carried = begin(sums, held, stage, blob, group, within, warp, lane)
                     if late:
                         leave(base, blobs, left_slot, left_job, left_origin, left_wanted, lane)
                         left_slot, left_job, left_origin, left_wanted = own_slot, following, after, wanted
                     # What this waits for is read while steps are under way.
                     if wanted:
                         job, left, ahead, origin = advance(jobs, ranges, job, left, ahead, step, origin)
-                    sums = compute(sums, carried, stage, blob, values, group, within, warp, lane)
+                    sums, held = compute(sums, carried, stage, blob, values, group, within, warp, lane)
                     if not late:
                         leave(base, blobs, own_slot, following, after, wanted, lane)
                 elif wanted:
@@ -174,6 +175,7 @@ def _code(shape: Shape) -> Callable[..., None]:
                 ptx.warp_barrier()
             if late:
                 sums = settle(sums)
+                keep(held, u32(base))
                 leave(base, blobs, left_slot, left_job, left_origin, left_wanted, lane)
                 left_wanted = False
             if turns > 1:
@@ -329,7 +331,7 @@ def _decoder(shape: Shape) -> tuple[Any, Any]:
     return device_function(load), device_function(decode)
 
 
-def _compute_every(shape: Shape) -> tuple[Any, Any]:
+def _compute_every(shape: Shape) -> tuple[Any, Any, Any, Any]:
     """What `_compute` gives, where a job has every step; the last two are under way when it ends, if stages are left
     late and there is no rest.
     """
@@ -341,6 +343,7 @@ def _compute_every(shape: Shape) -> tuple[Any, Any]:
     geometry, run, rest, late = shape.geometry, shape.geometry.run(), shape.rest, shape.late
     own_bytes, metadata_at, rest_at = geometry.group_bytes, HEADER_BYTES + run.metadata, HEADER_BYTES + run.nbytes
     first, others, settle = run.begin(), run.go_on(), ptx.wgmma_settle(geometry.sums)
+    nothing, use = run.nothing(), run.keep()
     leftover, fetch = _leftover(shape)
     load_four = ptx.load_words("shared", 4)
 
@@ -352,33 +355,40 @@ def _compute_every(shape: Shape) -> tuple[Any, Any]:
 
     places_of = device_function(places_of)
 
-    def begin(sums, stage, blob, group, within, warp, lane):  # type: ignore[no-untyped-def]
+    def begin(sums, held, stage, blob, group, within, warp, lane):  # type: ignore[no-untyped-def]
         values, metadata, low = places_of(stage, blob, group, within, warp, lane)
-        return first(sums, values, metadata, low)
+        return first(sums, held, values, metadata, low)
 
     def compute(sums, carried, stage, blob, values, group, within, warp, lane):  # type: ignore[no-untyped-def]
         own, metadata, low = places_of(stage, blob, group, within, warp, lane)
         if not rest:
-            sums = others(sums, carried, own, metadata, low)
-            return sums if late else settle(sums)
+            sums, held = others(sums, carried, own, metadata, low)
+            return (sums, held) if late else (settle(sums), held)
         header = load_four(u32(blob))
         fetched = fetch(blob + rest_at, within, warp, lane)
-        sums = others(sums, carried, own, metadata, low)
+        sums, held = others(sums, carried, own, metadata, low)
         # Where no warp has a chunk, the steps under way go on.
         if header[2] != 0:
             sums = settle(sums)
             chunks = i32(header[2] >> u32(8 * warp) & u32(255))
             start = i64(stage + group * own_bytes)
             sums = leftover(sums, chunks, start, fetched, i64(blob + rest_at), within, warp, lane)
-        return sums if late else settle(sums)
+        return (sums, held) if late else (settle(sums), held)
 
-    return device_function(begin), device_function(compute)
+    def nothing_held():  # type: ignore[no-untyped-def]
+        return nothing()
+
+    def keep(held, low):  # type: ignore[no-untyped-def]
+        use(held, low)
+
+    return device_function(nothing_held), device_function(begin), device_function(compute), device_function(keep)
 
 
-def _compute(shape: Shape, decode: Any) -> tuple[Any, Any]:
-    """Device functions: ``(sums, stage, blob, group, within, warp, lane) -> (sums, carried)`` begins a job, and
-    ``(sums, carried, stage, blob, values, group, within, warp, lane) -> sums`` adds what the tile and the weight of its
-    stage give to the sums of a warpgroup; see `_decoder`.
+def _compute(shape: Shape, decode: Any) -> tuple[Any, Any, Any, Any]:
+    """Device functions: ``() -> held``; ``(sums, held, stage, blob, group, within, warp, lane) -> (sums, carried)``
+    begins a job; ``(sums, carried, stage, blob, values, group, within, warp, lane) -> (sums, held)`` adds what the tile
+    and the weight of its stage give to the sums of a warpgroup, see `_decoder`; ``(held, any address)`` comes behind
+    the wait for all steps.  ``held`` is what steps under way read: `codegen.ptx.StepRun`.
     """
     from numba import types
 
@@ -408,7 +418,13 @@ def _compute(shape: Shape, decode: Any) -> tuple[Any, Any]:
 
     step = device_function(step)
 
-    def begin(sums, stage, blob, group, within, warp, lane):  # type: ignore[no-untyped-def]
+    def nothing_held():  # type: ignore[no-untyped-def]
+        return i32(0)
+
+    def keep(held, low):  # type: ignore[no-untyped-def]
+        pass
+
+    def begin(sums, held, stage, blob, group, within, warp, lane):  # type: ignore[no-untyped-def]
         return sums, i32(0)
 
     def compute(sums, carried, stage, blob, values, group, within, warp, lane):  # type: ignore[no-untyped-def]
@@ -442,9 +458,9 @@ def _compute(shape: Shape, decode: Any) -> tuple[Any, Any]:
             unit += i64(5 * unit_bytes)
             remaining -= i32(5)
         sums = settle(sums)
-        return leftover(sums, i32(chunks), own, fetched, rest, within, warp, lane)
+        return leftover(sums, i32(chunks), own, fetched, rest, within, warp, lane), i32(0)
 
-    return device_function(begin), device_function(compute)
+    return device_function(nothing_held), device_function(begin), device_function(compute), device_function(keep)
 
 
 def _leftover(shape: Shape) -> tuple[Any, Any]:

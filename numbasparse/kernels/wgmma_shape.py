@@ -319,8 +319,10 @@ class Shape(OutputTiles):
 
     @property
     def late(self) -> bool:
-        """Whether a stage is left when the first steps of the next job are under way, which needs another stage."""
-        return self.every and self.stages > self.turns
+        """Whether a stage is left when the first steps of the next job are under way, which needs another stage, and
+        four steps: those under way read other registers than the first two of the next job.
+        """
+        return self.every and self.stages > self.turns and self.room[0] >= 4
 
     def steps_bytes(self, steps: int) -> int:
         """Of so many steps in a blob; every job has as many if it has all."""
