@@ -178,12 +178,16 @@ SECTIONS: list[tuple[str, Callable[[str], list[str]], list[str]]] = [
         "Float16 on Hopper's sparse tensor cores, activations in CHWN (`cuda_wgmma`): ratio to the better of cuDNN's "
         "float16 layouts",
         tensor_layers,
-        ["tensor_layers.json"],
+        ["tensor_layers_ordered_n32.json", "tensor_layers.json"],
     ),
     (
-        "The same in channels-last (`cuda_wgmma_nhwc`); the last table with steps that are listed",
+        "The same in channels-last (`cuda_wgmma_nhwc`); *ordered*: input channels in the order that breaks few quads; "
+        "1x1 layers again, of which two blocks may share a tile; the last table with steps that are listed",
         tensor_layers,
-        [f"tensor_nhwc{batch}.json" for batch in ("_n32", "_n1", "_n8", "_n128", "")],
+        [
+            f"tensor_nhwc{run}.json"
+            for run in ("_ordered_n32", "_ordered", "_pointwise", "_n32", "_n1", "_n8", "_n128", "")
+        ],
     ),
     (
         "Float16 on tensor cores from Ampere on (`cuda_mma`), masks of single weights and of 16 x 1 vectors",

@@ -11,10 +11,11 @@ from compare import assert_as_tensor_cores, assert_right_on_gpu, on_hopper
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import quantized, random_weight, two_of_four
-from tensor_emulation import OutputTile, box, k_major_operand, swizzled
+from tensor_emulation import OutputTile, box, k_major_operand, opened_dense, swizzled
 from wgmma_emulation import Emulator, assert_code, case_name, code_cases
 
 from numbasparse import SparseWeight
+from numbasparse.channel_order import order_channels
 from numbasparse.kernels import KERNELS, Config, ConfigError, wgmma_shape
 from numbasparse.kernels import cuda_wgmma_nhwc as room
 from numbasparse.runtime import cuda
@@ -252,6 +253,34 @@ def test_every_step_is_known(c: int, channels: int, r: int, density: float) -> N
         assert (emulator.shape.rest, wgmma_shape.facts_of(weight, config).rest) == (rest, rest)
         assert len(emulator.g.run().words) == r * r * channels // 32
         assert_as_tensor_cores(emulator.run(x), spec, weight, x)
+
+
+@pytest.mark.parametrize("vector", [1, 16])
+def test_what_the_rest_needs_is_counted(vector: int) -> None:
+    """Of a weight as it is, and with its channels in order, against the chunks that are packed."""
+    spec = spec_of(2, 64, 7, 64, 3, padding=1)
+    rng = np.random.default_rng(5)
+    mask = np.repeat(rng.random((64 // vector, 64, 3, 3)) < 0.14, vector, axis=0)
+    dense = (mask * rng.uniform(0.5, 1, spec.weight_shape)).astype(np.float32)
+    rooms = []
+    for order in (np.arange(64), order_channels(SparseWeight.from_dense(dense))):
+        weight = SparseWeight.from_dense(np.ascontiguousarray(dense[:, order]))
+        facts = wgmma_shape.facts_of(weight, BASE)
+        held = (dense[:, order] != 0).reshape(64, 16, 4, 9).sum(axis=2)
+        assert facts.over == np.maximum(held - 2, 0).mean()
+        emulator = PixelEmulator(spec, weight, config_of(steps="every"))
+        needed = 0
+        for start in emulator.packed.jobs[:, 1]:
+            blob = emulator.packed.blobs[16 * start :]
+            chunks, first = int(blob[4:8].view(np.int32)[0]), wgmma_shape.HEADER_BYTES + emulator.shape.steps_bytes(9)
+            for chunk in blob[first:][: chunks * wgmma_shape.CHUNK_BYTES].reshape(chunks, wgmma_shape.CHUNK_BYTES):
+                values = opened_dense(chunk[:1024].view(np.uint32).reshape(128, 2), "float16").reshape(4, 16, 4, 2)
+                needed += int((values != 0).any(axis=(1, 3)).sum())
+        # A pair that is there already serves others too, so that fewer may do.
+        cells = 4 * 16 * 9 * 2
+        assert needed <= round(facts.pairs * cells) <= 1.25 * needed
+        rooms.append(emulator.shape.room[1])
+    assert rooms[1] < rooms[0]
 
 
 def test_chunks_without_room_come_with_every_step_again() -> None:

@@ -95,7 +95,8 @@ def reorder_inputs(model: nn.Module, filter: LayerFilter | None = None) -> Reord
 
     Sparse tensor cores (float16 and bfloat16 on Hopper, ``cuda_wgmma_nhwc`` and ``cuda_wgmma``) multiply at most two of
     four as they are, and the rest costs extra. Do it behind pruning and before ``autotune.tune``; it takes up to a
-    second for each layer. Layers that read the same channels (a residual stream) get one order for all of them.
+    second for each layer. Layers that read the same channels (a residual stream) get one order for all of them. Output
+    channels of the layers before move, so that vectors of outputs (``vector`` of the pruning) are neighbours no more.
 
     Parameters
     ----------
