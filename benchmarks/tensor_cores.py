@@ -4,13 +4,16 @@
     python benchmarks/tensor_cores.py layers   # cuda_wgmma on the ten layers against cuDNN's float16, N = 32, 128 and
                                                # 8, and what the kernel's own estimate says of each config measured
     python benchmarks/tensor_cores.py nhwc     # cuda_wgmma_nhwc the same way, N = 1, 8, 32 and 128, and with masks of
-                                               # at most two of four neighbouring channels
+                                               # at most two of four neighbouring channels, and of 16 x 1 vectors
     python benchmarks/tensor_cores.py codes    # the same kernel with quantized weights as codes
     python benchmarks/tensor_cores.py gathered # cuda_mma the same way: unstructured masks, and masks of 16 x 1 vectors
     python benchmarks/tensor_cores.py grid     # a small grid against float64, as compute-sanitizer gets it
     python benchmarks/tensor_cores.py pack     # milliseconds of packing 512x512x3x3; needs no GPU
     python benchmarks/tensor_cores.py once     # three launches of the best known config, for a profiler
     python benchmarks/tensor_cores.py dry      # compile what `layers` compiles, without a GPU
+
+*Ordered* are masks whose input channels are in the order that breaks few quads, as
+`numbasparse.pruning.reorder_inputs` leaves them in a model.
 
 ``checks`` begins with the tests of single instructions: where one fails, the facts of codegen/ptx.py are wrong for this
 GPU, and nothing after it means anything.
