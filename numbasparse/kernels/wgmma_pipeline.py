@@ -112,6 +112,7 @@ def _code(shape: Shape) -> Callable[..., None]:
         values = load_table(table)
         thread = ptx.thread_index()
         group, within, warp, lane = thread >> 7, thread & 127, (thread >> 5) & 3, thread & 31
+        # Of warpgroups that take turns, whose it is; of a stack, which 64 output channels are a warpgroup's own.
         turn, own = i32(0), i32(0)
         if turns > 1:
             turn, group = group, i32(0)
