@@ -158,10 +158,6 @@ class ChannelSpaces:
         """The space of a layer's input channels."""
         return self._space(self._read, name)
 
-    def all(self) -> list[Space]:
-        """Every space that has a writer or a reader, in the order of the model's layers."""
-        return list(dict.fromkeys(self._root(s) for s in (*self._written.values(), *self._read.values())))
-
     def _space(self, spaces: Mapping[str, Space], name: str) -> Space:
         if self.failure:
             return Space(reason=self.failure)
@@ -199,7 +195,7 @@ class ChannelSpaces:
         return _Value(Space(reason=f"it comes from {node.name!r}"))
 
     def _join(self, node: fx.Node, given: list[_Value]) -> _Value | None:
-        """One space of all terms of a sum or product."""
+        """One space of all terms of a sum or product, which are known to have as many channels."""
         first = given[0]
         for other in given[1:]:
             own, its = self._root(first.space), self._root(other.space)
@@ -207,6 +203,7 @@ class ChannelSpaces:
                 continue
             if own.channels is None or own.channels != its.channels or first.flat != other.flat:
                 self._pin(node, f"its output is joined with another in {node.name!r} that has other channels")
+                return _Value(Space(reason=f"it comes from {node.name!r}, which joins different channels"))
             self._joined[its] = own
             own.writers |= its.writers
             own.followers += its.followers
