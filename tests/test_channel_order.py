@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from numbasparse import SparseWeight
@@ -21,6 +21,7 @@ def counted(patterns: np.ndarray) -> int:
 
 
 @given(st.integers(1, 24), st.integers(0, 70), st.floats(0, 1), st.integers(0, 2**32 - 1))
+@settings(deadline=None)
 def test_it_is_an_order_and_not_worse(channels: int, rows: int, density: float, seed: int) -> None:
     patterns = np.random.default_rng(seed).random((channels, rows)) < density
     order = order_quads(patterns)

@@ -481,6 +481,27 @@ def test_code_of_every_step(config: Config, rest: bool) -> None:
     assert_code(KERNEL, spec_of(8, 128, 28, 128, 3, padding=1), config, None, rest)
 
 
+@pytest.mark.parametrize(
+    ("r", "config", "late", "rest"),
+    [
+        ((3, 1), config_of(tile="16x8"), False, False),
+        ((1, 1), config_of(tile="32x8", channels=128, groups=2), True, False),
+        ((1, 1), config_of(tile="32x8", channels=128, groups=2), True, True),
+        ((1, 1), config_of(tile="16x8", channels=128, stages=3, stack=2), True, False),
+        ((5, 1), config_of(tile="16x8"), True, False),
+    ],
+    ids=case_name,
+)
+def test_code_of_few_steps(r: tuple[int, int], config: Config, late: bool, rest: bool) -> None:
+    """Three to five: of few the last two would be among those whose weights the next job reads first."""
+    spec = ConvSpec.create((8, 256, 28, 28), (128, 256, *r), padding=(r[0] // 2, 0), dtype="float16")
+    config = {**config, "steps": "every"}
+    dense = random_weight(spec, 0.1, np.random.default_rng(0))
+    facts = wgmma_shape.facts_of(SparseWeight.from_dense(dense), config)
+    assert KERNEL.shape(spec, config, facts).late == late
+    assert_code(KERNEL, spec, config, None, rest)
+
+
 # --- on a GPU ------------------------------------------------------------------------------------------------
 
 SAME: dict[str, Any] = {"padding": 1}
