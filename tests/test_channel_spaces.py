@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -52,9 +53,9 @@ class RandomNetwork(nn.Module):
             "pooling": lambda: nn.AvgPool2d(3, 1, 1),
             "gate": lambda: Gate(width),
         }
-        kind = draw.choice([*modules, *["convolution"] * 3, "relu", "scalar", "sum", "sum"])
+        kind = draw.choice([*modules, *["convolution"] * 3, "relu", "scalar", "sum", "sum", *["concatenation"] * 2])
         if draw.random() < 0.1:
-            kind = draw.choice(["concatenation", "product", "every second", "mean of channels"])
+            kind = draw.choice(["product", "every second", "mean of channels"])
         if kind in modules:
             layer = modules[kind]()
             self.layers.append(layer)
@@ -124,5 +125,66 @@ def test_sums_of_different_channels_stay() -> None:
     spaces = ChannelSpaces(Broadcast())
     for space in (spaces.written_by("many"), spaces.written_by("one")):
         assert "joined with another in 'add' that has other channels" in space.reason
-    assert "joins different channels" in spaces.read_by("last").reason
-    assert spaces.read_by("many").reason == "it is the model's input"
+    ((last, offset),) = spaces.read_by("last")
+    assert offset == 0
+    assert "joins different channels" in last.reason
+    assert [space.reason for space, _ in spaces.read_by("many")] == ["it is the model's input"]
+
+
+class Concatenated(nn.Module):
+    """Two layers' channels side by side; those of the second are an output of the model too, if ``both``."""
+
+    def __init__(self, both: bool = False) -> None:
+        super().__init__()
+        self.both = both
+        self.left, self.right = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 12, 1)
+        self.norm, self.last, self.head = nn.BatchNorm2d(20), nn.Conv2d(20, 6, 3), nn.Linear(4 * 20, 5)
+
+    def forward(self, x: Tensor) -> Any:
+        right = self.right(x)
+        x = F.relu(self.norm(torch.cat([self.left(x), right], dim=1)))
+        features = self.head(torch.flatten(F.adaptive_avg_pool2d(x, 2), 1))
+        return (self.last(x), features, right) if self.both else (self.last(x), features)
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_concatenations_move_part_by_part(both: bool) -> None:
+    torch.manual_seed(0)
+    model = Concatenated(both).double().eval()
+    model.norm.running_mean.uniform_(-1, 1)
+    model.last.weight.data *= torch.rand_like(model.last.weight) < 0.5
+    before, x = copy.deepcopy(model), torch.randn(2, 3, 6, 6).double()
+    with torch.no_grad():
+        result = reorder_inputs(model, convolutions)
+        torch.testing.assert_close(model(x), before(x), rtol=1e-9, atol=1e-9)
+    order = result.applied["last"]
+    assert sorted(order[:8].tolist()) == list(range(8))
+    assert sorted(order[8:].tolist()) == list(range(8, 20))
+    assert order[:8].tolist() != list(range(8))
+    assert (order[8:].tolist() == list(range(8, 20))) == both
+    assert torch.equal(model.last.weight, before.last.weight[:, order])
+    assert torch.equal(model.norm.running_mean, before.norm.running_mean[order])
+    assert torch.equal(model.left.weight, before.left.weight[order[:8]])
+    spaces = ChannelSpaces(before)
+    assert [offset for _, offset in spaces.read_by("last")] == [0, 8]
+    assert spaces.read_by("last")[1][0].reason == ("its output is the model's output" if both else "")
+
+
+def test_concatenations_that_are_not_of_known_channels_stay() -> None:
+    """Of rows; and with the model's input, whose channels nobody writes."""
+
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            return self.last(torch.cat([x, x], 2))
+
+    class WithInput(Rows):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.cat([self.first(x), x], 1))
+
+    for model in (Rows(), WithInput()):
+        assert "not known to treat channels alike" in ChannelSpaces(model).written_by("first").reason

@@ -2,14 +2,15 @@
 
 A *space* is a set of channels that several tensors of the model share: the outputs of a convolution, what normalization
 and activations make of them, both terms of a residual sum. Their order is free if everything that writes, passes on and
-reads them is known and can follow.
+reads them is known and can follow. A concatenation has several spaces, one behind another.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -71,6 +72,16 @@ _SAME_METHODS = {"relu", "relu_", "sigmoid", "tanh", "contiguous", "clone"}
 _JOINING = {operator.add, operator.iadd, operator.sub, operator.mul, operator.imul, torch.add, torch.sub, torch.mul}
 """Functions of two tensors, value by value."""
 _JOINING_METHODS = {"add", "add_", "sub", "sub_", "mul", "mul_"}
+_CONCATENATIONS = {torch.cat, torch.concat, torch.concatenate}
+
+
+@dataclass(frozen=True)
+class Use:
+    """Where a module has a space's channels: from ``offset`` on, ``each`` values for each of them."""
+
+    module: nn.Module
+    offset: int = 0
+    each: int = 1
 
 
 @dataclass(eq=False)
@@ -84,14 +95,14 @@ class Space:
     followers
         Modules with a value for each of them: normalization, PReLU, depthwise convolutions.
     readers
-        Layers whose input channels they are, by name; a linear layer may have several inputs for each.
+        Layers among whose input channels they are; a linear layer may have several inputs for each.
     reason
         Why their order cannot change; empty if it can.
     """
 
     writers: dict[str, nn.Module] = field(default_factory=dict)
-    followers: list[nn.Module] = field(default_factory=list)
-    readers: dict[str, nn.Module] = field(default_factory=dict)
+    followers: list[Use] = field(default_factory=list)
+    readers: list[Use] = field(default_factory=list)
     reason: str = ""
 
     @property
@@ -104,17 +115,21 @@ class Space:
     def permute(self, order: Tensor) -> None:
         """Give all layers the channels in another order: channel ``i`` now is what was ``order[i]``."""
         with torch.no_grad():
-            for module in (*self.writers.values(), *self.followers):
-                _move(module, order)
-            for module in self.readers.values():
-                _move_inputs(module, order)
+            for use in (*(Use(writer) for writer in self.writers.values()), *self.followers):
+                _move(use, order)
+            for use in self.readers:
+                _move_inputs(use, order)
+
+    def pin(self, reason: str) -> None:
+        """Keep the order, for the first reason."""
+        self.reason = self.reason or reason
 
 
 @dataclass(frozen=True)
 class _Value:
     """A tensor of the traced model: its channels, and whether each has become several neighbouring features."""
 
-    space: Space
+    spaces: tuple[Space, ...]
     flat: bool = False
 
 
@@ -132,8 +147,8 @@ class ChannelSpaces:
         self._modules: dict[str, nn.Module] = dict(model.named_modules())
         self._shared = _shared_parameters(model)
         self._calls: dict[str, int] = {}
-        self._written: dict[str, Space] = {}
-        self._read: dict[str, Space] = {}
+        self._written: dict[str, tuple[Space, ...]] = {}
+        self._read: dict[str, tuple[Space, ...]] = {}
         # Spaces that were found to be one with another.
         self._joined: dict[Space, Space] = {}
         self._values: dict[fx.Node, _Value | None] = {}
@@ -152,19 +167,21 @@ class ChannelSpaces:
 
     def written_by(self, name: str) -> Space:
         """The space of a layer's output channels."""
-        return self._space(self._written, name)
+        found = self._known(self._written, name)
+        return found[0] if len(found) == 1 else Space(reason=f"{name!r} writes channels of several layers")
 
-    def read_by(self, name: str) -> Space:
-        """The space of a layer's input channels."""
-        return self._space(self._read, name)
+    def read_by(self, name: str) -> list[tuple[Space, int]]:
+        """The spaces of a layer's input channels, and where each begins."""
+        found = self._known(self._read, name)
+        return list(zip(found, _offsets(found), strict=True))
 
-    def _space(self, spaces: Mapping[str, Space], name: str) -> Space:
+    def _known(self, spaces: Mapping[str, tuple[Space, ...]], name: str) -> tuple[Space, ...]:
         if self.failure:
-            return Space(reason=self.failure)
+            return (Space(reason=self.failure),)
         calls = self._calls.get(name, 0)
         if calls != 1:
-            return Space(reason=f"{name!r} is called {calls} times")
-        return self._root(spaces[name])
+            return (Space(reason=f"{name!r} is called {calls} times"),)
+        return self._roots(spaces[name])
 
     # ---- values of nodes ----------------------------------------------------------------------------------------
 
@@ -178,75 +195,105 @@ class ChannelSpaces:
         elif node.op in ("call_function", "call_method") and given:
             return self._operation(node, given)
         elif node.op == "placeholder":
-            return _Value(Space(reason="it is the model's input"))
+            return _pinned("it is the model's input")
         return None
 
     def _operation(self, node: fx.Node, given: list[_Value]) -> _Value | None:
-        known = self._root(given[0].space)
         if _is(node, _SAME_FUNCTIONS, _SAME_METHODS) and len(node.all_input_nodes) == 1:
             return given[0]
         if _flattens(node, self._modules) and not given[0].flat:
-            return _Value(known, flat=True)
+            return _Value(given[0].spaces, flat=True)
+        if node.target in _CONCATENATIONS and (made := self._concatenated(node)) is not None:
+            return made
         if _is(node, _JOINING, _JOINING_METHODS) and len(given) == len(node.all_input_nodes):
             return self._join(node, given)
         if node.target in (getattr, "size", "dim"):
             return None
         self._pin(node, f"its output goes through {node.name!r}, which is not known to treat channels alike")
-        return _Value(Space(reason=f"it comes from {node.name!r}"))
+        return _pinned(f"it comes from {node.name!r}")
+
+    def _concatenated(self, node: fx.Node) -> _Value | None:
+        """All channels, one behind another; None if it is another dimension, or their numbers are not known."""
+        sources, dim = node.args[0] if node.args else (), node.kwargs.get("dim", 0)
+        if len(node.args) > 1:
+            dim = node.args[1]
+        if dim not in (1, -3) or not isinstance(sources, (list, tuple)):
+            return None
+        values = [self._values.get(source) for source in sources if isinstance(source, fx.Node)]
+        known = [value for value in values if value is not None and not value.flat]
+        spaces = self._roots([space for value in known for space in value.spaces])
+        if len(known) < len(sources) or any(space.channels is None for space in spaces):
+            return None
+        return _Value(spaces)
 
     def _join(self, node: fx.Node, given: list[_Value]) -> _Value | None:
         """One space of all terms of a sum or product, which are known to have as many channels."""
         first = given[0]
         for other in given[1:]:
-            own, its = self._root(first.space), self._root(other.space)
-            if own is its:
+            if self._roots(first.spaces) == self._roots(other.spaces) and first.flat == other.flat:
                 continue
-            if own.channels is None or own.channels != its.channels or first.flat != other.flat:
+            if first.flat != other.flat or not self._alike(first.spaces, other.spaces):
                 self._pin(node, f"its output is joined with another in {node.name!r} that has other channels")
-                return _Value(Space(reason=f"it comes from {node.name!r}, which joins different channels"))
+                return _pinned(f"it comes from {node.name!r}, which joins different channels")
+            for own, its in zip(first.spaces, other.spaces, strict=True):
+                self._unite(own, its)
+        return first
+
+    def _alike(self, spaces: tuple[Space, ...], others: tuple[Space, ...]) -> bool:
+        """Whether both are known to have as many channels, space by space."""
+        own, its = ([space.channels for space in self._roots(some)] for some in (spaces, others))
+        return own == its and None not in own
+
+    def _unite(self, own: Space, its: Space) -> None:
+        own, its = self._root(own), self._root(its)
+        if own is not its:
             self._joined[its] = own
             own.writers |= its.writers
             own.followers += its.followers
-            own.readers |= its.readers
-            own.reason = own.reason or its.reason
-        return first
+            own.readers += its.readers
+            own.pin(its.reason)
 
     def _module(self, node: fx.Node, given: _Value) -> _Value | None:
         name = str(node.target)
-        module, space = self._modules[name], self._root(given.space)
+        module, spaces = self._modules[name], self._roots(given.spaces)
         if isinstance(module, _SAME) or (isinstance(module, nn.PReLU) and module.num_parameters == 1):
             return given
         if _flattens(node, self._modules) and not given.flat:
-            return _Value(space, flat=True)
-        reason = self._alone(name)
+            return _Value(spaces, flat=True)
         if isinstance(module, (nn.BatchNorm2d, nn.PReLU)) and not given.flat:
-            space.followers.append(module)
-            space.reason = space.reason or reason
+            self._follow(name, spaces)
             return given
         if isinstance(module, nn.Conv2d):
-            self._read[name] = space
+            self._read[name] = spaces
             if module.groups == module.in_channels == module.out_channels and module.groups > 1:
-                space.followers.append(module)
-                space.reason = space.reason or reason
-                self._written[name] = space
+                self._follow(name, spaces)
+                self._written[name] = spaces
                 return given
-            made = self._written[name] = Space({name: module}, reason=reason)
-            if module.groups > 1:
-                reason = reason or f"its output goes into {name!r} (Conv2d), which cannot follow"
-            space.readers[name] = module
-            space.reason = space.reason or reason
+            self._note_reader(name, spaces, 1, "" if module.groups == 1 else _cannot_follow(name, module))
+            self._written[name] = made = (Space({name: module}, reason=self._alone(name)),)
             return _Value(made)
         if isinstance(module, nn.Linear):
-            self._read[name] = space
-            channels = space.channels
-            if not given.flat or channels is None or module.in_features % channels:
-                reason = reason or f"its output goes into {name!r} (Linear), which cannot follow"
-            space.readers[name] = module
-            space.reason = space.reason or reason
-            made = self._written[name] = Space(reason=f"{name!r} is a Linear, not an nn.Conv2d")
+            self._read[name] = spaces
+            channels = [space.channels for space in spaces]
+            total = 0 if None in channels else sum(count or 0 for count in channels)
+            fits = given.flat and total > 0 and module.in_features % total == 0
+            each = module.in_features // total if fits else 1
+            self._note_reader(name, spaces, each, "" if fits else _cannot_follow(name, module))
+            self._written[name] = made = (Space(reason=f"{name!r} is a Linear, not an nn.Conv2d"),)
             return _Value(made, flat=True)
-        space.reason = space.reason or f"its output goes into {name!r} ({type(module).__name__}), which cannot follow"
-        return _Value(Space(reason=f"it comes from {name!r} ({type(module).__name__})"))
+        for space in spaces:
+            space.pin(_cannot_follow(name, module))
+        return _pinned(f"it comes from {name!r} ({type(module).__name__})")
+
+    def _follow(self, name: str, spaces: tuple[Space, ...]) -> None:
+        for space, offset in zip(spaces, _offsets(spaces), strict=True):
+            space.followers.append(Use(self._modules[name], offset))
+            space.pin(self._alone(name))
+
+    def _note_reader(self, name: str, spaces: tuple[Space, ...], each: int, reason: str) -> None:
+        for space, offset in zip(spaces, _offsets(spaces), strict=True):
+            space.readers.append(Use(self._modules[name], offset, each))
+            space.pin(self._alone(name) or reason)
 
     # ---- small things -------------------------------------------------------------------------------------------
 
@@ -255,13 +302,15 @@ class ChannelSpaces:
             space = self._joined[space]
         return space
 
+    def _roots(self, spaces: Sequence[Space]) -> tuple[Space, ...]:
+        return tuple(self._root(space) for space in spaces)
+
     def _pin(self, node: fx.Node, reason: str) -> None:
         """Keep the order of all channels that a node has to do with."""
         for other in (*node.all_input_nodes, node):
             value = self._values.get(other)
-            if value is not None:
-                space = self._root(value.space)
-                space.reason = space.reason or reason
+            for space in () if value is None else self._roots(value.spaces):
+                space.pin(reason)
 
     def _alone(self, name: str) -> str:
         """Why a module cannot change for one of its uses; empty if it has one only."""
@@ -271,6 +320,19 @@ class ChannelSpaces:
             if id(parameter) in self._shared:
                 return f"{name!r} shares a parameter with another module"
         return ""
+
+
+def _pinned(reason: str) -> _Value:
+    return _Value((Space(reason=reason),))
+
+
+def _cannot_follow(name: str, module: nn.Module) -> str:
+    return f"its output goes into {name!r} ({type(module).__name__}), which cannot follow"
+
+
+def _offsets(spaces: Sequence[Space]) -> list[int]:
+    """Where each begins; of several all numbers of channels are known."""
+    return list(accumulate((space.channels or 0 for space in spaces[:-1]), initial=0))
 
 
 def _is(node: fx.Node, functions: Iterable[Any], methods: Iterable[str]) -> bool:
@@ -301,24 +363,28 @@ def _flattens(user: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     return is_mean and isinstance(dims, (tuple, list)) and set(dims) in ({2, 3}, {-1, -2}) and not kept
 
 
-def _move(module: nn.Module, order: Tensor) -> None:
+def _move(use: Use, order: Tensor) -> None:
     """Move every parameter and buffer that has one entry per channel."""
+    module = use.module
+    width = next(
+        int(getattr(module, name))
+        for name in ("out_channels", "num_features", "num_parameters")
+        if hasattr(module, name)
+    )
     for value in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-        if value.ndim and value.shape[0] == len(order):
-            _take(value, order, 0)
+        if value.ndim and value.shape[0] == width:
+            _take(value, order + use.offset, 0, use.offset)
 
 
-def _move_inputs(module: nn.Module, order: Tensor) -> None:
+def _move_inputs(use: Use, order: Tensor) -> None:
     """Move the input channels of a layer's weight, and of its mask."""
-    weight = module.get_parameter("weight")
-    if isinstance(module, nn.Linear):
-        # (features, C, H * W): flattening keeps a channel's positions together.
-        order = torch.arange(weight.shape[1]).view(len(order), -1)[order].flatten()
-    _take(weight, order, 1)
-    mask = dict(module.named_buffers(recurse=False)).get(MASK)
-    if mask is not None:
-        _take(mask, order, 1)
+    # (features, C, H * W) of a linear layer: flattening keeps a channel's positions together.
+    inputs = (order[:, None] * use.each + torch.arange(use.each)).flatten() + use.offset * use.each
+    mask = dict(use.module.named_buffers(recurse=False)).get(MASK)
+    for value in (use.module.get_parameter("weight"), *([] if mask is None else [mask])):
+        _take(value, inputs, 1, use.offset * use.each)
 
 
-def _take(value: Tensor, order: Tensor, dim: int) -> None:
-    value.copy_(value.index_select(dim, order.to(value.device)))
+def _take(value: Tensor, order: Tensor, dim: int, first: int) -> None:
+    """Give the entries from ``first`` on, as many as ``order`` has, those of ``order``."""
+    value.narrow(dim, first, len(order)).copy_(value.index_select(dim, order.to(value.device)))

@@ -6,7 +6,8 @@ at most two non-zeros among almost any four neighbours.
 
 A layer's output channels can take any order if whoever reads them undoes it: here the next convolutions or linear
 layers do, by their input channels, and what lies between (normalization, activations, pooling, depthwise convolutions)
-moves along. Where the graph does not allow that (concatenations, the model's output), the layer is left.
+moves along, also through residual sums and concatenations. Where the graph does not allow that (the model's output,
+functions that are not known to treat channels alike), the layer is left.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from numbasparse.channel_order import order_quads, over_two
+from numbasparse.channel_order import QUAD, order_quads, over_two
 from numbasparse.pruning.channel_spaces import ChannelSpaces, Space
-from numbasparse.pruning.layers import Layer, LayerFilter, Layers, select_layers
+from numbasparse.pruning.layers import Layer, LayerFilter, select_layers
 
 
 @dataclass(frozen=True)
@@ -109,20 +110,23 @@ def reorder_inputs(model: nn.Module, filter: LayerFilter | None = None) -> Reord
     Returns
     -------
     Reordering
-        Layers in whose order nothing could be gained are in neither.
+        Layers in whose order nothing could be gained are in neither. Of a layer that reads a concatenation the channels
+        that cannot move stay where they are.
 
     Raises
     ------
     TypeError, ValueError
         As ``select_layers``.
     """
-    layers, result, spaces = select_layers(model, filter), Reordering(), ChannelSpaces(model)
-    groups: dict[Space, Layers] = {}
+    layers, spaces = select_layers(model, filter), ChannelSpaces(model)
+    readers: dict[Space, list[tuple[Layer, int]]] = {}
     for name, layer in layers.items():
         if isinstance(layer.module, nn.Conv2d) and layer.module.groups == 1:
-            groups.setdefault(spaces.read_by(name), {})[name] = layer
-    for space, readers in groups.items():
-        patterns = np.concatenate([_patterns(layer) for layer in readers.values()], axis=1)
+            for space, offset in spaces.read_by(name):
+                readers.setdefault(space, []).append((layer, offset))
+    result = Reordering()
+    for space, uses in readers.items():
+        patterns = np.concatenate([_patterns(layer, space, offset) for layer, offset in uses], axis=1)
         if not over_two(patterns):
             continue
         order = torch.from_numpy(order_quads(patterns))
@@ -131,17 +135,35 @@ def reorder_inputs(model: nn.Module, filter: LayerFilter | None = None) -> Reord
         )
         if not reason:
             space.permute(order)
-        for name in readers:
-            if reason:
-                result.left[name], result.reasons[name] = order, reason
-            else:
-                result.applied[name] = order
+        for layer, offset in uses:
+            _note(result, layer, order + offset, offset, reason)
     return result
 
 
-def _patterns(layer: Layer) -> np.ndarray:
-    """Where a layer's weight is not zero: bool, (input channels, output channels and taps)."""
-    return (layer.weight.detach() != 0).transpose(0, 1).flatten(1).cpu().numpy()
+def _note(result: Reordering, layer: Layer, order: Tensor, offset: int, reason: str) -> None:
+    """Write down what became of some of a layer's input channels, behind what became of others."""
+    name, before = layer.name, torch.arange(layer.weight.shape[1])
+    if not reason:
+        whole = result.applied.get(name, before).clone()
+        whole[offset : offset + len(order)] = order
+        result.applied[name] = whole
+        result.left.pop(name, None)
+        result.reasons.pop(name, None)
+    elif name not in result.applied:
+        whole = result.left.get(name, before).clone()
+        whole[offset : offset + len(order)] = order
+        result.left[name], result.reasons[name] = whole, result.reasons.get(name, reason)
+
+
+def _patterns(layer: Layer, space: Space, offset: int) -> np.ndarray:
+    """Where a layer's weight for a space's channels is not zero: bool, (channels, output channels and taps).
+
+    Of channels that begin within a quad the quads are not known; then it has no rows.
+    """
+    weight = layer.weight.detach()
+    channels = weight.shape[1] if space.channels is None else space.channels
+    rows = (weight[:, offset : offset + channels] != 0).transpose(0, 1).flatten(1).cpu().numpy()
+    return rows if offset % QUAD == 0 else rows[:, :0]
 
 
 def similar_order(layer: Layer, vector: int) -> Tensor:
