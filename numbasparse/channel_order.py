@@ -14,13 +14,12 @@ step that is not worse by more than a falling threshold.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from numbasparse.codegen.loops import compiled, population
 from numbasparse.weight import SparseWeight
 
 QUAD = 4
@@ -76,7 +75,7 @@ def order_quads(patterns: NDArray[np.bool_]) -> NDArray[np.int64]:
     bits[:channels, : patterns.shape[1]] = patterns
     words = np.packbits(bits, axis=1, bitorder="little").view(np.uint64)
     order = np.arange(whole)
-    left, before = _compiled(_search)(words, order, channels, min(_MOST_SWAPS, 64 * channels**2), _BROKEN)
+    left, before = compiled(_search)(words, order, channels, min(_MOST_SWAPS, 64 * channels**2), _BROKEN)
     if left.sum() >= before:
         return np.arange(channels)
     # The quad that is not full stays the last one.
@@ -101,19 +100,13 @@ def _search(words: Any, order: Any, channels: int, swaps: int, broken: int) -> A
 
     def over(quad: Any) -> Any:
         a, b, c, d = order[4 * quad], order[4 * quad + 1], order[4 * quad + 2], order[4 * quad + 3]
-        total = np.uint64(0)
+        total = 0
         for w in range(words.shape[1]):
             both, one = words[a, w] & words[b, w], words[a, w] | words[b, w]
             other_both, other_one = words[c, w] & words[d, w], words[c, w] | words[d, w]
             # Three or four of the four; and those that have four once more.
-            for number in range(2):
-                v = both & other_one | other_both & one if number == 0 else both & other_both
-                # Population count by halving (Hacker's Delight, 5-1).
-                v = v - ((v >> np.uint64(1)) & np.uint64(0x5555555555555555))
-                v = (v & np.uint64(0x3333333333333333)) + ((v >> np.uint64(2)) & np.uint64(0x3333333333333333))
-                v = (v + (v >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
-                total += (v * np.uint64(0x0101010101010101)) >> np.uint64(56)
-        return np.int64(total)
+            total += population(both & other_one | other_both & one) + population(both & other_both)
+        return total
 
     quads = len(order) // 4
     left = np.empty(quads, np.int64)
@@ -138,25 +131,16 @@ def _search(words: Any, order: Any, channels: int, swaps: int, broken: int) -> A
             continue
         order[i], order[j] = order[j], order[i]
         new_first, new_second = over(first), over(second)
-        worse = new_first + new_second - left[first] - left[second]
-        total += worse
-        worse += broken * (
-            (1 if new_first > 0 else 0)
-            + (1 if new_second > 0 else 0)
-            - (1 if left[first] > 0 else 0)
-            - (1 if left[second] > 0 else 0)
-        )
+        more = new_first + new_second - left[first] - left[second]
+        bad = (1 if new_first > 0 else 0) + (1 if new_second > 0 else 0)
+        bad -= (1 if left[first] > 0 else 0) + (1 if left[second] > 0 else 0)
         remaining = 1.0 - number / swaps
-        if worse <= highest * remaining * remaining:
+        if more + broken * bad <= highest * remaining * remaining:
             left[first], left[second] = new_first, new_second
+            total += more
         else:
-            total -= new_first + new_second - left[first] - left[second]
             order[i], order[j] = order[j], order[i]
     return left, before
 
 
-@functools.cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    import numba
-
-    return numba.njit(cache=True)(function)
+_HELPERS = ("population",)

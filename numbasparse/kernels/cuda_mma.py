@@ -54,6 +54,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numbasparse.activations import Activation
+from numbasparse.codegen.loops import compiled
 from numbasparse.kernels import cuda_fragments, cuda_reduce, two_four
 from numbasparse.kernels.base import Config, CudaRunner, Space, check_fields
 from numbasparse.kernels.cpu_rows import coordinates
@@ -290,7 +291,7 @@ def order_banks(starts: NDArray[np.int64], line: NDArray[np.int64]) -> NDArray[n
     place : (columns,)
         In the list, from 0 on.  Of the banks with the most columns left each eight takes one.
     """
-    return two_four.compiled(_order_banks)(starts, line)
+    return compiled(_order_banks)(starts, line)
 
 
 def _order_banks(starts: Any, line: Any) -> Any:

@@ -17,12 +17,13 @@ The loops are compiled by numba; equal input gives equal output.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from numbasparse.codegen.loops import compiled, population
 
 ROWS, STEP, QUADS, OCTET = 64, 32, 8, 8
 """Rows of a block, columns of a step, quads of a step, columns of an octet."""
@@ -146,14 +147,9 @@ def _order_rows(indptr: Any, indices: Any, width: int, rows: int) -> Any:
                 if left[row]:
                     added = 0
                     for w in range(words):
-                        # Population count by halving (Hacker's Delight, 5-1).
-                        v = bits[row, w] & ~union[w]
-                        v = v - ((v >> np.uint64(1)) & np.uint64(0x5555555555555555))
-                        v = (v & np.uint64(0x3333333333333333)) + ((v >> np.uint64(2)) & np.uint64(0x3333333333333333))
-                        v = (v + (v >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
-                        added += (v * np.uint64(0x0101010101010101)) >> np.uint64(56)
+                        added += population(bits[row, w] & ~union[w])
                     # A row of nothing adds nothing and would waste a place.
-                    score = width - int(added) if indptr[row + 1] > indptr[row] else 0
+                    score = width - added if indptr[row + 1] > indptr[row] else 0
                     if score > best_score:
                         best, best_score = row, score
         order[place] = best
@@ -766,16 +762,6 @@ def _finish(kept: Any, where: Any, counts: Any) -> Any:
 
 
 _HELPERS = (
+    "population",
     "_empty", "_keep", "_finish", "_pick", "_run", "_leave", "_deal", "_fill_up", "_leave_pairs", "_deal_pairs",
 )  # fmt: skip
-
-
-@functools.cache
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function compiled by numba, which is loaded when it is first needed."""
-    import numba
-
-    for name in _HELPERS:
-        if not hasattr(globals()[name], "py_func"):
-            globals()[name] = numba.njit(cache=True)(globals()[name])
-    return numba.njit(cache=True)(function)

@@ -344,7 +344,6 @@ def _compute_every(shape: Shape) -> tuple[Any, Any, Any, Any]:
     geometry, run, rest, late = shape.geometry, shape.geometry.run(), shape.rest, shape.late
     own_bytes, metadata_at, rest_at = geometry.group_bytes, HEADER_BYTES + run.metadata, HEADER_BYTES + run.nbytes
     first, others, settle = run.begin(), run.go_on(), ptx.wgmma_settle(geometry.sums)
-    nothing, use = run.nothing(), run.keep()
     leftover, fetch = _leftover(shape)
     load_four = ptx.load_words("shared", 4)
 
@@ -376,13 +375,7 @@ def _compute_every(shape: Shape) -> tuple[Any, Any, Any, Any]:
             sums = leftover(sums, chunks, start, fetched, i64(blob + rest_at), within, warp, lane)
         return (sums, held) if late else (settle(sums), held)
 
-    def nothing_held():  # type: ignore[no-untyped-def]
-        return nothing()
-
-    def keep(held, low):  # type: ignore[no-untyped-def]
-        use(held, low)
-
-    return device_function(nothing_held), device_function(begin), device_function(compute), device_function(keep)
+    return run.nothing(), device_function(begin), device_function(compute), run.keep()
 
 
 def _compute(shape: Shape, decode: Any) -> tuple[Any, Any, Any, Any]:
