@@ -9,6 +9,8 @@
     python benchmarks/tensor_cores.py gathered # cuda_mma the same way: unstructured masks, and masks of 16 x 1 vectors
     python benchmarks/tensor_cores.py grid     # a small grid against float64, as compute-sanitizer gets it
     python benchmarks/tensor_cores.py pack     # milliseconds of packing 512x512x3x3; needs no GPU
+    python benchmarks/tensor_cores.py order    # what an order of input channels leaves over two of four neighbours, of
+                                               # single layers and whole models; needs no GPU
     python benchmarks/tensor_cores.py once     # three launches of the best known config, for a profiler
     python benchmarks/tensor_cores.py dry      # compile what `layers` compiles, without a GPU
 
@@ -24,6 +26,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import shutil
@@ -37,18 +40,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, geometric_mean
+from common import RESULTS, environment, geometric_mean, write
 from gpu import POINTWISE, SPARSITIES, SQUARE, TUNED_AT, Case, Row, add_dense, ratios, save, session
+from models_gpu import over_two_of_four, zoo
 
 from autotune.compiling import Compilers
 from autotune.gpu import GpuBench
 from autotune.measure import measure
 from autotune.space import Candidate, LayerProblem
 from numbasparse import ConvSpec, SparseWeight
-from numbasparse.channel_order import order_channels
+from numbasparse.channel_order import order_channels, order_quads, over_two
 from numbasparse.kernels import Config, kernel, wgmma_shape
 from numbasparse.kernels.cuda_tiles import EstimatedKernel
-from numbasparse.pruning import MagnitudePruning, prune_
+from numbasparse.pruning import MagnitudePruning, prune_, reorder_inputs
 from numbasparse.quantization import CodebookQuantization, LinearQuantization
 from numbasparse.runtime import cuda
 from numbasparse.runtime.layouts import to_layout
@@ -571,6 +575,38 @@ def pack(args: argparse.Namespace) -> None:
         )
 
 
+def order(args: argparse.Namespace) -> None:
+    """What is over two of four before and after, and seconds of one core, of layers and models with random weights."""
+    order_quads(np.zeros((4, 1), bool))  # compiles
+    layers = []
+    for layer, sparsity in itertools.product(SQUARE[:3] + SQUARE[5:6], SPARSITIES):
+        weight = Case(layer, 1, "float16").problem(sparsity).weight
+        patterns = np.moveaxis(weight.to_dense() != 0, 1, 0).reshape(layer[1], -1)
+        found, seconds = timed_once(functools.partial(order_quads, patterns))
+        row = {"sparsity": sparsity, "before": over_two(patterns), "after": over_two(patterns[found])}
+        layers.append({"layer": "{0}x{0} {1} -> {3}".format(*layer), **row, "seconds": round(seconds, 3)})
+        print(layers[-1], flush=True)
+    networks = []
+    for name, sparsity in itertools.product(("vgg16", "resnet18", "resnet50"), (0.9, 0.95)):
+        x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+        dense = zoo.random_model(zoo.MODELS[name])
+        zoo.settle_batch_norms(dense, x)
+        model = zoo.pruned(dense, sparsity, x)
+        before = over_two_of_four(model)
+        _, seconds = timed_once(functools.partial(reorder_inputs, model))
+        row = {"sparsity": sparsity, "before": before, "after": over_two_of_four(model)}
+        networks.append({"model": name, **row, "seconds": round(seconds, 2)})
+        print(networks[-1], flush=True)
+    content = {"environment": environment(), "layers": layers, "models": networks}
+    print("wrote", write(f"tensor_order{args.suffix}.json", content).name)
+
+
+def timed_once(call: Callable[[], Any]) -> tuple[Any, float]:
+    """What a call gives, and its seconds."""
+    begin = time.perf_counter()
+    return call(), time.perf_counter() - begin
+
+
 def fastest_ms(call: Any) -> float:
     """The least of seven runs, after one that compiles."""
     times = []
@@ -654,7 +690,7 @@ def tests(name: str, path: str, seconds: float, out: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    steps = {f.__name__: f for f in (checks, layers, nhwc, codes, gathered, grid, pack, once, dry)}
+    steps = {f.__name__: f for f in (checks, layers, nhwc, codes, gathered, grid, pack, order, once, dry)}
     parser.add_argument("what", choices=steps)
     parser.add_argument(
         "--seconds", type=float, default=100.0, help="layers: end before this time is over; checks: of a sanitizer"

@@ -94,8 +94,8 @@ def reorder_inputs(model: nn.Module, filter: LayerFilter | None = None) -> Reord
     """Re-order input channels in place, so that few neighbouring four hold more than two non-zeros; outputs stay the
     same, as of `reorder_channels`.
 
-    Sparse tensor cores (float16 and bfloat16 on Hopper, ``cuda_wgmma_nhwc`` and ``cuda_wgmma``) multiply at most two of
-    four as they are, and the rest costs extra. Do it behind pruning and before ``autotune.tune``; it takes up to a
+    Sparse tensor cores (float16 and bfloat16 on Hopper) multiply at most two of four as they are, and the rest costs
+    extra. Do it behind pruning and before ``autotune.tune``; it takes up to a
     second for each layer. Layers that read the same channels (a residual stream) get one order for all of them. Output
     channels of the layers before move, so that vectors of outputs (``vector`` of the pruning) are neighbours no more.
 
