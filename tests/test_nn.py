@@ -370,14 +370,24 @@ def test_copies_and_pickles() -> None:
         assert torch.equal(twin(x), layer(x))
 
 
-def test_half_leaves_the_values() -> None:
+def test_half_leaves_values_and_bias() -> None:
     layer = SparseConv2d.from_conv(_conv(4, 6, 3))
-    x, before = torch.randn(1, 4, 6, 6).half(), layer.values.clone()
+    x, values, bias = torch.randn(1, 4, 6, 6).half(), layer.values.clone(), layer.bias.clone()
     y = layer(x)
     layer.half()
-    assert torch.equal(layer.values, before)
+    assert torch.equal(layer.values, values)
+    assert torch.equal(layer.bias, bias)
     assert layer(x).dtype == torch.float16
     _assert_close(layer(x).float(), y.float(), 1e-2)
+
+
+def test_bias_of_a_half_convolution_is_float32() -> None:
+    conv = _conv(4, 6, 3).half()
+    layer = SparseConv2d.from_conv(conv)
+    assert layer.bias.dtype == torch.float32
+    assert torch.equal(layer.bias, conv.bias.float())
+    layer.bias = nn.Parameter(layer.bias)  # one that is trained is the model's
+    assert layer.half().bias.dtype == torch.float16
 
 
 def test_repr() -> None:

@@ -50,7 +50,8 @@ class SparseConv2d(nn.Module):
         are uint8, see `SparseWeight.encoded`. ``half()`` and the like leave ``values`` as they are: everything is
         computed in float32.
     bias : Tensor or None
-        Buffer, (K,).
+        Buffer, float32 (K,), which ``half()`` and the like leave as it is too: of another type it would be converted
+        at every call.
     in_channels, out_channels, kernel_size, stride, dilation, groups
         As in ``nn.Conv2d``.
     padding : (int, int, int, int)
@@ -110,7 +111,7 @@ class SparseConv2d(nn.Module):
         with torch.inference_mode(False):
             for name, array in zip(_ARRAYS, (weight.encoded(), weight.indices, weight.indptr), strict=True):
                 self.register_buffer(name, torch.from_numpy(array.copy()))
-        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        self.register_buffer("bias", None if bias is None else bias.detach().to(torch.float32, copy=True))
 
     @classmethod
     def from_conv(
@@ -292,10 +293,12 @@ class SparseConv2d(nn.Module):
         return ", ".join(parts)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SparseConv2d:
-        before = self.values
+        kept = {name: self._buffers.get(name) for name in ("values", "bias")}
         super()._apply(fn, recurse)
-        if self.values.dtype != before.dtype:
-            self.values = before.to(self.values.device)
+        for name, before in kept.items():
+            after = self._buffers.get(name)
+            if before is not None and after is not None and after.dtype != before.dtype:
+                setattr(self, name, before.to(after.device))
         return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *others: Any) -> None:
