@@ -5,6 +5,8 @@
                                                # 8, and what the kernel's own estimate says of each config measured
     python benchmarks/tensor_cores.py nhwc     # cuda_wgmma_nhwc the same way, N = 1, 8, 32 and 128, and with masks of
                                                # at most two of four neighbouring channels, and of 16 x 1 vectors
+    python benchmarks/tensor_cores.py adding   # the last convolutions of ResNet-50's blocks, with the sum and the ReLU
+                                               # behind them, against cuDNN's convolution that does the same
     python benchmarks/tensor_cores.py codes    # the same kernel with quantized weights as codes
     python benchmarks/tensor_cores.py gathered # cuda_mma the same way: unstructured masks, and masks of 16 x 1 vectors
     python benchmarks/tensor_cores.py grid     # a small grid against float64, as compute-sanitizer gets it
@@ -65,6 +67,8 @@ RACED, SUGGESTED, BEST_FEW = 5, 1, 2
 """Configs measured at 90 % zeros; what the kernel suggests for another sparsity; how many of the best stay for it."""
 GATHERED = 5
 """Configs of cuda_mma measured for each mask."""
+ENDS = [(1, 64, 56, 256), (1, 128, 28, 512), (1, 256, 14, 1024), (1, 512, 7, 2048)]
+"""Last convolutions of ResNet-50's blocks, to which is added what the block got."""
 CODED = ("98%", "16x1 90%")
 """Masks of `gathered` whose weights are measured as codes too."""
 CODES = {
@@ -390,6 +394,51 @@ def of_masks(
         timed(args, gpu, wanted, name, tuple(labels), race_all)
 
 
+def adding(args: argparse.Namespace) -> None:
+    """Last convolutions of blocks at 95 %, each config without and with what is added, and cuDNN's own sum."""
+    wanted = [Case(layer, n, "float16") for n in args.batch or (32,) for layer in ENDS]
+    problems = {case: channels_ordered(case, functools.partial(Case.problem, sparsity=0.95)) for case in wanted}
+    problems = {case: dataclasses.replace(problem, activation="relu") for case, problem in problems.items()}
+    chosen = {case: pixel_configs(problem, args.raced) for case, problem in problems.items()}
+    rows: list[dict[str, Any]] = []
+    with session(args) as (gpu, compilers):
+        for case, candidates in chosen.items():
+            compilers.submit(problems[case], candidates)
+        for case, candidates in chosen.items():
+            row, bench = Row(gpu), GpuBench(problems[case], gpu, compilers)
+            for number, candidate in enumerate(candidates):
+                ready = bench.prepare(candidate)
+                row.add(f"ours {number}", bench.call(ready, "NHWC", "NHWC"), bench.wrong(candidate, ready))
+            add_sums(row, bench, candidates)
+            times = row.times()
+            best = min((us for name, us in times.items() if name.startswith("ours with")), key=lambda us: us["us"])
+            ratio = round(times["cudnn with sum"]["us"] / best["us"], 3)
+            used = [dict(candidate.config) for candidate in candidates]
+            rows.append({"layer": case.name, "ratio": ratio, "times": times, "configs": used, "wrong": row.wrong})
+            print(case.name, ratio, {name: us["us"] for name, us in times.items()}, row.wrong, flush=True)
+            mean = round(geometric_mean([r["ratio"] for r in rows]), 3)
+            save(args, "tensor_adding", {"geometric_mean": mean, "rows": rows})
+
+
+def add_sums(row: Row, bench: GpuBench, candidates: list[Candidate]) -> None:
+    """Columns of ``relu(convolution + residual)``: each candidate, and cuDNN."""
+    spec, x = bench.problem.spec, bench.input("NHWC")
+    weight = torch.from_numpy(bench.problem.weight.to_dense()).to(x)
+    added = to_layout(torch.randn(spec.out_shape, device="cuda", dtype=torch.float16), "NHWC")
+    expected = (torch.nn.functional.conv2d(x.double(), weight.double()) + added).relu()
+
+    def add(name: str, call: Callable[[], Any]) -> None:
+        off = float((call().double() - expected).abs().max())
+        row.add(name, call, None if off < 0.02 * float(expected.max()) else f"off by {off}")
+
+    for number, candidate in enumerate(candidates):
+        ready = bench.prepare(candidate)
+        add(f"ours with sum {number}", functools.partial(ready.apply, x, None, added, "NHWC"))
+    dense = weight.contiguous(memory_format=torch.channels_last)
+    how = (None, spec.stride, (0, 0), spec.dilation, spec.groups)
+    add("cudnn with sum", lambda: torch.cudnn_convolution_add_relu(x, dense, added, 1.0, *how))
+
+
 def codes(args: argparse.Namespace) -> None:
     """cuda_wgmma_nhwc with 16-bit values and with codes, one config for all of a layer."""
     wanted = [Case(layer, n, "float16") for n in args.batch or (32, 8) for layer in SQUARE]
@@ -690,7 +739,7 @@ def tests(name: str, path: str, seconds: float, out: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    steps = {f.__name__: f for f in (checks, layers, nhwc, codes, gathered, grid, pack, order, once, dry)}
+    steps = {f.__name__: f for f in (checks, layers, nhwc, adding, codes, gathered, grid, pack, order, once, dry)}
     parser.add_argument("what", choices=steps)
     parser.add_argument(
         "--seconds", type=float, default=100.0, help="layers: end before this time is over; checks: of a sanitizer"

@@ -211,14 +211,14 @@ def test_a_stack_shares_tiles(k: int, steps: str) -> None:
 
 
 @pytest.mark.parametrize(("c", "r", "listed"), [(64, 1, True), (128, 1, False), (64, 3, False)])
-def test_lists_are_offered_where_the_code_knows_too_few_steps(c: int, r: int, listed: bool) -> None:
+def test_lists_are_offered_where_steps_are_few(c: int, r: int, listed: bool) -> None:
     spec = spec_of(8, c, 14, 128, r, padding=r // 2)
     weight = SparseWeight.from_dense(random_weight(spec, 0.1, np.random.default_rng(0)))
     space = KERNEL.space(spec, weight, 1)
     assert ("listed" in space["steps"]) == listed
     suggested = KERNEL.suggest(spec, weight, 1, 10)
     assert len(suggested) == 10
-    assert {config["steps"] for config in suggested} == {"listed" if listed else "every"}
+    assert "every" in {config["steps"] for config in suggested}
 
 
 def test_a_rest_and_doubled_steps_are_emulated() -> None:
@@ -390,7 +390,7 @@ def spec_of(n: int, c: int, h: int, k: int, r: int, dtype: str = "float16", grou
         ({"steps": "some"}, "steps must be one of"),
         ({"stack": 2}, "16 output channels are no stack of blocks of 64"),
         ({"stack": 3}, "stack must be from 1 to 2"),
-        ({"channels": 256, "steps": "every"}, "made for 3 to 64 of them, got 72"),
+        ({"channels": 256, "steps": "every"}, "made for 2 to 64 of them, got 72"),
     ],
 )
 def test_bad_configs(changes: dict[str, Any], words: str) -> None:
@@ -484,6 +484,8 @@ def test_code_of_every_step(config: Config, rest: bool) -> None:
 @pytest.mark.parametrize(
     ("r", "config", "late", "rest"),
     [
+        ((1, 1), config_of(tile="32x8", channels=64), False, False),
+        ((1, 1), config_of(tile="32x8", channels=64, stages=4, stack=2), False, True),
         ((3, 1), config_of(tile="16x8"), False, False),
         ((1, 1), config_of(tile="32x8", channels=128, groups=2), True, False),
         ((1, 1), config_of(tile="32x8", channels=128, groups=2), True, True),
@@ -493,7 +495,7 @@ def test_code_of_every_step(config: Config, rest: bool) -> None:
     ids=case_name,
 )
 def test_code_of_few_steps(r: tuple[int, int], config: Config, late: bool, rest: bool) -> None:
-    """Three to five: of few the last two would be among those whose weights the next job reads first."""
+    """Two to five: of few the last two would be among those whose weights the next job reads first."""
     spec = ConvSpec.create((8, 256, 28, 28), (128, 256, *r), padding=(r[0] // 2, 0), dtype="float16")
     config = {**config, "steps": "every"}
     dense = random_weight(spec, 0.1, np.random.default_rng(0))
@@ -543,6 +545,9 @@ GPU_CASES: list[tuple[ConvSpec, Config, float]] = [
     (spec_of(2, 160, 8, 132, 1), config_of(channels=128, tile="16x8"), 0.1),
     (spec_of(8, 512, 8, 132, 1), config_of(channels=64, tile="64x8", groups=2, split=2), 0.1),
     (spec_of(1, 64, 7, 64, 1), config_of(tile="7x8"), 0.1),
+    # Many works of a job of two steps.
+    (spec_of(24, 64, 16, 1024, 1), config_of(channels=64, tile="32x8", stages=4, stack=2), 0.1),
+    (spec_of(24, 128, 16, 1024, 1), config_of(channels=64, tile="16x8", groups=2), 0.1),
     # Works of an odd number of jobs, one behind another.
     (spec_of(40, 160, 14, 512, 3, **SAME), config_of(tile="14x16", turns=2), 0.02),
     (spec_of(24, 288, 16, 1024, 1), config_of(tile="16x8", channels=32, turns=2, stages=4), 0.1),
@@ -563,7 +568,7 @@ GPU_CASES: list[tuple[ConvSpec, Config, float]] = [
 EVERY_CASES = [
     (spec, {**config, "steps": "every"}, density)
     for spec, config, density in GPU_CASES
-    if density <= 0.2 and (spec.r > 1 or int(config["channels"]) >= 128)
+    if density <= 0.2 and (spec.r > 1 or int(config["channels"]) >= 64)
 ]
 
 

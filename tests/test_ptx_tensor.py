@@ -223,7 +223,9 @@ def storing(dtype: str, out_dtype: str) -> cuda.Ptx:
     mma = ptx.pair_mma([(0, 3)], EIGHTS * 64, ptx.SWIZZLES[64].mask, dtype)
     size = ptx.element_bytes(out_dtype)
     finish = None if out_dtype == "float32" else ptx.Finish(bias=True, scaled=False, residual=True, activation="relu")
-    store = ptx.store_columns([(0, i, 0) for i in range(3)], out_dtype, finish, (0, 320 * size, 64 * size), (1, 3, 5))
+    places, strides = tuple((0, i, 0) for i in range(3)), (0, 320 * size, 64 * size)
+    columns = ptx.ColumnStore(places, out_dtype, finish, strides, (1, 3, 5), ahead=2)
+    load, store = columns.begin(), columns.store()
     zeros = ptx.zeros(12)
     load_two, load_one = ptx.load_words("global", 2), ptx.load_words("global", 1)
     u32, i32, i64 = types.uint32, types.int32, types.int64
@@ -237,7 +239,9 @@ def storing(dtype: str, out_dtype: str) -> cuda.Ptx:
         row = warp * 16 + 4 * (lane >> 3) + ((lane >> 2) & 1)
         both = ptx.load_global_f32(i64(bias + 4 * row)), ptx.load_global_f32(i64(bias + 4 * (row + 2)))
         at = (lane >> 2) * i64(64 * size) + (warp * 16 + (lane & 3) * 4) * i64(size)
-        store(sums, i64(out + at), i64(residual + at), i32(1), both, both, i32(0), i32(0), i32(lane >> 2))
+        origin = (i32(0), i32(0), i32(lane >> 2))
+        begun = load(i64(residual + at), i32(1), origin)
+        store(sums, begun, i64(out + at), i64(residual + at), i32(1), both, both, origin)
 
     return compiled(storing, 5, (dtype, out_dtype))
 

@@ -12,7 +12,7 @@ from strategies import quantized, random_weight, two_of_four
 from tensor_emulation import OutputTile, opened, opened_dense, output_tiles, widened
 
 from numbasparse import SparseWeight
-from numbasparse.kernels import Config, wgmma_shape
+from numbasparse.kernels import Config, wgmma_pipeline, wgmma_shape
 from numbasparse.kernels.cuda_fragments import scale_of
 from numbasparse.kernels.two_four import narrow
 from numbasparse.runtime import cuda
@@ -180,14 +180,17 @@ def case_name(value: Any) -> str:
 
 def assert_code(kernel: Any, spec: ConvSpec, config: Config, form: tuple[int, str] | None, rest: bool = True) -> None:
     """Sums stay in registers, the tensor cores are given a step before the last one is done, and nobody writes what
-    they are about to read.
+    they are about to read; with and without a residual.
     """
     dense = random_weight(spec, 0.1, np.random.default_rng(0))
     weight = SparseWeight.from_dense(dense if rest else two_of_four(dense))
     if form is not None:
         weight = quantized(weight, *form)
         config = {**config, "entries": "coded"}
-    for ptx in kernel.ptx(spec, weight, config, "relu"):
+    kernel.require(spec, weight, config)
+    facts = wgmma_shape.facts_of(weight, config)
+    shapes = [kernel.shape(spec, config, facts, "relu", residual) for residual in (False, True)]
+    for ptx in [p for shape in shapes for p in wgmma_pipeline.compile_shape(shape, (9, 0)) if p is not None]:
         assert ".f64" not in ptx.text
         assert ".local" not in ptx.text
         cubin = cuda.assemble(ptx)

@@ -943,7 +943,7 @@ class StepRun:
                     weights[i + 2] = self._load(builder, i + 2, addresses)
             words[1] = self._load_metadata(builder, 1, addresses)
             zero = ir.Constant(_I32, 0)
-            fours = [*weights[0], *weights[1], *weights[2], *weights.get(3, [zero] * 4)]
+            fours = [*weights[0], *weights[1], *(word for i in (2, 3) for word in weights.get(i, [zero] * 4))]
             carried = [*fours, words[0], words[1]]
             made = context.make_tuple(builder, self._sums, sums), context.make_tuple(builder, kept, carried)
             return context.make_tuple(builder, both, made)
@@ -1411,7 +1411,8 @@ def store_finished_fragments(
                     where, written = builder.add(start, at), builder.and_(inside, there)
                     loaded = []
                     if finish.residual:
-                        loaded = _load_words_if(builder, builder.zext(written, _I32), builder.add(extra, where))
+                        wanted = builder.zext(written, _I32)
+                        loaded = _load_words_if(builder, wanted, builder.add(extra, where), constant=False)
                     some.append((i, half, where, written, loaded))
             for i, half, where, written, loaded in some:
                 added: list[Any] = [None] * 8
@@ -1434,21 +1435,19 @@ def store_finished_fragments(
     return _intrinsic_of_arity(9, signature, generate)
 
 
-def store_columns(
-    places: Sequence[tuple[int, int, int]],
-    dtype: str,
-    finish: Finish | None,
-    strides: tuple[int, int, int],
-    limits: tuple[int, int, int],
-) -> Any:
-    """Intrinsic ``(sums, y, residual, there, bias, scale, image, oy, ox) -> void``: finish sums and store them in NHWC.
+@dataclass(frozen=True)
+class ColumnStore:
+    """Finishing sums and storing them in NHWC.
 
     Each eight of pixels and 16 rows of `sparse_wgmma` is transposed between the lanes, so that lane l has four
     neighbouring channels of pixel ``l // 4``: of rows ``2 q``, ``2 q + 1``, ``2 q + 8`` and ``2 q + 9``, q being
     ``l % 4``.  They are stored at once at ``y`` (which has this lane's pixel and channel in it) plus what a place adds,
     where ``there`` is not 0 and the place within the limits.
 
-    Parameters
+    Residuals of ``ahead`` places are loaded before: by `begin`, which may come long before the sums are there, and then
+    by `store` of the places that follow.
+
+    Attributes
     ----------
     places
         (image, row, column) of the first pixel of every eight, from the first; 4 sums each.
@@ -1458,56 +1457,106 @@ def store_columns(
         What is written is as in `store_rows`; ``bias`` and ``scale`` are the float32 of rows ``l // 4`` and
         ``l // 4 + 8``; ``residual`` is addressed like ``y``.
     strides, limits
-        Bytes from an image, a row and a column to the next; ``image``, ``oy`` and ``ox`` (this lane's) plus a place are
-        under ``limits``.
+        Bytes from an image, a row and a column to the next; image, row and column of ``origin`` (this lane's) plus a
+        place are under ``limits``.
+    ahead
+        How many, two registers each.
 
     Notes
     -----
     PTX ISA, "movmatrix": an 8 x 8 matrix of 16-bit values in one register of each lane, transposed.  All lanes run it.
     """
-    kind = types.UniTuple(types.float32, 4 * len(places))
-    both = types.UniTuple(types.float32, 2)
-    signature = types.void(kind, _G, _G, types.int32, both, both, types.int32, types.int32, types.int32)
 
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-        packed, y, extra, there, bias, scale, *origin = arguments
-        there = builder.icmp_signed("!=", there, ir.Constant(_I32, 0))
+    places: tuple[tuple[int, int, int], ...]
+    dtype: str
+    finish: Finish | None
+    strides: tuple[int, int, int]
+    limits: tuple[int, int, int]
+    ahead: int
 
-        def whereabouts(i: int) -> tuple[Any, Any]:
-            at = ir.Constant(_I64, sum(p * s for p, s in zip(places[i], strides, strict=True)))
-            return at, builder.and_(there, _all_under(builder, origin, places[i], limits))
+    @property
+    def _adds(self) -> bool:
+        return self.finish is not None and self.finish.residual
 
-        for first in range(0, len(places), _PLACES_AT_ONCE):
-            some = range(first, min(len(places), first + _PLACES_AT_ONCE))
+    @property
+    def _begun(self) -> Any:
+        return types.UniTuple(types.int32, 2 * min(self.ahead, len(self.places))) if self._adds else types.int32
+
+    def begin(self) -> Any:
+        """Intrinsic ``(residual, there, origin) -> words`` of the first places; 0 without a residual."""
+
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+            extra, there, origin = arguments
+            if not self._adds:
+                return ir.Constant(_I32, 0)
+            first = range(min(self.ahead, len(self.places)))
+            words = [word for i in first for word in self._residual(builder, i, extra, there, origin)]
+            return context.make_tuple(builder, self._begun, words)
+
+        return _intrinsic_of_arity(3, self._begun(_G, types.int32, _ORIGIN), generate)
+
+    def store(self) -> Any:
+        """Intrinsic ``(sums, words, y, residual, there, bias, scale, origin) -> void``, the words being `begin`'s."""
+        kind = types.UniTuple(types.float32, 4 * len(self.places))
+        both = types.UniTuple(types.float32, 2)
+        signature = types.void(kind, self._begun, _G, _G, types.int32, both, both, _ORIGIN)
+
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+            packed, begun, y, extra, there, bias, scale, origin = arguments
             added: dict[int, list[Any]] = {}
-            if finish is not None and finish.residual:
+            if self._adds:
+                first = range(min(self.ahead, len(self.places)))
+                added = {i: [builder.extract_value(begun, 2 * i + half) for half in range(2)] for i in first}
+            for start in range(0, len(self.places), _AT_ONCE_IN_COLUMNS):
+                some = range(start, min(len(self.places), start + _AT_ONCE_IN_COLUMNS))
                 for i in some:
-                    at, written = whereabouts(i)
-                    added[i] = _load_words_if(builder, builder.zext(written, _I32), builder.add(extra, at), 2)
-            for i in some:
-                sums = [builder.extract_value(packed, 4 * i + v) for v in range(4)]
-                if finish is None:
-                    words = _transposed_floats(builder, sums)
-                else:
-                    extras: list[Any] = [None] * 4
-                    if finish.residual:
-                        back = [_transposed(builder, word) for word in added[i]]
-                        extras = [x for word in back for x in _widen_pair(builder, word, dtype)]
-                    factors, shifts = (
-                        [builder.extract_value(pair, v // 2) for v in range(4)] if wanted else [None] * 4
-                        for pair, wanted in ((scale, finish.scaled), (bias, finish.bias))
-                    )
-                    ready = [finish.apply(builder, sums[v], factors[v], shifts[v], extras[v]) for v in range(4)]
-                    words = [_transposed(builder, _narrow_pair(builder, ready[v : v + 2], dtype)) for v in (0, 2)]
-                at, written = whereabouts(i)
-                with builder.if_then(written):
-                    operands = [(_I64, builder.add(y, at)), *((_I32, word) for word in words)]
-                    names = ", ".join(f"${1 + v}" for v in range(len(words)))
-                    letters = ",".join(["l", *("r" for _ in words), "~{memory}"])
-                    _asm(builder, _VOID, f"st.global.v{len(words)}.b32 [$0], {{{names}}};", letters, operands)
-        return context.get_dummy_value()
+                    sums = [builder.extract_value(packed, 4 * i + v) for v in range(4)]
+                    words = self._finished(builder, sums, bias, scale, added.pop(i, None))
+                    at, written = self._whereabouts(builder, i, there, origin)
+                    with builder.if_then(written):
+                        operands = [(_I64, builder.add(y, at)), *((_I32, word) for word in words)]
+                        names = ", ".join(f"${1 + v}" for v in range(len(words)))
+                        letters = ",".join(["l", *("r" for _ in words), "~{memory}"])
+                        _asm(builder, _VOID, f"st.global.v{len(words)}.b32 [$0], {{{names}}};", letters, operands)
+                if self._adds:
+                    for i in range(some.start + self.ahead, min(len(self.places), some.stop + self.ahead)):
+                        added[i] = self._residual(builder, i, extra, there, origin)
+            return context.get_dummy_value()
 
-    return _intrinsic_of_arity(9, signature, generate)
+        return _intrinsic_of_arity(8, signature, generate)
+
+    def _whereabouts(self, builder: ir.IRBuilder, i: int, there: Any, origin: Any) -> tuple[Any, Any]:
+        """What a place adds to an address, and whether it is there."""
+        start = [builder.extract_value(origin, axis) for axis in range(3)]
+        at = ir.Constant(_I64, sum(p * s for p, s in zip(self.places[i], self.strides, strict=True)))
+        there = builder.icmp_signed("!=", there, ir.Constant(_I32, 0))
+        return at, builder.and_(there, _all_under(builder, start, self.places[i], self.limits))
+
+    def _residual(self, builder: ir.IRBuilder, i: int, extra: Any, there: Any, origin: Any) -> list[Any]:
+        at, written = self._whereabouts(builder, i, there, origin)
+        wanted = builder.zext(written, _I32)
+        return _load_words_if(builder, wanted, builder.add(extra, at), 2, constant=False)
+
+    def _finished(self, builder: ir.IRBuilder, sums: Sequence[Any], bias: Any, scale: Any, added: Any) -> list[Any]:
+        """The words of a place that a lane stores."""
+        finish = self.finish
+        if finish is None:
+            return _transposed_floats(builder, sums)
+        extras: list[Any] = [None] * 4
+        if added is not None:
+            back = [_transposed(builder, word) for word in added]
+            extras = [x for word in back for x in _widen_pair(builder, word, self.dtype)]
+        factors, shifts = (
+            [builder.extract_value(pair, v // 2) for v in range(4)] if wanted else [None] * 4
+            for pair, wanted in ((scale, finish.scaled), (bias, finish.bias))
+        )
+        ready = [finish.apply(builder, sums[v], factors[v], shifts[v], extras[v]) for v in range(4)]
+        return [_transposed(builder, _narrow_pair(builder, ready[v : v + 2], self.dtype)) for v in (0, 2)]
+
+
+_ORIGIN = types.UniTuple(types.int32, 3)
+_AT_ONCE_IN_COLUMNS = 4
+"""Places after which as many residuals are loaded."""
 
 
 def _transposed(builder: ir.IRBuilder, word: Any) -> Any:
@@ -1550,13 +1599,19 @@ def _all_under(builder: ir.IRBuilder, origin: Sequence[Any], place: Sequence[int
     return functools.reduce(builder.and_, under)
 
 
-def _load_words_if(builder: ir.IRBuilder, wanted: Any, address: Any, count: int = 4, default: int = 0) -> list[Any]:
-    """2 or 4 neighbouring words in global memory that nobody writes; ``default`` each where ``wanted``, i32, is 0."""
+def _load_words_if(
+    builder: ir.IRBuilder, wanted: Any, address: Any, count: int = 4, default: int = 0, constant: bool = True
+) -> list[Any]:
+    """2 or 4 neighbouring words in global memory that nobody writes; ``default`` each where ``wanted``, i32, is 0.
+
+    ptxas brings a load of what is said to be ``constant`` to its use, behind stores of others; else it stays before
+    them.
+    """
     places = [f"${i}" for i in range(count)]
     moves = " ".join(f"mov.b32 {place}, {default};" for place in places)
     text = (
         f"{{ .reg .pred p; setp.ne.s32 p, ${count}, 0; {moves} "
-        f"@p ld.global.nc.v{count}.b32 {{{', '.join(places)}}}, [${count + 1}]; }}"
+        f"@p ld.global{'.nc' if constant else ''}.v{count}.b32 {{{', '.join(places)}}}, [${count + 1}]; }}"
     )
     # Written before the address is read: the results must have registers of their own.
     letters = ",".join(["=&r"] * count + ["r", "l"])

@@ -200,16 +200,20 @@ class ImageTile(Geometry):
         ]
         return ptx.gathered_mma(displacements, ptx.SWIZZLES[self.row_bytes].mask, self.spec.dtype)
 
-    def finish(self, split: int, residual: bool, activation: str, scaled: bool) -> tuple[Any, Any]:
+    def finish(self, split: int, residual: bool, activation: str, scaled: bool, ahead: int) -> tuple[Any, Any, Any]:
         rows = self.rows
         numbers_of, store = cuda_fragments.finish(
             self.spec, rows, self.tile_w, self.batch, split, residual, activation, scaled
         )
 
-        def finish(sums, y, residual, bias, scale, numbers, part, image, oy, ox, group, lane):  # type: ignore[no-untyped-def]
+        def begin(residual, numbers, part, image, oy, ox, group, lane):  # type: ignore[no-untyped-def]
+            """Residuals have 8 registers for each place here, too many to load them ahead."""
+            return lane
+
+        def finish(sums, begun, y, residual, bias, scale, numbers, part, image, oy, ox, group, lane):  # type: ignore[no-untyped-def]
             store(sums, y, residual, bias, scale, numbers, part, image, oy + group * rows, ox, lane)
 
-        return numbers_of, device_function(finish)
+        return numbers_of, device_function(begin), device_function(finish)
 
 
 @cached_by("batch", "tile", "channels", "groups")

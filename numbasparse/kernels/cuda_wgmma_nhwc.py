@@ -205,7 +205,7 @@ class PixelTile(Geometry):
         return np.concatenate([found, found], axis=2).astype(np.int32)
 
     def row_blocks(self, weight: SparseWeight) -> np.ndarray:
-        """Neighbours, since they are stored together; each sixteen in the order that `ptx.store_columns` wants."""
+        """Neighbours, since they are stored together; each sixteen in the order that `ptx.ColumnStore` wants."""
         i = np.arange(16)
         within = 4 * (i % 8 // 2) + 2 * (i // 8) + i % 2
         spec, per = self.spec, self.spec.k_per_group
@@ -296,7 +296,7 @@ class PixelTile(Geometry):
         pieces = [(displacement, self.rows) for displacement in self._displacements()]
         return ptx.pair_mma(pieces, self.line_bytes, ptx.SWIZZLES[self.row_bytes].mask, self.spec.dtype)
 
-    def finish(self, split: int, residual: bool, activation: str, scaled: bool) -> tuple[Any, Any]:
+    def finish(self, split: int, residual: bool, activation: str, scaled: bool, ahead: int) -> tuple[Any, Any, Any]:
         from numba import types
 
         from numbasparse.codegen import ptx
@@ -306,10 +306,12 @@ class PixelTile(Geometry):
         dtype = "float32" if split > 1 else spec.dtype
         size = ptx.element_bytes(dtype)
         last = None if split > 1 else ptx.Finish(bias=True, scaled=scaled, residual=residual, activation=activation)
-        places = [(i // strips, j, i % strips * _EIGHT) for i in range(self.pieces) for j in range(self.rows)]
+        places = tuple((i // strips, j, i % strips * _EIGHT) for i in range(self.pieces) for j in range(self.rows))
         pixel = spec.k * size
         strides = (pixel * spec.out_w * spec.out_h, pixel * spec.out_w, pixel)
-        store = ptx.store_columns(places, dtype, last, strides, (spec.n, spec.out_h, spec.out_w))
+        limits = spec.n, spec.out_h, spec.out_w
+        columns = ptx.ColumnStore(places, dtype, last, strides, limits, ahead)
+        load, store = columns.begin(), columns.store()
         total = strides[0] * spec.n
         group_image, group_row, group_column = self.group_origin
         load_one = ptx.load_words("global", 1)
@@ -328,29 +330,39 @@ class PixelTile(Geometry):
 
         both = device_function(both)
 
-        def finish(sums, y, residual, bias, scale, numbers, part, image, oy, ox, group, lane):  # type: ignore[no-untyped-def]
+        def whereabouts(numbers, part, image, oy, ox, group, lane):  # type: ignore[no-untyped-def]
+            """Of a lane: offset, whether it stores, and image, row and column."""
             image, oy, ox = image + group * group_image, oy + group * group_row, ox + group * group_column + (lane >> 2)
             at = image * i64(strides[0]) + oy * i64(strides[1]) + ox * i64(strides[2])
             at += max(numbers[0], i32(0)) * i64(size) + part * i64(total)
-            there = i32(1) if numbers[0] >= 0 else i32(0)
+            return at, i32(1) if numbers[0] >= 0 else i32(0), (i32(image), i32(oy), i32(ox))
+
+        whereabouts = device_function(whereabouts)
+
+        def begin(residual, numbers, part, image, oy, ox, group, lane):  # type: ignore[no-untyped-def]
+            at, there, origin = whereabouts(numbers, part, image, oy, ox, group, lane)
+            return load(i64(residual + at), there, origin)
+
+        def finish(sums, begun, y, residual, bias, scale, numbers, part, image, oy, ox, group, lane):  # type: ignore[no-untyped-def]
+            at, there, origin = whereabouts(numbers, part, image, oy, ox, group, lane)
             shifts = both(bias, numbers)
             factors = both(scale, numbers) if scaled else shifts
-            store(sums, i64(y + at), i64(residual + at), there, shifts, factors, i32(image), i32(oy), i32(ox))
+            store(sums, begun, i64(y + at), i64(residual + at), there, shifts, factors, origin)
 
-        return device_function(numbers_of), device_function(finish)
+        return device_function(numbers_of), device_function(begin), device_function(finish)
 
 
-_DENSE = 0.2
-"""From here on steps may be less work that are taken twice."""
+_DENSE, _FEW = 0.2, 2
+"""From here on steps may be less work that are taken twice; up to here code for all is no faster by rule."""
 
 
 def _lists_steps(spec: ConvSpec, weight: SparseWeight) -> bool:
     """Whether a list of steps may be worth its words: of codes, of dense weights, where one in twenty of the pieces
-    that steps multiply is empty (64 output and 32 input channels of a tap), and where there are too few for code.
+    that steps multiply is empty (64 output and 32 input channels of a tap), and where there are few.
     """
     taps, rows = spec.r * spec.s, -(-spec.k_per_group // two_four.ROWS)
     columns = -(-spec.c_per_group // two_four.STEP)
-    if weight.levels is not None or weight.density > _DENSE or taps * columns < _KNOWN_STEPS[0]:
+    if weight.levels is not None or weight.density > _DENSE or taps * columns <= _FEW:
         return True
     k, channel, tap = places_of(weight)
     block = k // spec.k_per_group * rows + k % spec.k_per_group // two_four.ROWS
@@ -555,7 +567,7 @@ def _work(geometry: PixelTile, facts: Facts, spec: ConvSpec, every: bool) -> tup
     return expected_work(steps, 2 * ceil(there / 4) * taps, facts.pairs, every or not facts.rest)
 
 
-_KNOWN_STEPS = 3, 64
+_KNOWN_STEPS = 2, 64
 """How many steps of a tile the code can know: the first two are a part of their own, and it grows with each."""
 _STORE_CLOCKS = 12.0
 """Of transposing, finishing and storing eight pixels by a warp."""

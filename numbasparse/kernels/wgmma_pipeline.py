@@ -80,11 +80,11 @@ def _code(shape: Shape) -> Callable[..., None]:
     i32, u32, i64 = types.int32, types.uint32, types.int64
     stages, cluster, works, turns, sums_at = shape.stages, shape.cluster, shape.works, shape.turns, shape.sums_at
     load_table, decode = _decoder(shape)
-    shared_base, place_of, (nothing_held, begin, compute, keep), (numbers_of, finish) = (
+    shared_base, place_of, (nothing_held, begin, compute, keep), (numbers_of, begin_store, finish) = (
         ptx.shared_base(1024),
         locate(shape),
         _compute_every(shape) if shape.every else _compute(shape, decode),
-        shape.geometry.finish(shape.split, shape.residual, shape.activation, shape.entries.scaled),
+        shape.geometry.finish(shape.split, shape.residual, shape.activation, shape.entries.scaled, shape.ahead),
     )
     (jobs_of, advance), (copy_first, copy_next) = _cursor(shape), _copies(shape)
     zeros, settle, load_job = (
@@ -92,7 +92,7 @@ def _code(shape: Shape) -> Callable[..., None]:
         ptx.wgmma_settle(shape.geometry.sums),
         ptx.load_words("global", 4),
     )
-    late, stack = shape.late, shape.stack
+    late, early, stack = shape.late, shape.early, shape.stack
     blob_bytes, tile_bytes = shape.blob_bytes, shape.geometry.tile_bytes
     store_sums, add_sums = ptx.store_sums(shape.geometry.sums), ptx.add_sums(shape.geometry.sums)
     stage_bytes = shape.stage_bytes
@@ -149,6 +149,9 @@ def _code(shape: Shape) -> Callable[..., None]:
             sums = zeros()
             block, part, first_image, oy, ox, _, _ = place_of(work)
             numbers = numbers_of(rows, (block * stack + own) * i64(two_four.ROWS) + warp * 16, lane)
+            # What is added to the sums comes while they are computed.
+            if early:
+                begun = begin_store(residual, numbers, part, first_image, oy, ox, group, lane)
             for number in range(jobs_of(ranges, work)[1]):
                 following, after, wanted = load_job(job), origin, ahead < works
                 own_slot, own_phase = slot, phase
@@ -189,7 +192,9 @@ def _code(shape: Shape) -> Callable[..., None]:
                 # They have been read when the next ones are stored.
                 ptx.barrier()
             if turn == 0:
-                finish(sums, y, residual, bias, scale, numbers, part, first_image, oy, ox, group, lane)
+                if not early:
+                    begun = begin_store(residual, numbers, part, first_image, oy, ox, group, lane)
+                finish(sums, begun, y, residual, bias, scale, numbers, part, first_image, oy, ox, group, lane)
             work += step
         # A block ends when all of its cluster have got their last tile.
         if cluster > 1:

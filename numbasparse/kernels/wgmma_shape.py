@@ -269,10 +269,11 @@ class Geometry(ABC):
         """Intrinsic ``(sums, values, address) -> sums`` of a chunk."""
 
     @abstractmethod
-    def finish(self, split: int, residual: bool, activation: str, scaled: bool) -> tuple[Any, Any]:
+    def finish(self, split: int, residual: bool, activation: str, scaled: bool, ahead: int) -> tuple[Any, Any, Any]:
         """Device functions: ``(rows, first, lane)`` gives a lane's output channels, those of a warp being
-        ``rows[first]`` and on; ``(sums, y, residual, bias, scale, numbers, part, image, oy, ox, group, lane)`` finishes
-        sums and stores them.
+        ``rows[first]`` and on; ``(residual, numbers, part, image, oy, ox, group, lane) -> begun`` loads the first of
+        what is added to the sums, ``ahead`` pieces if the layout's are small; ``(sums, begun, y, residual, bias, scale,
+        numbers, part, image, oy, ox, group, lane)`` finishes sums and stores them.
         """
 
 
@@ -323,6 +324,18 @@ class Shape(OutputTiles):
         four steps: those under way read other registers than the first two of the next job.
         """
         return self.every and self.stages > self.turns and self.room[0] >= 4
+
+    @property
+    def ahead(self) -> int:
+        """Pieces of a residual that a thread has loaded ahead, for which it has registers, two for each."""
+        if not self.every:
+            return 8
+        return 16 if self.rest else 32
+
+    @property
+    def early(self) -> bool:
+        """Whether the first of them are loaded before an output tile's steps, by the warps that store it."""
+        return self.residual and self.turns == 1
 
     def steps_bytes(self, steps: int) -> int:
         """Of so many steps in a blob; every job has as many if it has all."""
