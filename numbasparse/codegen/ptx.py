@@ -1509,6 +1509,9 @@ class ColumnStore:
                 added = {i: [builder.extract_value(begun, 2 * i + half) for half in range(2)] for i in first}
             for start in range(0, len(self.places), _AT_ONCE_IN_COLUMNS):
                 some = range(start, min(len(self.places), start + _AT_ONCE_IN_COLUMNS))
+                for i in some if self._adds else ():
+                    if i not in added:
+                        added[i] = self._residual(builder, i, extra, there, origin)
                 for i in some:
                     sums = [builder.extract_value(packed, 4 * i + v) for v in range(4)]
                     words = self._finished(builder, sums, bias, scale, added.pop(i, None))
@@ -1518,8 +1521,8 @@ class ColumnStore:
                         names = ", ".join(f"${1 + v}" for v in range(len(words)))
                         letters = ",".join(["l", *("r" for _ in words), "~{memory}"])
                         _asm(builder, _VOID, f"st.global.v{len(words)}.b32 [$0], {{{names}}};", letters, operands)
-                if self._adds:
-                    for i in range(some.start + self.ahead, min(len(self.places), some.stop + self.ahead)):
+                for i in range(some.start + self.ahead, some.stop + self.ahead) if self._adds else ():
+                    if some.stop <= i < len(self.places):
                         added[i] = self._residual(builder, i, extra, there, origin)
             return context.get_dummy_value()
 
