@@ -44,7 +44,7 @@ import numpy as np
 import torch
 from common import RESULTS, environment, geometric_mean, write
 from gpu import POINTWISE, SPARSITIES, SQUARE, TUNED_AT, Case, Row, add_dense, ratios, save, session
-from models_gpu import over_two_of_four, zoo
+from models_gpu import error, over_two_of_four, zoo
 
 from autotune.compiling import Compilers
 from autotune.gpu import GpuBench
@@ -52,7 +52,7 @@ from autotune.measure import measure
 from autotune.space import Candidate, LayerProblem
 from numbasparse import ConvSpec, SparseWeight
 from numbasparse.channel_order import order_channels, order_quads, over_two
-from numbasparse.kernels import Config, kernel, wgmma_shape
+from numbasparse.kernels import Config, CudaRunner, kernel, wgmma_shape
 from numbasparse.kernels.cuda_tiles import EstimatedKernel
 from numbasparse.pruning import MagnitudePruning, prune_, reorder_inputs
 from numbasparse.quantization import CodebookQuantization, LinearQuantization
@@ -406,10 +406,10 @@ def adding(args: argparse.Namespace) -> None:
             compilers.submit(problems[case], candidates)
         for case, candidates in chosen.items():
             row, bench = Row(gpu), GpuBench(problems[case], gpu, compilers)
-            for number, candidate in enumerate(candidates):
-                ready = bench.prepare(candidate)
+            prepared = [bench.prepare(candidate) for candidate in candidates]
+            for number, (candidate, ready) in enumerate(zip(candidates, prepared, strict=True)):
                 row.add(f"ours {number}", bench.call(ready, "NHWC", "NHWC"), bench.wrong(candidate, ready))
-            add_sums(row, bench, candidates)
+            add_sums(row, bench, prepared)
             times = row.times()
             best = min((us for name, us in times.items() if name.startswith("ours with")), key=lambda us: us["us"])
             ratio = round(times["cudnn with sum"]["us"] / best["us"], 3)
@@ -420,19 +420,18 @@ def adding(args: argparse.Namespace) -> None:
             save(args, "tensor_adding", {"geometric_mean": mean, "rows": rows})
 
 
-def add_sums(row: Row, bench: GpuBench, candidates: list[Candidate]) -> None:
-    """Columns of ``relu(convolution + residual)``: each candidate, and cuDNN."""
+def add_sums(row: Row, bench: GpuBench, prepared: list[CudaRunner]) -> None:
+    """Columns of ``relu(convolution + residual)``: each config, and cuDNN."""
     spec, x = bench.problem.spec, bench.input("NHWC")
     weight = torch.from_numpy(bench.problem.weight.to_dense()).to(x)
     added = to_layout(torch.randn(spec.out_shape, device="cuda", dtype=torch.float16), "NHWC")
     expected = (torch.nn.functional.conv2d(x.double(), weight.double()) + added).relu()
 
     def add(name: str, call: Callable[[], Any]) -> None:
-        off = float((call().double() - expected).abs().max())
-        row.add(name, call, None if off < 0.02 * float(expected.max()) else f"off by {off}")
+        off = error(call(), expected)
+        row.add(name, call, None if off < 0.02 else f"off by {off}")
 
-    for number, candidate in enumerate(candidates):
-        ready = bench.prepare(candidate)
+    for number, ready in enumerate(prepared):
         add(f"ours with sum {number}", functools.partial(ready.apply, x, None, added, "NHWC"))
     dense = weight.contiguous(memory_format=torch.channels_last)
     how = (None, spec.stride, (0, 0), spec.dilation, spec.groups)

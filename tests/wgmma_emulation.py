@@ -12,7 +12,7 @@ from strategies import quantized, random_weight, two_of_four
 from tensor_emulation import OutputTile, opened, opened_dense, output_tiles, widened
 
 from numbasparse import SparseWeight
-from numbasparse.kernels import Config, wgmma_pipeline, wgmma_shape
+from numbasparse.kernels import Config, wgmma_shape
 from numbasparse.kernels.cuda_fragments import scale_of
 from numbasparse.kernels.two_four import narrow
 from numbasparse.runtime import cuda
@@ -194,10 +194,7 @@ def assert_code(
     if form is not None:
         weight = quantized(weight, *form)
         config = {**config, "entries": "coded"}
-    kernel.require(spec, weight, config)
-    facts = wgmma_shape.facts_of(weight, config)
-    shapes = [kernel.shape(spec, config, facts, "relu", residual) for residual in residuals]
-    for ptx in [p for shape in shapes for p in wgmma_pipeline.compile_shape(shape, (9, 0)) if p is not None]:
+    for ptx in [p for residual in residuals for p in kernel.ptx(spec, weight, config, "relu", residual)]:
         assert ".f64" not in ptx.text
         assert ".local" not in ptx.text
         cubin = cuda.assemble(ptx)

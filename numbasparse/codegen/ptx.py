@@ -1479,8 +1479,13 @@ class ColumnStore:
         return self.finish is not None and self.finish.residual
 
     @property
+    def _first(self) -> range:
+        """The places of `begin`."""
+        return range(min(self.ahead, len(self.places)))
+
+    @property
     def _begun(self) -> Any:
-        return types.UniTuple(types.int32, 2 * min(self.ahead, len(self.places))) if self._adds else types.int32
+        return types.UniTuple(types.int32, 2 * len(self._first)) if self._adds else types.int32
 
     def begin(self) -> Any:
         """Intrinsic ``(residual, there, origin) -> words`` of the first places; 0 without a residual."""
@@ -1489,8 +1494,7 @@ class ColumnStore:
             extra, there, origin = arguments
             if not self._adds:
                 return ir.Constant(_I32, 0)
-            first = range(min(self.ahead, len(self.places)))
-            words = [word for i in first for word in self._residual(builder, i, extra, there, origin)]
+            words = [word for i in self._first for word in self._residual(builder, i, extra, there, origin)]
             return context.make_tuple(builder, self._begun, words)
 
         return _intrinsic_of_arity(3, self._begun(_G, types.int32, _ORIGIN), generate)
@@ -1503,27 +1507,29 @@ class ColumnStore:
 
         def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
             packed, begun, y, extra, there, bias, scale, origin = arguments
-            added: dict[int, list[Any]] = {}
+            added: list[list[Any]] = []
             if self._adds:
-                first = range(min(self.ahead, len(self.places)))
-                added = {i: [builder.extract_value(begun, 2 * i + half) for half in range(2)] for i in first}
+                added = [[builder.extract_value(begun, 2 * i + half) for half in range(2)] for i in self._first]
+
+            def load(stop: int) -> None:
+                """Residuals of all places before ``stop`` that have none yet."""
+                if self._adds:
+                    some = range(len(added), min(stop, len(self.places)))
+                    added.extend(self._residual(builder, i, extra, there, origin) for i in some)
+
             for start in range(0, len(self.places), _AT_ONCE_IN_COLUMNS):
-                some = range(start, min(len(self.places), start + _AT_ONCE_IN_COLUMNS))
-                for i in some if self._adds else ():
-                    if i not in added:
-                        added[i] = self._residual(builder, i, extra, there, origin)
-                for i in some:
+                stop = min(start + _AT_ONCE_IN_COLUMNS, len(self.places))
+                load(stop)
+                for i in range(start, stop):
                     sums = [builder.extract_value(packed, 4 * i + v) for v in range(4)]
-                    words = self._finished(builder, sums, bias, scale, added.pop(i, None))
+                    words = self._finished(builder, sums, bias, scale, added[i] if self._adds else None)
                     at, written = self._whereabouts(builder, i, there, origin)
                     with builder.if_then(written):
                         operands = [(_I64, builder.add(y, at)), *((_I32, word) for word in words)]
                         names = ", ".join(f"${1 + v}" for v in range(len(words)))
                         letters = ",".join(["l", *("r" for _ in words), "~{memory}"])
                         _asm(builder, _VOID, f"st.global.v{len(words)}.b32 [$0], {{{names}}};", letters, operands)
-                for i in range(some.start + self.ahead, some.stop + self.ahead) if self._adds else ():
-                    if some.stop <= i < len(self.places):
-                        added[i] = self._residual(builder, i, extra, there, origin)
+                load(stop + self.ahead)
             return context.get_dummy_value()
 
         return _intrinsic_of_arity(8, signature, generate)

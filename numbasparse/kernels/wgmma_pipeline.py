@@ -592,10 +592,15 @@ class WgmmaKernel(EstimatedKernel):
         return lambda config: self.estimate(spec, weight, config, device)
 
     def ptx(
-        self, spec: ConvSpec, weight: SparseWeight, config: Config, activation: Activation = "none"
+        self,
+        spec: ConvSpec,
+        weight: SparseWeight,
+        config: Config,
+        activation: Activation = "none",
+        residual: bool = False,
     ) -> tuple[cuda.Ptx, ...]:
         self.require(spec, weight, config)
-        shape = self.shape(spec, config, facts_of(weight, config), activation)
+        shape = self.shape(spec, config, facts_of(weight, config), activation, residual)
         return tuple(p for p in compile_shape(shape, cuda.current().capability) if p is not None)
 
     def prepare(
